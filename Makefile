@@ -1,0 +1,65 @@
+PYTHON ?= python3
+PORT ?= 9090
+VENV := .venv
+BIN := $(VENV)/bin
+STUDIO_VENV ?= .venv-label-studio
+STUDIO_VERSION := 1.23.2
+
+.PHONY: help demo serve test e2e bench lint format install install-dev install-studio clean
+
+help:  ## Show this help
+	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
+
+demo: install  ## Serve the bundled checkpoint on PORT (default 9090), everything included
+	@MODEL=demo PORT=$(PORT) $(BIN)/python -m backend serve
+
+serve: install  ## Serve MODEL on PORT, everything included
+	@PORT=$(PORT) $(BIN)/python -m backend serve
+
+install: $(VENV)/installed
+install-dev: $(VENV)/installed-dev
+install-studio: $(STUDIO_VENV)/installed
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' \
+	  || { echo "error: Python 3.10 to 3.13 is needed; set PYTHON=/path/to/python3.12" >&2; exit 2; }
+	@$(PYTHON) -m venv $(VENV) \
+	  || { echo "error: cannot make $(VENV); install the venv module (Debian: python3-venv) or free the folder" >&2; exit 2; }
+
+$(VENV)/installed: requirements.txt | $(VENV)/bin/python
+	@echo "installing into $(VENV); the first time takes a few minutes"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.txt \
+	  || { echo "error: pip could not install requirements.txt; the lines above say why" >&2; exit 2; }
+	@touch $@
+
+$(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+$(STUDIO_VENV)/installed:
+	@echo "installing Label Studio $(STUDIO_VERSION) into $(STUDIO_VENV); takes about two minutes and 1 GB"
+	@$(PYTHON) -m venv --clear $(STUDIO_VENV)
+	@$(STUDIO_VENV)/bin/python -m pip install -q --disable-pip-version-check label-studio==$(STUDIO_VERSION)
+	@touch $@
+
+lint: install-dev  ## Check style, types and the layers
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@PYTHONPATH=. $(BIN)/lint-imports --no-cache
+
+format: install-dev  ## Format the code
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+test: install-dev  ## Run the tests, on the real Redis and the real small model
+	@$(BIN)/python -m pytest tests --ignore tests/e2e
+
+e2e: install-dev install-studio  ## Drive a real Label Studio and a real browser
+	@LABEL_STUDIO_VENV=$(STUDIO_VENV) $(BIN)/python -m pytest tests/e2e
+
+bench: install-dev  ## Measure start, latency and memory
+	@$(BIN)/python -m tests.bench
+
+clean:  ## Remove what was installed
+	rm -rf $(VENV) $(STUDIO_VENV)

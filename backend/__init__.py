@@ -1,0 +1,3 @@
+"""Grounding DINO as a Label Studio ML backend."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,129 @@
+"""The web front: Label Studio's routes, and the one place where errors become answers."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from flask import Flask, Response, jsonify, request
+from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
+
+from backend.errors import BackendError, BadRequest, NotFound, RequestTooLarge, Unauthorized
+from backend.settings import Settings
+
+log = logging.getLogger(__name__)
+
+MAX_BODY = 250_000_000  # bytes; Label Studio's own limit for imports
+OPEN_ROUTES = ("/health", "/ready", "/webhook")  # Label Studio sends no credentials on webhooks; probes have none
+
+
+def create_app(make_model: Callable[..., Any], settings: Settings) -> Flask:
+    """The application.
+
+    Args:
+        make_model: `model.GroundingDINO`, made anew for each request from `project_id`, `label_config` and `settings`.
+        settings: of this process.
+    """
+    app = Flask(__name__)
+    app.config["MAX_CONTENT_LENGTH"] = MAX_BODY
+    app.before_request(lambda: _check_login(settings))
+    _map_errors(app)
+
+    def model(project: Any = None, label_config: Any = None) -> Any:
+        if not isinstance(label_config or "", str):
+            raise BadRequest("the labeling config must be a string")
+        return make_model(project_id=_project_id(project), label_config=label_config, settings=settings)
+
+    @app.get("/health")
+    def health() -> Response:
+        return jsonify(status="UP", model_class="GroundingDINO")
+
+    @app.get("/ready")
+    def ready() -> tuple[Response, int]:
+        workers = model().ready_workers()
+        return jsonify(ready=workers > 0, workers=workers), 200 if workers else 503
+
+    @app.post("/setup")
+    def setup() -> Response:
+        body = _body()
+        return jsonify(model_version=model(body.get("project"), body.get("schema")).setup())
+
+    @app.post("/predict")
+    def predict() -> Response:
+        body = _body()
+        tasks, params = body.get("tasks"), body.get("params") or {}
+        if not isinstance(tasks, list) or not all(_is_task(task) for task in tasks):
+            raise BadRequest("tasks must be a list of objects, each with an object as its data")
+        if not isinstance(params, Mapping):
+            raise BadRequest("params must be an object")
+        plugin = model(body.get("project"), body.get("label_config"))
+        return jsonify(results=plugin.predict(tasks, context=params.get("context")))
+
+    @app.post("/webhook")
+    def webhook() -> Response:
+        body = _body()
+        event = body.get("action")
+        if not isinstance(event, str):
+            raise BadRequest("action must be the name of an event")
+        model(body.get("project")).fit(event, body)
+        return jsonify(status="recorded")
+
+    @app.get("/versions")
+    def versions() -> Response:
+        return jsonify(versions=model().versions())
+
+    return app
+
+
+def _is_task(task: Any) -> bool:
+    return isinstance(task, Mapping) and isinstance(task.get("data") or {}, Mapping)
+
+
+def _project_id(project: Any) -> str:
+    """The number in Label Studio's `<number>.<time of creation>`, or in the project object of a webhook."""
+    number = project.get("id") if isinstance(project, Mapping) else project
+    return str(number or "").split(".")[0]
+
+
+def _body() -> dict[str, Any]:
+    try:
+        body = request.get_json(force=True)
+    except RecursionError:
+        raise BadRequest("the JSON is nested too deeply") from None
+    if not isinstance(body, dict):
+        raise BadRequest("the body must be a JSON object")
+    return body
+
+
+def _check_login(settings: Settings) -> None:
+    if not settings.basic_auth_user or request.path in OPEN_ROUTES:
+        return
+    given = request.authorization
+    user, password = (given.username or "", given.password or "") if given and given.type == "basic" else ("", "")
+    right_user = hmac.compare_digest(user.encode(), settings.basic_auth_user.encode())
+    right_password = hmac.compare_digest(password.encode(), settings.basic_auth_pass.encode())
+    if not (right_user and right_password):
+        raise Unauthorized("give BASIC_AUTH_USER and BASIC_AUTH_PASS, in Label Studio under the model's settings")
+
+
+def _map_errors(app: Flask) -> None:
+    @app.errorhandler(BackendError)
+    def on_purpose(error: BackendError) -> tuple[Response, int]:
+        log.warning("%s %s: %s: %s", request.method, request.path, error.code, error)
+        return jsonify(error=error.to_dict()), error.status
+
+    @app.errorhandler(HTTPException)
+    def http(error: HTTPException) -> tuple[Response, int]:
+        if isinstance(error, RequestEntityTooLarge):
+            return on_purpose(RequestTooLarge(f"the body is above {MAX_BODY} bytes; select fewer tasks"))
+        if error.code == 404:
+            return on_purpose(NotFound("no such route"))
+        mapped = on_purpose(BadRequest(error.description or "bad request"))
+        return mapped[0], error.code or 400
+
+    @app.errorhandler(Exception)
+    def unexpected(error: Exception) -> tuple[Response, int]:
+        log.exception("%s %s failed", request.method, request.path)
+        return jsonify(error=BackendError("an error of ours; the log of the web front says more").to_dict()), 500

@@ -1,0 +1,84 @@
+"""The command line: `python -m backend …`. Every option has an environment variable, and the reverse."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from backend import __version__
+from backend.errors import BackendError
+from backend.serve import gunicorn_command
+from backend.serve import serve as run_everything
+from backend.settings import Settings
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def settings_options(command: Command) -> Command:
+    """One option for each setting; the command gets those that were given as keyword arguments."""
+    for field in reversed(dataclasses.fields(Settings)):
+        unit = f" ({field.metadata['unit']})" if field.metadata["unit"] else ""
+        default = f"; default: {field.default}" if field.default != "" else ""
+        help_text = f"{field.metadata['text']}{unit}{default}; variable: {field.name.upper()}"
+        command = click.option(f"--{field.name.replace('_', '-')}", metavar="VALUE", help=help_text)(command)
+    return command
+
+
+def _settings(options: dict[str, str | None]) -> Settings:
+    """The environment, with what was given on the command line on top."""
+    given = {name.upper(): value for name, value in options.items() if value is not None}
+    settings = Settings.from_env({**os.environ, **given})
+    logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    return settings
+
+
+@click.group()
+@click.version_option(__version__)
+def cli() -> None:
+    """Grounding DINO for Label Studio."""
+
+
+@cli.command()
+@settings_options
+def serve(**options: str | None) -> None:
+    """Run everything: web front, workers and, without REDIS_URL, a private Redis."""
+    run_everything(_settings(options))
+
+
+@cli.command()
+@settings_options
+def web(**options: str | None) -> None:
+    """Run the web front alone; it needs REDIS_URL."""
+    settings = _settings(options)
+    command = gunicorn_command(settings)
+    os.execve(command[0], command, {**os.environ, **settings.to_env()})  # noqa: S606
+
+
+@cli.command()
+@settings_options
+def worker(**options: str | None) -> None:
+    """Run one predict worker alone; it needs REDIS_URL."""
+    settings = _settings(options)
+    from backend.worker import run  # loads torch: only this command pays for it
+
+    run(settings)
+
+
+def main() -> None:
+    """The program; an error that the user can mend ends it with one line and exit code 2."""
+    try:
+        cli(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except click.Abort:
+        sys.exit(130)
+    except BackendError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,1 @@
+"""The bundled tiny checkpoint, the generator of its pictures and its training."""

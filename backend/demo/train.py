@@ -1,0 +1,183 @@
+"""Trains the bundled checkpoint: `python -m backend.demo.train`, about half an hour on one core.
+
+Writes `backend/demo/checkpoint/` (weights in half precision, tokenizer, configuration) and prints the figures of the
+model card.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import string
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from tqdm import tqdm
+from transformers import (
+    BertConfig,
+    MMGroundingDinoConfig,
+    MMGroundingDinoForObjectDetection,
+    PreTrainedTokenizerFast,
+    SwinConfig,
+)
+
+from backend.demo import shapes
+from backend.detector import CLS, SEP, STOP, Detector, ImageFormat, build_caption
+from backend.labeling import Label
+from backend.training import Batch, Metrics, Target, evaluate, moving_average, train_one_epoch
+
+HERE = Path(__file__).parent / "checkpoint"
+IMAGE_FORMAT = ImageFormat(shortest_edge=96, longest_edge=160)
+BATCH_SIZE, WARM_UP_STEPS, LEARNING_RATE = 8, 300, 1e-3
+STEPS_PER_EPOCH = 100
+ASPECTS = ((96, 96), (96, 96), (128, 96), (96, 128), (144, 96), (96, 144), (160, 96), (160, 90))
+SCALES = (1, 1.5, 2, 3, 4)
+UNSEEN_SIZES = ((320, 240), (1024, 768), (600, 900))
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A word-piece tokenizer for colours, shapes and a few common words; letters for all others.
+
+    The special tokens keep BERT's ids, because transformers' Grounding DINO relies on them.
+    """
+    marks = {0: "[PAD]", 100: "[UNK]", CLS: "[CLS]", SEP: "[SEP]", 103: "[MASK]", STOP: ".", 1029: "?"}
+    letters = string.ascii_lowercase + string.digits
+    words = [*shapes.COLOURS, *shapes.SHAPES, "object", "shape", "a", "the", "and", "big", "small", "##s", "##es"]
+    words += [c for c in letters if c != "a"] + [f"##{c}" for c in letters if c != "s"] + [",", "-", "/", "'"]
+    free = iter(words)
+    vocabulary = {marks.get(i) or next(free, f"[unused{i}]"): i for i in range(1030)}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=marks[100]))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    names = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=256, **names)
+
+
+def build_model() -> MMGroundingDinoForObjectDetection:
+    """The real architecture with about a million parameters."""
+    swin = SwinConfig(
+        image_size=96, embed_dim=24, depths=[2, 2, 2], num_heads=[1, 2, 4], window_size=6, mlp_ratio=2.0,
+        drop_path_rate=0.0, out_indices=[2, 3],
+    )  # fmt: skip
+    bert = BertConfig(
+        vocab_size=1030, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128,
+        max_position_embeddings=256, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    config = MMGroundingDinoConfig(
+        backbone_config=swin, text_config=bert, d_model=64, encoder_layers=2, decoder_layers=3,
+        encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=256, decoder_ffn_dim=256, num_queries=25,
+        num_feature_levels=3, dropout=0.0, fusion_droppath=0.0, two_stage=True, auxiliary_loss=True,
+    )  # fmt: skip
+    model = MMGroundingDinoForObjectDetection(config)
+    for layer in model.model.encoder.layers:
+        torch.nn.init.constant_(layer.fusion_layer.vision_param, 0.3)
+        torch.nn.init.constant_(layer.fusion_layer.text_param, 0.3)
+    return model
+
+
+def _target(scene: shapes.Scene, phrases: Sequence[str]) -> Target:
+    width, height = scene.image.size
+    truth = scene.truth(phrases)
+    corners = torch.tensor([box for box, _ in truth]).reshape(-1, 4) / torch.tensor([width, height, width, height])
+    boxes_cxcywh = torch.cat([(corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]], -1)
+    return Target(boxes_cxcywh, torch.tensor([phrase for _, phrase in truth], dtype=torch.long))
+
+
+def draw_batch(rng: np.random.Generator, tokenizer: Any, size: int = BATCH_SIZE) -> Batch:
+    """Pictures of one aspect ratio, drawn at several scales and shrunk as the detector shrinks them."""
+    width, height = ASPECTS[int(rng.integers(len(ASPECTS)))]
+    pixels, captions, targets = [], [], []
+    for _ in range(size):
+        scale = float(rng.choice(SCALES, p=(0.4, 0.2, 0.2, 0.15, 0.05)))
+        scene = shapes.draw_scene(rng, int(width * scale), int(height * scale))
+        phrases = shapes.choose_phrases(rng, scene)
+        pixels.append(IMAGE_FORMAT.preprocess(scene.image))
+        captions.append(build_caption(tokenizer, phrases))
+        targets.append(_target(scene, phrases))
+    return Batch(torch.stack(pixels), captions, targets)
+
+
+def measure(
+    detector: Detector, sizes: Sequence[tuple[int, int]], backgrounds: Sequence[shapes.Background], pictures: int = 400
+) -> Metrics:
+    """Figures on new pictures of the given sizes in turn, each with its own phrases."""
+    rng, found, truth = np.random.default_rng(7), [], []
+    for i in range(pictures):
+        scene = shapes.draw_scene(rng, *sizes[i % len(sizes)], backgrounds)
+        phrases = shapes.choose_phrases(rng, scene)
+        found += detector.detect([scene.image], [Label(phrase, (phrase,), 0.01) for phrase in phrases])
+        truth.append([(box, phrases[index]) for box, index in scene.truth(phrases)])
+    return evaluate(found, truth)
+
+
+def _batches(rng: np.random.Generator, tokenizer: Any, progress: Any) -> Iterator[Batch]:
+    for _ in range(STEPS_PER_EPOCH):
+        yield draw_batch(rng, tokenizer)
+        progress.update()
+
+
+def _schedule(step: int, steps: int) -> float:
+    warm_up = min(step / WARM_UP_STEPS, 1)
+    return warm_up * (0.02 + 0.98 * (1 + math.cos(math.pi * step / steps)) / 2)
+
+
+def train(steps: int, seed: int) -> tuple[Any, Any]:
+    """A model and its tokenizer, from nothing."""
+    torch.manual_seed(seed)
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    rng = np.random.default_rng(seed)
+    tokenizer, model = build_tokenizer(), build_model()
+    average = moving_average(model)
+    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _schedule(step, steps))
+    with tqdm(total=steps, unit="step") as progress:
+        for _ in range(steps // STEPS_PER_EPOCH):
+            value = train_one_epoch(model, _batches(rng, tokenizer, progress), optimizer, scheduler, average)
+            progress.set_postfix(loss=f"{value:.2f}")
+            if progress.n % 500 == 0:
+                progress.write(f"{progress.n}: loss {value:.2f} " + str(_figures(average, tokenizer, 100)))
+    return average, tokenizer
+
+
+def _figures(model: Any, tokenizer: Any, pictures: int) -> dict[str, Metrics]:
+    detector = Detector(model, tokenizer, IMAGE_FORMAT)
+    return {
+        "training size": measure(detector, ((96, 96),), shapes.TRAINING_BACKGROUNDS, pictures),
+        "other sizes, unseen backgrounds": measure(detector, UNSEEN_SIZES, shapes.UNSEEN_BACKGROUNDS, pictures),
+    }
+
+
+def save(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Writes the folder that any loader of Grounding DINO checkpoints can read."""
+    model.half().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    edges = {"shortest_edge": IMAGE_FORMAT.shortest_edge, "longest_edge": IMAGE_FORMAT.longest_edge}
+    kind = {"image_processor_type": "GroundingDinoImageProcessor", "resample": 2, "rescale_factor": 1 / 255}
+    values = {**kind, "size": edges, "image_mean": IMAGE_FORMAT.mean, "image_std": IMAGE_FORMAT.std}
+    (folder / "preprocessor_config.json").write_text(json.dumps(values, indent=2) + "\n")
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=HERE, help="folder to write (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=5000, help="training steps of 8 pictures (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights and the pictures (default: %(default)s)")
+    args = parser.parse_args()
+    start = time.monotonic()
+    model, tokenizer = train(args.steps, args.seed)
+    print(f"trained in {(time.monotonic() - start) / 60:.1f} minutes")
+    save(model, tokenizer, args.out)
+    for name, metrics in _figures(model.float(), tokenizer, 400).items():
+        print(f"{name}: {metrics}")
+
+
+if __name__ == "__main__":
+    main()

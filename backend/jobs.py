@@ -1,0 +1,112 @@
+"""What a worker runs: `predict(dict) -> dict`, plain JSON in and out.
+
+Expected errors travel as data, one for each task: only a string would survive the queue otherwise.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+
+from backend.checkpoints import load_checkpoint
+from backend.detector import Detector
+from backend.errors import BackendError
+from backend.images import Images
+from backend.labeling import Control, Plan
+from backend.regions import Detection, to_prediction, to_regions
+from backend.settings import Settings
+from backend.studio import Studio
+from backend.versions import find_checkpoint
+
+DOWNLOADS = 8  # pictures of one chunk that are fetched at the same time
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What a worker makes once and every job uses."""
+
+    detector: Detector
+    images: Images
+
+
+_tools: Tools | None = None
+
+
+def set_up(settings: Settings) -> Tools:
+    """Loads the model, warms it up and keeps it for all jobs of this process.
+
+    Raises:
+        CheckpointError: the model cannot be loaded.
+    """
+    global _tools
+    device = settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    detector = Detector(*load_checkpoint(find_checkpoint(settings.model).source), device)
+    detector.warm_up()
+    studio = Studio(settings.label_studio_url, settings.label_studio_api_key)
+    _tools = Tools(detector, Images(studio, settings.max_image_bytes, settings.max_image_pixels))
+    return _tools
+
+
+def predict(payload: Mapping[str, Any]) -> dict[str, Any]:
+    """Predictions for a chunk of tasks.
+
+    Args:
+        payload: `plan` and `model_version`, and `tasks`, each with `id` and the part of its `data` that the plan reads.
+
+    Returns:
+        `answers`: for each task in order a prediction, or `{"error": {"code", "detail"}}`.
+    """
+    assert _tools, "set_up comes first"
+    plan, tasks = Plan.from_dict(payload["plan"]), payload["tasks"]
+    per_control = [_predict_control(_tools, control, tasks, payload["model_version"]) for control in plan.controls]
+    return {"answers": [_answer(parts, payload["model_version"]) for parts in zip(*per_control, strict=True)]}
+
+
+Part = list[dict[str, object]] | BackendError
+
+
+def _predict_control(tools: Tools, control: Control, tasks: Sequence[Any], version: str) -> list[Part]:
+    """For each task the regions of one control, or why there are none."""
+    pictures = _load(tools.images, [control.uri(task["data"]) for task in tasks])
+    shown = {i: picture for i, picture in enumerate(pictures) if isinstance(picture, Image.Image)}
+    found = dict(zip(shown, tools.detector.detect(list(shown.values()), control.labels), strict=True))
+    parts: list[Part] = []
+    for i, (task, picture) in enumerate(zip(tasks, pictures, strict=True)):
+        if isinstance(picture, BackendError):
+            log.warning("task %s: %s", task["id"], picture)
+            parts.append(picture)
+        else:
+            parts.append(_regions(control, found[i], picture, f"{task['id']}/{version}"))
+    return parts
+
+
+def _regions(control: Control, detections: list[Detection], picture: Image.Image, seed: str) -> list[dict[str, object]]:
+    return to_regions(detections, control.from_name, control.to_name, *picture.size, seed)
+
+
+def _load(images: Images, uris: Sequence[Any]) -> list[Image.Image | BackendError]:
+    with ThreadPoolExecutor(DOWNLOADS) as pool:
+        return list(pool.map(lambda uri: _load_one(images, uri), uris))
+
+
+def _load_one(images: Images, uri: Any) -> Image.Image | BackendError:
+    try:
+        return images.load(uri)
+    except BackendError as error:
+        return error
+
+
+def _answer(parts: Sequence[Part], version: str) -> dict[str, Any]:
+    """One task: its prediction, unless the picture of any control failed."""
+    errors = [part for part in parts if isinstance(part, BackendError)]
+    if errors:
+        return {"error": errors[0].to_dict()}
+    return to_prediction([part for part in parts if not isinstance(part, BackendError)], version)

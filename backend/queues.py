@@ -1,0 +1,175 @@
+"""The queue: the only module that knows RQ and Redis.
+
+Jobs and answers are plain JSON. A worker runs only the functions in `ALLOWED`: a job in Redis may name any import path.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from redis import Redis
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+from redis.retry import Retry as ConnectionRetry
+from rq import Queue, Retry
+from rq.job import Job
+from rq.results import Result
+from rq.serializers import JSONSerializer
+
+from backend.errors import QueueUnavailable
+
+PREDICT = "predict"
+PREDICT_FUNCTION = "backend.jobs.predict"
+ALLOWED = (PREDICT_FUNCTION,)
+
+READY_KEY = "gdino:ready:"  # + worker name; a worker with its model loaded keeps it alive
+READY_TTL = 15  # s; a killed worker counts as gone after this
+EVENTS_KEY = "gdino:events"  # stream of annotation events, oldest first
+MAX_EVENTS = 1_000_000  # about 1 GB at 1 kB each; older ones are dropped
+PROJECTS_KEY = "gdino:projects"  # hash: project id -> model version given at /setup
+
+JOB_TIMEOUT = 600  # s; a chunk is about a second of work, but a first download or a slow CPU may take long
+RESULT_TTL = 3600  # s that a finished chunk can still be fetched
+SOCKET_TIMEOUT = 2.5  # s; Redis is near and answers in milliseconds, or not at all
+WAIT_SLICE = 1  # s; shorter than SOCKET_TIMEOUT, so that waiting for a job does not look like a dead Redis
+
+
+class AllowedJob(Job):
+    """A job that resolves only functions on the list, and no callbacks."""
+
+    @property
+    def func(self) -> Any:
+        """The function to run.
+
+        Raises:
+            PermissionError: it is not on the list.
+        """
+        if self.func_name not in ALLOWED:
+            raise PermissionError("this worker runs only its own functions")
+        return super().func
+
+    @property
+    def success_callback(self) -> None:
+        """None: callbacks are import paths too."""
+
+    @property
+    def failure_callback(self) -> None:
+        """None: callbacks are import paths too."""
+
+    @property
+    def stopped_callback(self) -> None:
+        """None: callbacks are import paths too."""
+
+
+def connect(redis_url: str, socket_timeout: float | None = SOCKET_TIMEOUT) -> Redis:
+    """A client that says at once when Redis is away, instead of retrying; connects on first use."""
+    retry = ConnectionRetry(NoBackoff(), 0)
+    return Redis.from_url(
+        redis_url, socket_connect_timeout=1, socket_timeout=socket_timeout, retry=retry, health_check_interval=0
+    )
+
+
+@contextlib.contextmanager
+def redis_errors() -> Iterator[None]:
+    """Turns any failure of Redis into `QueueUnavailable`."""
+    try:
+        yield
+    except RedisError as error:
+        raise QueueUnavailable(f"the queue does not answer ({type(error).__name__}); is Redis running?") from error
+
+
+class PredictQueue:
+    """The queue "predict" as the web front sees it; safe to share between threads."""
+
+    def __init__(self, connection: Redis) -> None:
+        self._connection = connection
+        self._queue = Queue(PREDICT, connection=connection, serializer=JSONSerializer, job_class=AllowedJob)
+
+    def enqueue(self, payloads: Sequence[dict[str, Any]], at_front: bool = False) -> list[Job]:
+        """One job for each payload, in order; those at the front run before all that wait.
+
+        Raises:
+            QueueUnavailable: Redis does not answer.
+        """
+        with redis_errors():
+            return [self._enqueue(payload, at_front) for payload in payloads]
+
+    def _enqueue(self, payload: dict[str, Any], at_front: bool) -> Job:
+        return self._queue.enqueue(
+            PREDICT_FUNCTION,
+            payload,
+            at_front=at_front,
+            job_timeout=JOB_TIMEOUT,
+            result_ttl=RESULT_TTL,
+            failure_ttl=RESULT_TTL,
+            retry=Retry(max=1),
+            description=f"predict {len(payload['tasks'])} tasks",  # the default would log addresses and their tokens
+        )
+
+    def wait(self, job: Job, deadline: float) -> Any:
+        """What the job returned; None if it failed, or is not finished at `deadline` (of `time.monotonic`).
+
+        Raises:
+            QueueUnavailable: Redis does not answer.
+            TimeoutError: not finished by the deadline.
+        """
+        with redis_errors():
+            while True:
+                result = job.latest_result(timeout=WAIT_SLICE)
+                if result is not None and result.type is not Result.Type.RETRIED:
+                    return result.return_value if result.type is Result.Type.SUCCESSFUL else None
+                if time.monotonic() >= deadline:
+                    raise TimeoutError
+                if result is not None:  # a stream that holds an old result does not block
+                    time.sleep(0.1)
+
+    def ready_workers(self) -> int:
+        """How many workers have their model loaded.
+
+        Raises:
+            QueueUnavailable: Redis does not answer.
+        """
+        with redis_errors():
+            return sum(1 for _ in self._connection.scan_iter(f"{READY_KEY}*", count=1000))
+
+
+def record_event(connection: Redis, event: dict[str, Any]) -> None:
+    """Appends an annotation event to the record.
+
+    Raises:
+        QueueUnavailable: Redis does not answer.
+    """
+    with redis_errors():
+        connection.xadd(EVENTS_KEY, {"event": json.dumps(event)}, maxlen=MAX_EVENTS, approximate=True)
+
+
+def remember_version(connection: Redis, project: str, model_version: str) -> None:
+    """Notes which version a project was told at /setup.
+
+    Raises:
+        QueueUnavailable: Redis does not answer.
+    """
+    with redis_errors():
+        connection.hset(PROJECTS_KEY, project, model_version)
+
+
+def known_versions(connection: Redis) -> list[str]:
+    """The versions that projects were told, sorted.
+
+    Raises:
+        QueueUnavailable: Redis does not answer.
+    """
+    with redis_errors():
+        values = connection.hvals(PROJECTS_KEY)
+    return sorted({value.decode() for value in values})  # type: ignore[union-attr]
+
+
+def worker_name() -> str:
+    """A name that no other worker on any machine has."""
+    return f"{socket.gethostname()}-{os.getpid()}-{time.time_ns() % 1_000_000}"

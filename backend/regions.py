@@ -1,0 +1,86 @@
+"""Detections to Label Studio results. Pure: no I/O, no torch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Detection:
+    """One box: `box_xyxy` in pixels of the original picture (EXIF orientation applied), score in 0..1, label."""
+
+    box_xyxy: Box
+    score: float
+    label: str
+
+
+def cxcywh_to_xyxy(box_cxcywh: Box, width: float, height: float) -> Box:
+    """A box relative to the picture (centre and size in 0..1) -> corners in pixels, clipped to the picture."""
+    cx, cy, w, h = box_cxcywh
+    return clip((cx - w / 2) * width, (cy - h / 2) * height, (cx + w / 2) * width, (cy + h / 2) * height, width, height)
+
+
+def clip(x1: float, y1: float, x2: float, y2: float, width: float, height: float) -> Box:
+    """The part of a box that lies inside a picture of `width` x `height`."""
+    return min(max(x1, 0), width), min(max(y1, 0), height), min(max(x2, 0), width), min(max(y2, 0), height)
+
+
+def iou(a: Box, b: Box) -> float:
+    """Intersection over union of two xyxy boxes; 0 where both are empty."""
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    intersection = max(width, 0) * max(height, 0)
+    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - intersection
+    return intersection / union if union > 0 else 0.0
+
+
+def to_prediction(results: Sequence[Sequence[dict[str, object]]], model_version: str) -> dict[str, object]:
+    """One task's prediction: all regions of its controls; its score is the mean of theirs, 0 where there are none."""
+    result = [region for regions in results for region in regions]
+    scores = [float(str(region["score"])) for region in result]
+    return {
+        "result": result,
+        "score": sum(scores) / len(scores) if scores else 0.0,
+        "model_version": model_version,
+    }
+
+
+def to_regions(
+    detections: Sequence[Detection], from_name: str, to_name: str, width: int, height: int, seed: str
+) -> list[dict[str, object]]:
+    """Detections on a picture of `width` x `height` pixels -> Label Studio regions, in percent of the picture.
+
+    Ids are made from `seed` (task and model version), so that the same prediction made twice has the same ids. Boxes
+    without area are left out: Label Studio cannot show them.
+    """
+    drawable = [d for d in detections if d.box_xyxy[2] > d.box_xyxy[0] and d.box_xyxy[3] > d.box_xyxy[1]]
+    return [
+        {
+            "id": hashlib.sha256(f"{seed}/{from_name}/{to_name}/{number}".encode()).hexdigest()[:12],
+            "from_name": from_name,
+            "to_name": to_name,
+            "type": "rectanglelabels",
+            "original_width": width,
+            "original_height": height,
+            "image_rotation": 0,
+            "score": round(detection.score, 4),
+            "value": {**_percent(detection.box_xyxy, width, height), "rectanglelabels": [detection.label]},
+        }
+        for number, detection in enumerate(drawable)
+    ]
+
+
+def _percent(box_xyxy: Box, width: int, height: int) -> dict[str, float]:
+    x1, y1, x2, y2 = box_xyxy
+    x, y = 100 * x1 / width, 100 * y1 / height
+    return {
+        "x": x,
+        "y": y,
+        "width": min(100 * (x2 - x1) / width, 100 - x),
+        "height": min(100 * (y2 - y1) / height, 100 - y),
+        "rotation": 0,
+    }

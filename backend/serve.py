@@ -1,0 +1,191 @@
+"""`serve`: the web front, the workers and, where none is configured, a private Redis, as one supervised group."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import fcntl
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+from backend import private_redis
+from backend.errors import SettingsError
+from backend.settings import Settings
+from backend.welcome import welcome
+
+ROOT = Path(__file__).parent.parent
+URL_FILE = "redis.url"  # in MODEL_DIR: where other commands find the private Redis
+LONGEST_PAUSE = 30  # s before a part that keeps crashing is started again
+STEADY = 60  # s after which a crash counts as the first
+GRACE = 3  # s between SIGTERM and SIGKILL
+PR_SET_PDEATHSIG = 1  # prctl(2)
+
+
+class Part:
+    """One process of the group; started again when it ends, after a pause that grows while it keeps ending at once."""
+
+    def __init__(self, name: str, command: list[str], env: dict[str, str]) -> None:
+        self.name, self._command, self._env = name, command, env
+        self._crashes, self._started, self._start_at = 0, 0.0, 0.0
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Starts the process; it gets SIGTERM should this one die without a word."""
+        self._started = time.monotonic()
+        self.process = subprocess.Popen(
+            self._command, env=self._env, cwd=ROOT, stdin=subprocess.DEVNULL, start_new_session=True,
+            preexec_fn=_end_with_parent,
+        )  # fmt: skip
+
+    def tend(self) -> None:
+        """Notices that the process has ended, and starts it again when its pause is over."""
+        if self.process and self.process.poll() is not None:
+            self._crashes = 0 if time.monotonic() - self._started > STEADY else self._crashes
+            pause = min(2**self._crashes - 1, LONGEST_PAUSE)
+            say(f"{self.name} ended with {self.process.returncode}; starting it again in {pause} s")
+            self._crashes, self._start_at, self.process = self._crashes + 1, time.monotonic() + pause, None
+        if not self.process and time.monotonic() >= self._start_at:
+            self.start()
+
+    def stop(self, deadline: float) -> None:
+        """SIGTERM, and SIGKILL to whatever of its session is left at `deadline`."""
+        if not self.process:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            self.process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(max(deadline - time.monotonic(), 0))
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def _end_with_parent() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def say(text: str) -> None:
+    """A line for the person at the terminal."""
+    print(text, flush=True)
+
+
+def serve(settings: Settings) -> None:
+    """Runs everything until SIGTERM or Ctrl-C.
+
+    Raises:
+        SettingsError: the port is taken, MODEL_DIR cannot be written, or Redis cannot be started.
+    """
+    stop = _stop_on_signals()
+    _check_port(settings.port)
+    with _own_folder(settings.model_dir), tempfile.TemporaryDirectory(prefix="gdino-") as private:
+        redis, settings = _private_redis(settings, Path(private))
+        try:
+            _supervise(settings, redis, stop)
+        finally:
+            for part in redis:
+                part.stop(time.monotonic() + GRACE)
+            (settings.model_dir / URL_FILE).unlink(missing_ok=True)
+
+
+def _supervise(settings: Settings, redis: list[Part], stop: threading.Event) -> None:
+    env = {**os.environ, **settings.to_env()}
+    parts = [_part("web front", ["web"], env)]
+    parts += [_part(f"worker {number}", ["worker"], env) for number in range(1, settings.workers + 1)]
+    greeting = threading.Thread(target=welcome, args=(settings, say, stop), daemon=True)
+    greeting.start()
+    while not stop.is_set():
+        for part in [*redis, *parts]:
+            part.tend()
+        stop.wait(0.2)
+    say("stopping")
+    deadline = time.monotonic() + GRACE
+    for part in parts:
+        if part.process:
+            part.process.terminate()
+    for part in parts:
+        part.stop(deadline)
+
+
+def _part(name: str, arguments: list[str], env: dict[str, str]) -> Part:
+    return Part(name, [sys.executable, "-m", "backend", *arguments], env)
+
+
+def _private_redis(settings: Settings, private: Path) -> tuple[list[Part], Settings]:
+    """The private server, running, and the settings that lead to it; no server where one is configured."""
+    if settings.redis_url:
+        return [], settings
+    path, folder = private / "redis.sock", settings.model_dir / "redis"
+    folder.mkdir(exist_ok=True)
+    part = Part("private Redis", private_redis.command(private_redis.find_server(), path, folder.resolve()), {})
+    part.start()
+    try:
+        private_redis.wait_until_ready(private_redis.url(path))
+    except SettingsError:
+        part.stop(time.monotonic())
+        raise
+    (settings.model_dir / URL_FILE).write_text(private_redis.url(path))
+    return [part], dataclasses.replace(settings, redis_url=private_redis.url(path))
+
+
+def _check_port(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise SettingsError(f"port {port} cannot be used ({error.strerror}); set PORT to a free one") from None
+
+
+@contextlib.contextmanager
+def _own_folder(folder: Path) -> Iterator[None]:
+    """Makes MODEL_DIR and keeps a second `serve` out of it: two servers would write one Redis file."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "lock").open("w")
+    except OSError as error:
+        raise SettingsError(
+            f"MODEL_DIR={folder} cannot be written ({error.strerror}); set it to another folder"
+        ) from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise SettingsError(
+                f"MODEL_DIR={folder} is in use by another server; stop it or set another folder"
+            ) from None
+        yield
+
+
+def _stop_on_signals() -> threading.Event:
+    stop = threading.Event()
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+    return stop
+
+
+def gunicorn_command(settings: Settings) -> list[str]:
+    """The web front as a command: one process, so that its memory stays small, and a thread for each waiting request."""
+    options = {
+        "bind": f"0.0.0.0:{settings.port}",
+        "worker-class": "gthread",
+        "threads": "256",
+        "graceful-timeout": "2",
+        "pythonpath": str(ROOT),
+        "log-level": settings.log_level.lower() if settings.log_level != "INFO" else "warning",
+    }
+    words = [word for key, value in options.items() for word in (f"--{key}", value)]
+    return [sys.executable, "-m", "gunicorn", "_wsgi:app", "--no-control-socket", *words]

@@ -1,0 +1,78 @@
+"""All settings, typed and frozen; the environment is read in one function, never at import."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from backend.errors import SettingsError
+
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+
+
+def _setting(default: Any, text: str, unit: str = "", minimum: float | None = None, secret: bool = False) -> Any:
+    metadata = {"text": text, "unit": unit, "minimum": minimum}
+    return dataclasses.field(default=default, repr=not secret, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One field a setting; the environment variable is the field's name in capitals."""
+
+    model: str = _setting("IDEA-Research/grounding-dino-tiny", "hub id or folder of a checkpoint, or `demo`")
+    model_dir: Path = _setting(Path("data"), "folder for our data: the private Redis and its file")
+    device: str = _setting("auto", "torch device of the workers; `auto` takes a GPU where there is one")
+    workers: int = _setting(1, "predict workers that `serve` starts", minimum=1)
+    redis_url: str = _setting("", "the queue's Redis; empty: a private one is started", secret=True)
+    label_studio_url: str = _setting("", "where this machine reaches Label Studio; needed for uploaded pictures")
+    label_studio_api_key: str = _setting("", "legacy token or personal access token of Label Studio", secret=True)
+    basic_auth_user: str = _setting("", "user that callers must give; empty: no login asked")
+    basic_auth_pass: str = _setting("", "password that callers must give", secret=True)
+    box_threshold: float = _setting(0.3, "lowest score of a box, where the labeling config says nothing", "0 to 1", 0)
+    batch_size: int = _setting(8, "pictures in one job and at most in one forward pass", minimum=1)
+    predict_deadline: int = _setting(90, "time after which /predict answers with what is finished", "seconds", 1)
+    max_image_pixels: int = _setting(100_000_000, "largest picture", "pixels", 1)
+    max_image_bytes: int = _setting(50_000_000, "largest picture file", "bytes", 1)
+    port: int = _setting(9090, "port of the web front", minimum=1)
+    log_level: str = _setting("INFO", f"one of {', '.join(LOG_LEVELS)}")
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str] = os.environ) -> Settings:
+        """Settings from environment variables; an empty variable counts as not set.
+
+        Raises:
+            SettingsError: a value is not of its type or out of range; the text names the variable.
+        """
+        given = {f.name: env[f.name.upper()] for f in dataclasses.fields(cls) if env.get(f.name.upper())}
+        return cls(**{name: _convert(cls, name, text) for name, text in given.items()})
+
+    def to_env(self) -> dict[str, str]:
+        """The environment from which a child process reads these same settings."""
+        return {f.name.upper(): str(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            minimum = field.metadata["minimum"]
+            if minimum is not None and not getattr(self, field.name) >= minimum:
+                raise SettingsError(f"{field.name.upper()} must be at least {minimum}")
+        if not self.box_threshold <= 1:
+            raise SettingsError("BOX_THRESHOLD must be at most 1")
+        if not self.port < 65536:
+            raise SettingsError("PORT must be below 65536")
+        if self.log_level not in LOG_LEVELS:
+            raise SettingsError(f"LOG_LEVEL must be one of {', '.join(LOG_LEVELS)}")
+        if bool(self.basic_auth_user) != bool(self.basic_auth_pass):
+            raise SettingsError("set both BASIC_AUTH_USER and BASIC_AUTH_PASS, or neither")
+
+
+def _convert(cls: type[Settings], name: str, text: str) -> Any:
+    kind = type(getattr(cls, name))  # the class attribute is the default
+    try:
+        return kind(text) if kind is not type(Path()) else Path(text)
+    except ValueError:
+        wanted = "a whole number" if kind is int else "a number"
+        raise SettingsError(f"{name.upper()} must be {wanted}, not {text!r}") from None

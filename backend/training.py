@@ -1,0 +1,228 @@
+"""Training and evaluation of Grounding DINO: the loss, one epoch, the figures.
+
+The loss is our own: transformers' one mixes up targets when prompts differ within a batch and gives the two-stage heads
+no gradient. Matching and terms follow DETR (Hungarian matching; L1 and generalised IoU) and Grounding DINO (focal loss
+on tokens, also on the encoder's proposals).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+
+from backend.detector import Caption, phrase_scores
+from backend.regions import Box, Detection, iou
+
+FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0
+CLASS_WEIGHT, L1_WEIGHT, GIOU_WEIGHT = 2.0, 5.0, 2.0
+
+
+@dataclass(frozen=True)
+class Target:
+    """The truth of one picture: boxes_cxcywh (n, 4) in 0..1 and, per box, the index of its phrase (n,)."""
+
+    boxes_cxcywh: Tensor
+    phrases: Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pictures of one size (n, 3, height, width), each with its own caption and target."""
+
+    pixel_values: Tensor
+    captions: Sequence[Caption]
+    targets: Sequence[Target]
+
+
+# -- geometry ---------------------------------------------------------------------------------------------------------
+
+
+def boxes_to_xyxy(boxes_cxcywh: Tensor) -> Tensor:
+    """(..., 4) centre and size -> (..., 4) corners."""
+    centre, half = boxes_cxcywh[..., :2], boxes_cxcywh[..., 2:] / 2
+    return torch.cat([centre - half, centre + half], -1)
+
+
+def generalized_iou(boxes_a: Tensor, boxes_b: Tensor) -> Tensor:
+    """Generalised IoU of xyxy boxes in -1..1, broadcast over the leading dimensions (Rezatofighi et al., 2019)."""
+    area_a = (boxes_a[..., 2:] - boxes_a[..., :2]).prod(-1)
+    area_b = (boxes_b[..., 2:] - boxes_b[..., :2]).prod(-1)
+    inner = torch.minimum(boxes_a[..., 2:], boxes_b[..., 2:]) - torch.maximum(boxes_a[..., :2], boxes_b[..., :2])
+    outer = torch.maximum(boxes_a[..., 2:], boxes_b[..., 2:]) - torch.minimum(boxes_a[..., :2], boxes_b[..., :2])
+    intersection = inner.clamp(min=0).prod(-1)
+    union = area_a + area_b - intersection
+    hull = outer.prod(-1)
+    return intersection / union.clamp(min=1e-7) - (hull - union) / hull.clamp(min=1e-7)
+
+
+# -- loss -------------------------------------------------------------------------------------------------------------
+
+
+def _match(scores: Tensor, boxes_cxcywh: Tensor, target: Target) -> tuple[Tensor, Tensor]:
+    """The cheapest assignment of a picture's boxes to queries: indices of queries and of boxes."""
+    chance = scores[:, target.phrases].clamp(1e-6, 1 - 1e-6)
+    positive = FOCAL_ALPHA * (1 - chance) ** FOCAL_GAMMA * -chance.log()
+    negative = (1 - FOCAL_ALPHA) * chance**FOCAL_GAMMA * -(1 - chance).log()
+    l1 = torch.cdist(boxes_cxcywh, target.boxes_cxcywh, p=1)
+    giou = generalized_iou(boxes_to_xyxy(boxes_cxcywh)[:, None], boxes_to_xyxy(target.boxes_cxcywh)[None])
+    cost = CLASS_WEIGHT * (positive - negative) + L1_WEIGHT * l1 - GIOU_WEIGHT * giou
+    rows, columns = linear_sum_assignment(cost.nan_to_num(1e4, 1e4, -1e4).cpu().numpy())
+    return torch.as_tensor(rows), torch.as_tensor(columns)
+
+
+def _focal(logits: Tensor, wanted: Tensor) -> Tensor:
+    chance = logits.sigmoid()
+    entropy = nn.functional.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
+    alpha = FOCAL_ALPHA * wanted + (1 - FOCAL_ALPHA) * (1 - wanted)
+    gap: Tensor = (wanted - chance).abs() ** FOCAL_GAMMA
+    return alpha * gap * entropy
+
+
+def _stage_loss(logits: Tensor, boxes_cxcywh: Tensor, batch: Batch) -> Tensor:
+    """Loss of one prediction stage, summed over the batch: logits (n, queries, tokens), boxes (n, queries, 4)."""
+    wanted = torch.zeros_like(logits)
+    box_loss = logits.new_zeros(())
+    for i, (caption, target) in enumerate(zip(batch.captions, batch.targets, strict=True)):
+        if not len(target.phrases):
+            continue
+        with torch.no_grad():
+            queries, boxes = _match(phrase_scores(logits[i], caption.spans), boxes_cxcywh[i], target)
+        for query, box in zip(queries.tolist(), boxes.tolist(), strict=True):
+            start, end = caption.spans[int(target.phrases[box])]
+            wanted[i, query, start:end] = 1
+        guess, truth = boxes_cxcywh[i, queries], target.boxes_cxcywh[boxes]
+        giou = generalized_iou(boxes_to_xyxy(guess), boxes_to_xyxy(truth))
+        box_loss = box_loss + L1_WEIGHT * (guess - truth).abs().sum() + GIOU_WEIGHT * (1 - giou).sum()
+    real = torch.isfinite(logits)
+    focal = _focal(logits.masked_fill(~real, 0), wanted).masked_fill(~real, 0).sum()
+    return CLASS_WEIGHT * focal + box_loss
+
+
+def _stages(model: Any, output: Any, length: int) -> Iterable[tuple[Tensor, Tensor]]:
+    """Token logits and boxes of the encoder's proposals, then of each decoder layer."""
+    real = torch.isfinite(output.enc_outputs_coord_logits).all(-1, keepdim=True)
+    proposals = output.enc_outputs_coord_logits.masked_fill(~real, 0).sigmoid()
+    yield output.enc_outputs_class[..., :length].masked_fill(~real, float("-inf")), proposals
+    mask = output.enc_outputs_class[:, 0, :length].isfinite()
+    references = [output.init_reference_points, *output.intermediate_reference_points.unbind(1)]
+    for level, hidden in enumerate(output.intermediate_hidden_states.unbind(1)):
+        logits = model.class_embed[level](
+            vision_hidden_state=hidden,
+            text_hidden_state=output.encoder_last_hidden_state_text,
+            text_token_mask=mask,
+        )
+        offset = model.bbox_embed[level](hidden)
+        yield logits[..., :length], (offset + torch.special.logit(references[level], eps=1e-5)).sigmoid()
+
+
+def text_inputs(captions: Sequence[Caption], device: str | torch.device = "cpu") -> dict[str, Tensor]:
+    """Captions of different lengths -> padded `input_ids` and `attention_mask` (n, tokens)."""
+    rows = [torch.tensor(caption.input_ids) for caption in captions]
+    input_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    return {"input_ids": input_ids.to(device), "attention_mask": mask.to(device)}
+
+
+def loss(model: Any, batch: Batch) -> Tensor:
+    """The training loss of a batch, per box."""
+    inputs = text_inputs(batch.captions, batch.pixel_values.device)
+    output = model.model(pixel_values=batch.pixel_values, **inputs)
+    stages = _stages(model, output, inputs["input_ids"].shape[1])
+    total = sum(_stage_loss(logits, boxes, batch) for logits, boxes in stages)
+    boxes = sum(len(target.phrases) for target in batch.targets)
+    return torch.as_tensor(total / max(boxes, 1))
+
+
+# -- loops ------------------------------------------------------------------------------------------------------------
+
+
+def train_one_epoch(
+    model: Any,
+    batches: Iterable[Batch],
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    average: nn.Module | None = None,
+    average_decay: float = 0.998,
+) -> float:
+    """One pass over `batches`; returns the mean loss. `average` takes up a moving average of the weights, if given."""
+    losses = []
+    model.train()
+    for batch in batches:
+        optimizer.zero_grad(set_to_none=True)
+        value = loss(model, batch)
+        value.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        losses.append(value.item())
+        if average is not None:
+            _follow(average, model, min(average_decay, (1 + scheduler.last_epoch) / (10 + scheduler.last_epoch)))
+    return sum(losses) / max(len(losses), 1)
+
+
+@torch.no_grad()
+def _follow(average: nn.Module, model: nn.Module, decay: float) -> None:
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+
+
+def moving_average(model: nn.Module) -> nn.Module:
+    """A frozen copy that `train_one_epoch` lets follow the model; it scores better than the last step alone."""
+    return copy.deepcopy(model).requires_grad_(False)
+
+
+# -- evaluation -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """AP at IoU 0.5 over all boxes; precision and recall at the threshold asked for. All in 0..1."""
+
+    ap50: float
+    precision: float
+    recall: float
+    boxes: int
+
+
+def evaluate(
+    found: Sequence[Sequence[Detection]], truth: Sequence[Sequence[tuple[Box, str]]], threshold: float = 0.3
+) -> Metrics:
+    """Scores detections (one list a picture) against the true boxes (xyxy pixels) and labels of the same pictures.
+
+    A detection is right if its label is and its IoU with a true box, not yet taken by a better one, is at least 0.5.
+    AP is the area under the precision envelope, all labels pooled.
+    """
+    graded = sorted((row for f, t in zip(found, truth, strict=True) for row in _grade(f, t)), reverse=True)
+    boxes = sum(map(len, truth))
+    hits, precisions, recalls = 0, [], []
+    for rank, (_, right) in enumerate(graded, 1):
+        hits += right
+        precisions.append(hits / rank)
+        recalls.append(hits / max(boxes, 1))
+    kept = sum(score >= threshold for score, _ in graded)
+    precision, recall = (precisions[kept - 1], recalls[kept - 1]) if kept else (0.0, 0.0)
+    return Metrics(_area(precisions, recalls), precision, recall, boxes)
+
+
+def _grade(found: Sequence[Detection], truth: Sequence[tuple[Box, str]]) -> list[tuple[float, bool]]:
+    """One picture's detections as (score, right)."""
+    free, graded = list(truth), []
+    for detection in sorted(found, key=lambda d: -d.score):
+        rivals = [t for t in free if t[1] == detection.label and iou(t[0], detection.box_xyxy) >= 0.5]
+        if rivals:
+            free.remove(max(rivals, key=lambda t: iou(t[0], detection.box_xyxy)))
+        graded.append((detection.score, bool(rivals)))
+    return graded
+
+
+def _area(precisions: list[float], recalls: list[float]) -> float:
+    area, envelope, upper = 0.0, 0.0, recalls[-1] if recalls else 0.0
+    for precision, recall in zip(reversed(precisions), reversed(recalls), strict=True):
+        area += (upper - recall) * envelope
+        envelope, upper = max(envelope, precision), recall
+    return area + upper * envelope

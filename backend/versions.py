@@ -1,0 +1,56 @@
+"""Which checkpoint serves, and the version string that Label Studio sees."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from backend.errors import CheckpointError
+from backend.labeling import Plan
+
+DEMO = Path(__file__).parent / "demo" / "checkpoint"
+PIECE = 1024 * 1024  # bytes
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint by name: where it lies (a folder, or a hub id) and the fingerprint of its files."""
+
+    name: str
+    source: str
+    fingerprint: str
+
+    def model_version(self, plan: Plan | None = None) -> str:
+        """Weights, prompts and thresholds in one short string; equal if and only if the answers would be."""
+        asked = json.dumps(plan.to_dict() if plan else {}, sort_keys=True)
+        return f"{self.name}-{_short(self.fingerprint + asked)}"
+
+
+def find_checkpoint(model: str) -> Checkpoint:
+    """`demo`, a folder, or else the id of a checkpoint on the hub.
+
+    Raises:
+        CheckpointError: `model` looks like a path and nothing is there.
+    """
+    folder = DEMO if model == "demo" else Path(model)
+    if folder.is_dir():
+        return Checkpoint(folder.name if model != "demo" else "demo", str(folder), _fingerprint(folder))
+    if model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise CheckpointError(f"MODEL={model}: no such folder; give a folder, a hub id such as owner/name, or demo")
+    return Checkpoint(model.split("/")[1], model, _short(model))
+
+
+def _fingerprint(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.iterdir() if p.is_file() and p.suffix != ".md"):
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            while piece := file.read(PIECE):
+                digest.update(piece)
+    return digest.hexdigest()
+
+
+def _short(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -1,0 +1,78 @@
+"""What `serve` prints once it is up: the URL, whether the model is ready, one real prediction, and what to click."""
+
+from __future__ import annotations
+
+import base64
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import requests
+
+from backend.settings import Settings
+
+SAMPLES = Path(__file__).parent / "demo" / "samples"
+SAMPLE = SAMPLES / "sample-1.jpg"
+LABELING_CONFIG = SAMPLES / "labeling_config.xml"
+
+NEXT_STEPS = """
+In Label Studio:
+  1. Settings > Labeling Interface > Code: paste {config}
+  2. Settings > Model > Connect Model: any name, backend URL {url}
+  3. Import the pictures in {samples}
+  4. Data Manager: select them, Actions > Retrieve predictions, open one
+Label Studio 1.23.1 and newer refuse a backend on this machine until they are started with
+  ML_BLOCK_LOCAL_IP=false SSRF_PROTECTION_ENABLED=false
+Uploaded pictures need LABEL_STUDIO_URL and LABEL_STUDIO_API_KEY in this server's environment.
+Ctrl-C stops everything."""
+
+
+def welcome(settings: Settings, say: Callable[[str], None], stop: threading.Event) -> None:
+    """Waits until a worker is ready, then shows a prediction made through the HTTP route like any other."""
+    url = f"http://localhost:{settings.port}"
+    say(f"starting on {url}; loading {settings.model}")
+    start = time.monotonic()
+    while not _is_ready(url):
+        if stop.wait(0.2):
+            return
+    say(f"model ready after {time.monotonic() - start:.1f} s")
+    try:
+        for line in sample_prediction(settings, url):
+            say(line)
+    except (requests.RequestException, KeyError) as error:
+        say(f"the sample prediction failed: {error!r}")
+    say(NEXT_STEPS.format(config=LABELING_CONFIG, url=url, samples=SAMPLES))
+
+
+def _is_ready(url: str) -> bool:
+    try:
+        return requests.get(f"{url}/ready", timeout=5).ok
+    except requests.RequestException:
+        return False
+
+
+def sample_prediction(settings: Settings, url: str) -> list[str]:
+    """One bundled picture through POST /predict, as lines to read.
+
+    Raises:
+        requests.RequestException: the web front does not answer or answers with an error.
+        KeyError: the picture failed.
+    """
+    picture = base64.b64encode(SAMPLE.read_bytes()).decode()
+    body = {
+        "tasks": [{"id": 1, "data": {"image": f"data:image/jpeg;base64,{picture}"}}],
+        "label_config": LABELING_CONFIG.read_text(),
+    }
+    login = (settings.basic_auth_user, settings.basic_auth_pass) if settings.basic_auth_user else None
+    start = time.monotonic()
+    reply = requests.post(f"{url}/predict", json=body, auth=login, timeout=settings.predict_deadline + 10)
+    reply.raise_for_status()
+    prediction = reply.json()["results"][0]
+    took = f"{1000 * (time.monotonic() - start):.0f} ms"
+    lines = [f"sample prediction of {SAMPLE.name} by {prediction['model_version']} in {took}:"]
+    for region in prediction["result"]:
+        box = {key: round(region["value"][key]) for key in ("x", "y", "width", "height")}
+        where = "x {x}%, y {y}%, {width}% wide, {height}% high".format(**box)
+        lines.append(f"  {region['value']['rectanglelabels'][0]}  score {region['score']:.2f}  {where}")
+    return lines

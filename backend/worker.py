@@ -1,0 +1,61 @@
+"""The RQ worker: loads the detector once, then takes chunks from the queue in this one process."""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+from redis import Redis
+from redis.exceptions import RedisError
+from rq import SimpleWorker
+from rq.serializers import JSONSerializer
+
+from backend import jobs
+from backend.queues import PREDICT, READY_KEY, READY_TTL, AllowedJob, connect, worker_name
+from backend.settings import Settings
+
+log = logging.getLogger(__name__)
+
+WORKER_TTL = 20  # s; RQ's default of 420 would hide a dead worker for minutes
+MAINTENANCE_INTERVAL = 5  # s between looks for jobs of dead workers
+
+
+def run(settings: Settings) -> None:
+    """Serves the queue "predict" until SIGTERM or SIGINT; the job in progress is finished first.
+
+    Raises:
+        CheckpointError: the model cannot be loaded.
+    """
+    name = worker_name()
+    tools = jobs.set_up(settings)
+    stop = threading.Event()
+    beat = threading.Thread(
+        target=_stay_ready, args=(connect(settings.redis_url), name, stop, tools.detector.device), daemon=True
+    )
+    beat.start()
+    log.info("worker %s is ready on %s", name, tools.detector.device)
+    worker = SimpleWorker(
+        [PREDICT],
+        name=name,
+        connection=connect(settings.redis_url, socket_timeout=None),
+        serializer=JSONSerializer,
+        job_class=AllowedJob,
+        worker_ttl=WORKER_TTL,
+        maintenance_interval=MAINTENANCE_INTERVAL,
+        log_job_description=False,
+    )
+    worker.work(logging_level="WARNING")
+    stop.set()
+    beat.join()
+
+
+def _stay_ready(connection: Redis, name: str, stop: threading.Event, device: str) -> None:
+    """Keeps the worker's key in Redis alive; a thread, because a job occupies the main one."""
+    while True:
+        try:
+            connection.set(READY_KEY + name, device, ex=READY_TTL)
+        except RedisError:
+            log.warning("Redis does not answer")
+        if stop.wait(READY_TTL / 3):
+            break
+    connection.delete(READY_KEY + name)
