@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 URL_FILE = "redis.url"  # in MODEL_DIR: where other commands find the private Redis
 LONGEST_PAUSE = 30  # s before a part that keeps crashing is started again
 STEADY = 60  # s after which a crash counts as the first
-GRACE = 3  # s between SIGTERM and SIGKILL
+GRACE = 2  # s between SIGTERM and SIGKILL
 PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
@@ -61,13 +61,12 @@ class Part:
         """SIGTERM, and SIGKILL to whatever of its session is left at `deadline`."""
         if not self.process:
             return
-        with contextlib.suppress(ProcessLookupError):
-            self.process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
+        self.process.terminate()
+        try:
             self.process.wait(max(deadline - time.monotonic(), 0))
-        with contextlib.suppress(ProcessLookupError):
+        except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+            self.process.wait()
 
 
 def _end_with_parent() -> None:
@@ -160,9 +159,7 @@ def _own_folder(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise SettingsError(
-                f"MODEL_DIR={folder} is in use by another server; stop it or set another folder"
-            ) from None
+            raise SettingsError(f"MODEL_DIR={folder} is in use by another server; stop it or set another") from None
         yield
 
 

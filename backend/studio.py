@@ -1,7 +1,7 @@
 """Label Studio's REST API: which credentials open it.
 
-Label Studio knows two kinds of key. A legacy token is sent as it is. A personal access token is a refresh token (a JWT):
-it must be exchanged for an access token that lives five minutes, and is refused when sent itself.
+Label Studio knows two kinds of key. A legacy token is sent as it is. A personal access token is a refresh token (JWT): it
+must be exchanged for an access token that lives five minutes, and is refused when sent itself.
 """
 
 from __future__ import annotations

@@ -96,7 +96,8 @@ def stripes(rng: np.random.Generator, width: int, height: int) -> Pixels:
     angle, period = rng.uniform(0, math.pi), rng.uniform(0.05, 0.4) * min(width, height)
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
     band = ((x * math.cos(angle) + y * math.sin(angle)) // max(period, 2) % 2)[..., None]
-    return _colour(rng) + band * rng.uniform(-35, 35, 3).astype(np.float32)
+    pixels: Pixels = _colour(rng) + band * rng.uniform(-35, 35, 3).astype(np.float32)
+    return pixels
 
 
 def patches(rng: np.random.Generator, width: int, height: int) -> Pixels:
