@@ -16,6 +16,7 @@ from urllib.parse import unquote_to_bytes, urljoin, urlsplit
 import numpy as np
 import requests
 from PIL import Image, ImageOps, UnidentifiedImageError
+from urllib3.exceptions import HTTPError
 
 from backend.errors import ImageError
 from backend.studio import Studio
@@ -47,7 +48,10 @@ class Images:
         """
         if not isinstance(uri, str) or not uri:
             raise ImageError("the task has no picture where the labeling config looks for it")
-        return self._decode(*self._read(uri))
+        body, content_type = self._read(uri)
+        if len(body) > self._max_bytes:
+            raise self._too_large()
+        return self._decode(body, content_type)
 
     def _read(self, uri: str) -> tuple[bytes, str]:
         scheme = uri.split(":", 1)[0].lower() if ":" in uri else ""
@@ -75,7 +79,7 @@ class Images:
                     url = urljoin(url, reply.headers["Location"])
                     if urlsplit(url).scheme not in ("http", "https"):
                         raise ImageError("the picture's address redirects to something that is not http(s)")
-        except (requests.RequestException, ValueError) as error:
+        except (requests.RequestException, HTTPError, ValueError) as error:
             raise ImageError(f"the picture could not be fetched ({type(error).__name__})") from None
         raise ImageError(f"the picture's address redirects more than {MAX_REDIRECTS} times")
 
@@ -83,13 +87,16 @@ class Images:
         if reply.status_code != 200:
             raise ImageError(_refusal(reply, bool(reply.request.headers.get("Authorization"))))
         body = bytearray()
-        for piece in reply.iter_content(PIECE):
+        while piece := reply.raw.read1(PIECE, decode_content=True):  # unlike read, it does not wait for a full piece
             body += piece
             if len(body) > self._max_bytes:
-                raise ImageError(f"the picture's file is larger than MAX_IMAGE_BYTES ({self._max_bytes})")
+                raise self._too_large()
             if time.monotonic() > deadline:
                 raise ImageError(f"the picture did not arrive within {TOTAL_TIMEOUT} s")
         return bytes(body)
+
+    def _too_large(self) -> ImageError:
+        return ImageError(f"the picture's file is larger than MAX_IMAGE_BYTES ({self._max_bytes})")
 
     def _decode(self, body: bytes, content_type: str) -> Image.Image:
         try:
@@ -124,8 +131,8 @@ def _read_data_uri(uri: str) -> tuple[bytes, str]:
     head, comma, body = uri.removeprefix("data:").partition(",")
     if not comma:
         raise ImageError("the data: address has no comma")
+    raw = unquote_to_bytes(body)
     try:
-        raw = unquote_to_bytes(body)
         return (base64.b64decode(raw, validate=True) if head.endswith(";base64") else raw), head.split(";")[0]
     except binascii.Error:
         raise ImageError("the data: address is not valid base64") from None

@@ -175,7 +175,7 @@ def _stop_on_signals() -> threading.Event:
 
 
 def gunicorn_command(settings: Settings) -> list[str]:
-    """The web front as a command: one process, so that its memory stays small, and a thread for each waiting request."""
+    """The web front as a command: one process, to keep its memory small, and a thread for each waiting request."""
     options = {
         "bind": f"0.0.0.0:{settings.port}",
         "worker-class": "gthread",

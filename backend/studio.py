@@ -1,7 +1,7 @@
 """Label Studio's REST API: which credentials open it.
 
-Label Studio knows two kinds of key. A legacy token is sent as it is. A personal access token is a refresh token (JWT): it
-must be exchanged for an access token that lives five minutes, and is refused when sent itself.
+Label Studio knows two kinds of key. A legacy token is sent as it is. A personal access token is a refresh token (a JWT)
+that must be exchanged for an access token that lives five minutes; sent itself, it is refused.
 """
 
 from __future__ import annotations
@@ -70,7 +70,10 @@ class Studio:
                 f"Label Studio refused LABEL_STUDIO_API_KEY (HTTP {reply.status_code}); "
                 "make a new personal access token in Account & Settings"
             )
-        return str(reply.json()["access"])
+        try:
+            return str(reply.json()["access"])
+        except (ValueError, KeyError, TypeError):
+            raise StudioError(f"{self.url} gave no token; is LABEL_STUDIO_URL Label Studio's address?") from None
 
 
 def _expiry(token: str) -> float:

@@ -1,0 +1,52 @@
+"""What the tests share: a real Redis, and the whole server as a user starts it."""
+
+import contextlib
+import dataclasses
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from backend import private_redis
+from backend.settings import Settings
+from tests.running import Served
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No setting of the developer's shell reaches a test."""
+    for field in dataclasses.fields(Settings):
+        monkeypatch.delenv(field.name.upper(), raising=False)
+
+
+@contextlib.contextmanager
+def running_redis(folder: Path) -> Iterator[str]:
+    path = folder / "r.sock"
+    process = subprocess.Popen(private_redis.command(private_redis.find_server(), path, folder))
+    try:
+        private_redis.wait_until_ready(private_redis.url(path))
+        yield private_redis.url(path)
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="session")
+def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real, empty Redis that no worker serves."""
+    with running_redis(tmp_path_factory.mktemp("redis")) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """`python -m backend serve` with the bundled checkpoint, ready."""
+    server = Served(tmp_path_factory.mktemp("served"))
+    server.started = time.monotonic()
+    try:
+        server.wait_until_ready()
+        yield server
+    finally:
+        server.stop()

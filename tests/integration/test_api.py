@@ -1,0 +1,194 @@
+import base64
+import json
+import logging
+import time
+
+import pytest
+from flask.testing import FlaskClient
+from redis import Redis
+
+from backend.api import create_app
+from backend.queues import EVENTS_KEY, connect
+from backend.settings import Settings
+from model import GroundingDINO
+from tests.pictures import config_for, data_uri, recall, scenes
+from tests.running import Served
+
+CONFIG = config_for(scenes(1))
+EMPTY = "<View></View>"
+NOWHERE = "redis://127.0.0.1:1"
+
+
+def client(**settings: object) -> FlaskClient:
+    return create_app(GroundingDINO, Settings(model="demo", **settings)).test_client()
+
+
+@pytest.fixture
+def away() -> FlaskClient:
+    """A front whose Redis does not answer."""
+    return client(redis_url=NOWHERE)
+
+
+@pytest.fixture
+def lonely(redis_url: str) -> FlaskClient:
+    """A front with a Redis that no worker serves."""
+    connect(redis_url).flushdb()
+    return client(redis_url=redis_url, predict_deadline=1)
+
+
+def setup_body(schema: str, project: str = "7.1795334225") -> dict:
+    return {"project": project, "schema": schema, "hostname": "http://ls", "access_token": "s3cret", "extra_params": None}
+
+
+def test_health_and_setup_need_neither_redis_nor_worker(away: FlaskClient) -> None:
+    away.post("/setup", json=setup_body(CONFIG))  # the first reads the checkpoint's files
+    start = time.monotonic()
+    assert away.get("/health").json["status"] == "UP"
+    assert away.post("/setup", json=setup_body(CONFIG)).json["model_version"].startswith("demo-")
+    assert time.monotonic() - start < 0.5
+
+
+@pytest.mark.parametrize("schema", [EMPTY, "", "<View", CONFIG])
+def test_setup_never_blocks_connecting(lonely: FlaskClient, schema: str) -> None:
+    answer = lonely.post("/setup", json=setup_body(schema))
+    assert answer.status_code == 200
+    assert isinstance(answer.json["model_version"], str)
+
+
+def test_the_version_follows_prompts_and_thresholds(lonely: FlaskClient) -> None:
+    def version(schema: str) -> str:
+        return lonely.post("/setup", json=setup_body(schema)).json["model_version"]
+
+    assert version(CONFIG) == version(CONFIG.replace("<View>", '<View><Header value="Hi"/>'))
+    others = [EMPTY, CONFIG.replace('value="', 'predicted_values="x" value="', 2), CONFIG.replace("toName", 'model_score_threshold="0.5" toName')]
+    assert len({version(schema) for schema in [CONFIG, *others]}) == 4
+
+
+def test_versions_hold_what_setup_told(lonely: FlaskClient) -> None:
+    told = lonely.post("/setup", json=setup_body(CONFIG)).json["model_version"]
+    assert told in lonely.get("/versions").json["versions"]
+
+
+def test_versions_answer_without_redis(away: FlaskClient) -> None:
+    assert len(away.get("/versions").json["versions"]) == 1
+
+
+def test_ready_counts_workers(lonely: FlaskClient, served: Served) -> None:
+    assert lonely.get("/ready").status_code == 503
+    assert lonely.get("/ready").json == {"ready": False, "workers": 0}
+
+
+def test_without_redis_predict_says_so_soon(away: FlaskClient) -> None:
+    start = time.monotonic()
+    answer = away.post("/predict", json={"tasks": [{"id": 1, "data": {"image": "x"}}], "label_config": CONFIG})
+    assert (answer.status_code, answer.json["error"]["code"]) == (503, "queue_unavailable")
+    assert time.monotonic() - start < 3
+
+
+def test_what_is_not_finished_by_the_deadline_is_not_ready(lonely: FlaskClient) -> None:
+    tasks = [{"id": i, "data": {"image": "x"}} for i in range(20)]
+    answer = lonely.post("/predict", json={"tasks": tasks, "label_config": CONFIG})
+    assert answer.status_code == 200
+    assert [result["error"]["code"] for result in answer.json["results"]] == ["not_ready"] * 20
+
+
+def test_a_config_that_cannot_be_served_is_422_with_the_reason(lonely: FlaskClient) -> None:
+    answer = lonely.post("/predict", json={"tasks": [], "label_config": EMPTY})
+    assert answer.status_code == 422
+    assert answer.json["error"]["code"] == "labeling_config"
+    assert "RectangleLabels" in answer.json["error"]["detail"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b'"x"',
+        b"[" * 100_000,
+        b'{"tasks": 1, "label_config": "<View/>"}',
+        b'{"tasks": [1], "label_config": "<View/>"}',
+        b'{"tasks": [{"data": []}, {"data": "x"}], "label_config": "<View/>"}',
+        b'{"tasks": [], "label_config": 7}',
+        b'{"tasks": [], "label_config": "<View/>", "params": [1]}',
+        b"\xff\xfe",
+    ],
+)
+def test_a_bad_request_is_400(lonely: FlaskClient, body: bytes) -> None:
+    answer = lonely.post("/predict", data=body, content_type="application/json")
+    assert (answer.status_code, answer.json["error"]["code"]) == (400, "bad_request")
+
+
+def test_unknown_routes_and_methods_have_the_same_form(lonely: FlaskClient) -> None:
+    assert lonely.get("/nothing").json["error"]["code"] == "not_found"
+    assert lonely.get("/predict").status_code == 405
+    assert "error" in lonely.get("/predict").json
+
+
+def test_an_error_of_ours_shows_no_traceback(redis_url: str, caplog: pytest.LogCaptureFixture) -> None:
+    def broken(**kwargs: object) -> None:
+        raise ZeroDivisionError("s3cret")
+
+    answer = create_app(broken, Settings(redis_url=redis_url)).test_client().post("/setup", json={})
+    assert (answer.status_code, answer.json["error"]["code"]) == (500, "internal")
+    assert b"s3cret" not in answer.data
+    assert "ZeroDivisionError" in caplog.text
+
+
+def login(user: str, password: str) -> dict[str, str]:
+    return {"Authorization": "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()}
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 401),
+        (login("me", "wrong"), 401),
+        (login("you", "geheim-ü"), 401),
+        ({"Authorization": "Bearer x"}, 401),
+        ({"Authorization": "Basic !!!"}, 401),
+        (login("me", "geheim-ü"), 200),
+    ],
+)
+def test_basic_auth(redis_url: str, headers: dict[str, str], status: int) -> None:
+    front = client(redis_url=redis_url, basic_auth_user="me", basic_auth_pass="geheim-ü")
+    assert front.post("/setup", json=setup_body(CONFIG), headers=headers).status_code == status
+    assert front.get("/versions", headers=headers).status_code == status
+    assert front.get("/health").status_code == 200
+    assert front.post("/webhook", json={"action": "PROJECT_UPDATED"}).status_code == 200
+
+
+def test_annotation_events_are_recorded_without_secrets(lonely: FlaskClient, redis_url: str) -> None:
+    annotation = {"id": 4, "task": 2, "result": [], "was_cancelled": False, "completed_by": 1}
+    project = {"id": 7, "token": "s3cret", "task_data_password": "s3cret"}
+    for action, rows in [("ANNOTATION_CREATED", annotation), ("ANNOTATIONS_CREATED", [annotation, annotation])]:
+        body = {"action": action, "annotation": rows, "project": project, "task": {"data": {"image": "s3cret"}}}
+        assert lonely.post("/webhook", json=body).status_code == 200
+    lonely.post("/webhook", json={"action": "ANNOTATIONS_DELETED", "annotations": [{"id": 4}], "project": project})
+    raw = connect(redis_url).xrange(EVENTS_KEY)
+    assert b"s3cret" not in repr(raw).encode()
+    events = [json.loads(fields[b"event"]) for _, fields in raw]
+    assert [event["event"] for event in events] == ["ANNOTATION_CREATED", "ANNOTATIONS_CREATED", "ANNOTATIONS_DELETED"]
+    assert [len(event["annotations"]) for event in events] == [1, 2, 1]
+    assert {event["project"] for event in events} == {7}
+
+
+def test_no_secret_reaches_the_log(lonely: FlaskClient, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    lonely.post("/setup", json=setup_body(EMPTY))
+    lonely.post("/predict", json={"tasks": [], "label_config": EMPTY, "params": {"login": "s3cret", "password": "s3cret"}})
+    lonely.post("/webhook", json={"action": "X", "project": {"id": 1, "token": "s3cret"}})
+    assert "s3cret" not in caplog.text
+
+
+def test_no_secret_reaches_the_queue(lonely: FlaskClient, redis_url: str) -> None:
+    tasks = [{"id": 1, "data": {"image": "x", "patient": "s3cret"}}]
+    params = {"login": "s3cret", "password": "s3cret"}
+    lonely.post("/predict", json={"tasks": tasks, "label_config": CONFIG, "params": params, "access_token": "s3cret"})
+    connection: Redis = connect(redis_url)
+    stored = [connection.hgetall(key) for key in connection.keys("rq:job:*") if connection.type(key) == b"hash"]
+    assert stored
+    jobs = [json.loads(__import__("zlib").decompress(job[b"data"])) for job in stored]
+    assert "s3cret" not in repr(jobs)

@@ -1,0 +1,95 @@
+import json
+import time
+from pathlib import Path
+
+import pytest
+from redis import Redis
+from rq import Queue, SimpleWorker
+from rq.job import Job
+from rq.serializers import JSONSerializer
+
+from backend.errors import QueueUnavailable
+from backend.queues import EVENTS_KEY, PREDICT, AllowedJob, PredictQueue, connect, record_event
+
+PAYLOAD = {"tasks": [{"id": 1, "data": {"image": "http://x/?token=s3cret"}}], "plan": {"controls": []}}
+
+
+@pytest.fixture
+def connection(redis_url: str) -> Redis:
+    client = connect(redis_url)
+    client.flushdb()
+    return client
+
+
+def work(connection: Redis) -> None:
+    """What a worker does with all that waits, in this process."""
+    SimpleWorker([PREDICT], connection=connection, serializer=JSONSerializer, job_class=AllowedJob).work(
+        burst=True, logging_level="ERROR"
+    )
+
+
+def test_interactive_jobs_go_to_the_front(connection: Redis) -> None:
+    queue = PredictQueue(connection)
+    bulk = queue.enqueue([PAYLOAD] * 3)
+    urgent = queue.enqueue([PAYLOAD], at_front=True)
+    waiting = Queue(PREDICT, connection=connection, serializer=JSONSerializer).job_ids
+    assert waiting == [job.id for job in urgent + bulk]
+
+
+def test_a_job_is_json_and_its_description_shows_no_address(connection: Redis) -> None:
+    (job,) = PredictQueue(connection).enqueue([PAYLOAD])
+    stored = connection.hgetall(f"rq:job:{job.id}")
+    assert stored[b"description"] == b"predict 1 tasks"
+    assert json.loads(json.dumps(job.args)) == [PAYLOAD]
+
+
+@pytest.mark.parametrize("name", ["os.system", "backend.jobs.set_up", "subprocess.run"])
+def test_a_forged_job_does_not_run(connection: Redis, tmp_path: Path, name: str) -> None:
+    mark = tmp_path / "pwned"
+    queue = Queue(PREDICT, connection=connection, serializer=JSONSerializer)
+    job = queue.enqueue(name, f"touch {mark}")
+    work(connection)
+    assert not mark.exists()
+    assert "runs only its own functions" in job.latest_result().exc_string
+
+
+def test_forged_callbacks_do_not_run(connection: Redis, tmp_path: Path) -> None:
+    queue = Queue(PREDICT, connection=connection, serializer=JSONSerializer)
+    job = queue.enqueue("backend.jobs.predict", PAYLOAD)
+    mark = tmp_path / "pwned"
+    for kind in ("success", "failure", "stopped"):
+        connection.hset(f"rq:job:{job.id}", f"{kind}_callback_name", "os.system")
+    allowed = AllowedJob.fetch(job.id, connection=connection, serializer=JSONSerializer)
+    assert (allowed.success_callback, allowed.failure_callback, allowed.stopped_callback) == (None, None, None)
+    work(connection)
+    assert not mark.exists()
+
+
+def test_a_failed_job_answers_none(connection: Redis) -> None:
+    queue = PredictQueue(connection)
+    (job,) = queue.enqueue([{"tasks": [], "no": "plan"}])
+    work(connection)
+    assert queue.wait(job, time.monotonic() + 5) is None
+
+
+def test_waiting_ends_at_the_deadline(connection: Redis) -> None:
+    queue = PredictQueue(connection)
+    (job,) = queue.enqueue([PAYLOAD])
+    start = time.monotonic()
+    with pytest.raises(TimeoutError):
+        queue.wait(job, start + 0.5)
+    assert time.monotonic() - start < 2.5
+    assert Job.exists(job.id, connection=connection)
+
+
+def test_a_redis_that_is_away_is_said_at_once() -> None:
+    start = time.monotonic()
+    with pytest.raises(QueueUnavailable, match="is Redis running"):
+        PredictQueue(connect("redis://127.0.0.1:1")).enqueue([PAYLOAD])
+    assert time.monotonic() - start < 3
+
+
+def test_events_are_kept_in_order(connection: Redis) -> None:
+    for number in range(3):
+        record_event(connection, {"number": number})
+    assert [json.loads(entry[b"event"])["number"] for _, entry in connection.xrange(EVENTS_KEY)] == [0, 1, 2]

@@ -1,0 +1,131 @@
+"""Starting, supervising and stopping the real processes."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import requests
+
+from backend.versions import DEMO
+from tests.pictures import config_for, data_uri, scenes
+from tests.running import ROOT, Served, free_port, is_running, wait_for
+
+MB = 1024 * 1024
+
+
+def serve_and_fail(**env: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "backend", "serve"]
+    return subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "MODEL": "demo", **env}, capture_output=True, text=True, timeout=30
+    )
+
+
+def test_the_web_front_loads_no_torch() -> None:
+    code = "import _wsgi, sys; print([m for m in ('torch', 'transformers', 'numpy', 'PIL') if m in sys.modules])"
+    env = {**os.environ, "MODEL": "demo"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def resident(pid: int) -> float:
+    return int(re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())[1]) * 1024 / MB
+
+
+def test_the_web_front_stays_small(served: Served) -> None:
+    fronts = [pid for pid in served.children() if b"gunicorn" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert len(fronts) == 2
+    assert max(resident(pid) for pid in fronts) < 80
+
+
+def test_the_welcome_tells_what_matters(served: Served) -> None:
+    wait_for(lambda: "Ctrl-C stops everything" in served.text(), 30, "the welcome")
+    text = served.text()
+    for part in (f"http://localhost:{served.port}", "model ready after", "sample prediction", "score 0.", "Connect Model"):
+        assert part in text
+
+
+def processes(served: Served, word: bytes) -> list[int]:
+    """Children whose command line holds `word`."""
+    return [pid for pid in served.children() if word in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")]
+
+
+def test_crashed_parts_are_started_again_and_nothing_is_left_behind(tmp_path: Path) -> None:
+    served = Served(tmp_path)
+    started = time.monotonic()
+    wait_for(lambda: requests.get(f"{served.url}/health", timeout=1).ok, 30, "health")
+    assert requests.post(f"{served.url}/setup", json={"schema": "<View></View>"}, timeout=3).ok
+    assert time.monotonic() - started < 20
+    served.wait_until_ready()
+    socket_path = Path((served.model_dir / "redis.url").read_text().removeprefix("unix://"))
+
+    (worker,) = processes(served, b"worker")
+    os.kill(worker, signal.SIGKILL)
+    tasks = [{"id": 1, "data": {"image": data_uri(scenes(1)[0].image)}}]
+    body = {"tasks": tasks, "label_config": config_for(scenes(1))}
+    answer = requests.post(f"{served.url}/predict", json=body, timeout=95)
+    assert "result" in answer.json()["results"][0]
+
+    front = processes(served, b"gunicorn")[0]
+    os.kill(front, signal.SIGKILL)
+    wait_for(lambda: not is_running(front) and requests.get(f"{served.url}/health", timeout=1).ok, 30, "a new front")
+
+    children = served.children()
+    start = time.monotonic()
+    assert served.stop() == 0
+    assert time.monotonic() - start < 5
+    wait_for(lambda: not any(map(is_running, children)), 1, "the end of all processes")
+    assert not socket_path.parent.exists()
+    assert not (served.model_dir / "redis.url").exists()
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", served.port)) != 0
+
+
+def test_everything_ends_when_the_supervisor_is_killed(tmp_path: Path) -> None:
+    served = Served(tmp_path)
+    wait_for(lambda: requests.get(f"{served.url}/health", timeout=1).ok, 30, "health")
+    children = served.children()
+    served.process.kill()
+    served.process.wait()
+    wait_for(lambda: not any(map(is_running, children)), 10, "the end of all processes")
+
+
+def test_a_taken_port_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        done = serve_and_fail(PORT=port, MODEL_DIR=str(tmp_path))
+    assert (done.returncode, done.stderr) == (
+        2, f"error: port {port} cannot be used (Address already in use); set PORT to a free one\n"
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("env", "line"),
+    [
+        ({"MODEL_DIR": "/dev/null/x"}, "MODEL_DIR=/dev/null/x cannot be written"),
+        ({"PORT": "abc"}, "PORT must be a whole number, not 'abc'"),
+        ({"MODEL": "./nowhere"}, "MODEL=./nowhere: no such folder"),
+        ({"REDIS_URL": "redis://127.0.0.1:1"}, "Redis at redis://127.0.0.1:1 does not answer"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_line_and_exit_code_2(tmp_path: Path, env: dict[str, str], line: str) -> None:
+    done = serve_and_fail(**{"PORT": str(free_port()), "MODEL_DIR": str(tmp_path), **env})
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert line in done.stderr
+
+
+def test_two_servers_do_not_share_a_folder(served: Served) -> None:
+    done = serve_and_fail(PORT=str(free_port()), MODEL_DIR=str(served.model_dir))
+    assert (done.returncode, "is in use by another server" in done.stderr) == (2, True)
+
+
+def test_the_bundled_checkpoint_is_small() -> None:
+    assert sum(path.stat().st_size for path in DEMO.iterdir()) < 3 * MB

@@ -1,0 +1,98 @@
+"""The whole server, through HTTP only."""
+
+import statistics
+import time
+
+import requests
+from PIL import Image
+
+from tests.pictures import config_for, data_uri, encode, pixel_box, recall, scenes
+from tests.running import Served, http_server, reply
+
+
+def predict(served: Served, tasks: list[dict], config: str) -> list[dict]:
+    body = {"tasks": tasks, "label_config": config, "project": "1.1", "params": {"login": None, "context": None}}
+    answer = requests.post(f"{served.url}/predict", json=body, timeout=100)
+    assert answer.status_code == 200, answer.text
+    return answer.json()["results"]
+
+
+def version(served: Served, config: str) -> str:
+    return requests.post(f"{served.url}/setup", json={"project": "1.1", "schema": config}, timeout=3).json()["model_version"]
+
+
+def test_rectangles_lie_on_the_shapes_with_the_right_labels(served: Served) -> None:
+    drawn = scenes(20, (640, 480))
+    config = config_for(drawn)
+    results = predict(served, [{"id": i, "data": {"image": data_uri(s.image)}} for i, s in enumerate(drawn)], config)
+    assert statistics.mean(recall(r["result"], s) for r, s in zip(results, drawn, strict=True)) > 0.8
+    assert {result["model_version"] for result in results} == {version(served, config)}
+    assert all(0 <= result["score"] <= 1 for result in results)
+
+
+def test_one_answer_a_task_in_order_and_a_broken_picture_fails_alone(served: Served) -> None:
+    good = data_uri(scenes(1)[0].image)
+    uris = [good, "data:image/png;base64,AAAA", good, None, "ftp://x", good] * 4
+    results = predict(served, [{"id": i, "data": {"image": uri}} for i, uri in enumerate(uris)], config_for(scenes(1)))
+    assert ["result" if "result" in result else result["error"]["code"] for result in results] == [
+        "result", "image", "result", "image", "image", "result",
+    ] * 4  # fmt: skip
+    assert "ftp" not in served.text()
+
+
+def test_nothing_found_is_an_empty_result(served: Served) -> None:
+    (result,) = predict(served, [{"id": 1, "data": {"image": data_uri(Image.new("RGB", (96, 96), "grey"))}}], config_for(scenes(1)))
+    assert result["result"] == []
+
+
+def test_no_tasks_no_results(served: Served) -> None:
+    assert predict(served, [], config_for(scenes(1))) == []
+
+
+def test_the_same_task_twice_gives_the_same_answer(served: Served) -> None:
+    task = {"id": 5, "data": {"image": data_uri(scenes(1)[0].image)}}
+    assert predict(served, [task], config_for(scenes(1))) == predict(served, [task], config_for(scenes(1)))
+
+
+def test_boxes_follow_the_picture_as_it_is_shown(served: Served) -> None:
+    scene = scenes(1, (640, 480), seed=3)[0]
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stored = scene.image.transpose(Image.Transpose.ROTATE_90)  # orientation 6 turns it back
+    with http_server(lambda handler: reply(handler, encode(stored, "JPEG", quality=95, exif=exif))) as url:
+        (result,) = predict(served, [{"id": 1, "data": {"image": f"{url}/a.jpg"}}], config_for([scene]))
+    assert recall(result["result"], scene) == 1
+    assert {(r["original_width"], r["original_height"]) for r in result["result"]} == {(640, 480)}
+    assert all(0 <= v <= 640 for r in result["result"] for v in pixel_box(r))
+
+
+def test_labels_answer_in_the_projects_own_words(served: Served) -> None:
+    scene = scenes(1)[0]
+    shape = scene.shapes[0]
+    config = (
+        '<View><Image name="img" value="$photo.url"/><View><RectangleLabels name="r" toName="img">'
+        f'<Label value="Thing" alias="thing-1" predicted_values="{shape.colour} {shape.shape}"/>'
+        '</RectangleLabels></View><RectangleLabels name="skip" toName="img" model_skip="true"><Label value="red object"/>'
+        "</RectangleLabels></View>"
+    )
+    (result,) = predict(served, [{"id": 1, "data": {"photo": {"url": data_uri(scene.image)}}}], config)
+    regions = result["result"]
+    assert regions
+    assert {(r["from_name"], r["to_name"], *r["value"]["rectanglelabels"]) for r in regions} == {("r", "img", "thing-1")}
+
+
+def test_health_and_setup_are_quick_while_the_worker_is_busy(served: Served) -> None:
+    import threading
+
+    config, uri = config_for(scenes(1)), data_uri(scenes(1, (640, 480))[0].image)
+    tasks = [{"id": i, "data": {"image": uri}} for i in range(64)]
+    bulk = threading.Thread(target=predict, args=(served, tasks, config))
+    bulk.start()
+    slowest = 0.0
+    while bulk.is_alive():
+        start = time.monotonic()
+        assert requests.get(f"{served.url}/health", timeout=1).ok
+        version(served, config)
+        slowest = max(slowest, time.monotonic() - start)
+    bulk.join()
+    assert slowest < 0.5

@@ -1,0 +1,130 @@
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from backend.errors import LabelingConfigError
+from backend.labeling import Label, Plan, clean_phrase, read_plan, words
+
+
+def config(labels: str, control: str = "", image: str = 'value="$image"') -> str:
+    return (
+        f'<View><Image name="img" {image}/>'
+        f'<RectangleLabels name="box" toName="img" {control}>{labels}</RectangleLabels></View>'
+    )
+
+
+def labels_of(xml: str, threshold: float = 0.3) -> tuple[Label, ...]:
+    return read_plan(xml, threshold).controls[0].labels
+
+
+@pytest.mark.parametrize(
+    ("value", "phrase"),
+    [
+        ("cat", "cat"),
+        ("RedCircle", "red circle"),
+        ("red_circle", "red circle"),
+        ("red-circle", "red circle"),
+        ("TrafficLight_v2", "traffic light v2"),
+        ("  Two   Words ", "two words"),
+        ("U.S. flag?", "u s flag"),
+        ("猫", "猫"),
+        ("Кошка", "кошка"),
+        ("HTTPServer", "httpserver"),
+    ],
+)
+def test_a_value_becomes_words(value: str, phrase: str) -> None:
+    assert words(value) == phrase
+
+
+@given(st.text(min_size=1))
+def test_a_phrase_holds_nothing_that_splits_it(text: str) -> None:
+    phrase = clean_phrase(text)
+    assert "." not in phrase
+    assert "?" not in phrase
+    assert phrase == clean_phrase(phrase)
+
+
+def test_names_and_labels_are_read() -> None:
+    control = read_plan(config('<Label value="Cat"/><Label value="dog"/>'), 0.3).controls[0]
+    assert (control.from_name, control.to_name, control.path) == ("box", "img", ("image",))
+    assert control.labels == (Label("Cat", ("cat",), 0.3), Label("dog", ("dog",), 0.3))
+
+
+def test_labels_nested_in_views_are_found() -> None:
+    assert [label.name for label in labels_of(config('<View><View><Label value="a b"/></View></View>'))] == ["a b"]
+
+
+def test_an_alias_is_the_answer_and_the_value_the_phrase() -> None:
+    assert labels_of(config('<Label value="BigCat" alias="c1"/>')) == (Label("c1", ("big cat",), 0.3),)
+
+
+def test_predicted_values_replace_the_value() -> None:
+    found = labels_of(config('<Label value="pet" predicted_values="Cat, small dog ,, cat"/>'))
+    assert found == (Label("pet", ("cat", "small dog"), 0.3),)
+
+
+def test_thresholds_go_from_setting_to_control_to_label() -> None:
+    labels = '<Label value="a"/><Label value="b" model_score_threshold="0.7"/>'
+    assert [label.threshold for label in labels_of(config(labels), 0.25)] == [0.25, 0.7]
+    assert [label.threshold for label in labels_of(config(labels, 'model_score_threshold="0.5"'))] == [0.5, 0.7]
+
+
+@pytest.mark.parametrize("value", ["high", "-0.1", "1.5", "nan", ""])
+def test_a_wrong_threshold_names_its_tag(value: str) -> None:
+    with pytest.raises(LabelingConfigError, match="'cat' must be a number from 0 to 1"):
+        read_plan(config(f'<Label value="cat" model_score_threshold="{value}"/>'), 0.3)
+
+
+def test_a_dotted_path_is_followed() -> None:
+    control = read_plan(config('<Label value="a"/>', image='value="$photo.large.url"'), 0.3).controls[0]
+    assert control.uri({"photo": {"large": {"url": "x"}}}) == "x"
+    assert control.uri({"photo": "x"}) is None
+
+
+def test_only_the_fields_that_are_read_leave_the_front() -> None:
+    plan = read_plan(config('<Label value="a"/>', image='value="$photo.url"'), 0.3)
+    assert plan.select({"photo": {"url": "x"}, "patient": "secret"}) == {"photo": {"url": "x"}}
+
+
+@pytest.mark.parametrize(
+    "xml",
+    [
+        "<View></View>",
+        config(""),
+        config('<Label value="a"/>', 'model_skip="true"'),
+        '<View><RectangleLabels name="b" toName="text"><Label value="a"/></RectangleLabels></View>',
+        '<View><Image name="i" value="$i"/><Choices name="c" toName="i"><Choice value="a"/></Choices></View>',
+    ],
+)
+def test_nothing_to_predict_is_said(xml: str) -> None:
+    with pytest.raises(LabelingConfigError, match="no RectangleLabels with labels on an Image"):
+        read_plan(xml, 0.3)
+
+
+def test_a_skipped_control_leaves_the_others() -> None:
+    two = config('<Label value="a"/>', 'model_skip="true"').replace("</View>", "") + (
+        '<RectangleLabels name="other" toName="img"><Label value="b"/></RectangleLabels></View>'
+    )
+    assert [control.from_name for control in read_plan(two, 0.3).controls] == ["other"]
+
+
+@pytest.mark.parametrize(
+    ("xml", "reason"),
+    [
+        ("<View>", "not valid XML"),
+        ("", "not valid XML"),
+        ('<!DOCTYPE a [<!ENTITY b "c">]><View>&b;</View>', "DOCTYPE"),
+        ('<!DOCTYPE a SYSTEM "file:///etc/passwd"><View/>', "DOCTYPE"),
+        ("<View>" + " " * 1_000_000 + "</View>", "longer than"),
+    ],
+)
+def test_a_config_that_cannot_be_read_says_why(xml: str, reason: str) -> None:
+    with pytest.raises(LabelingConfigError, match=reason):
+        read_plan(xml, 0.3)
+
+
+def test_a_plan_survives_json() -> None:
+    plan = read_plan(config('<Label value="a" predicted_values="x, y"/><Label value="b" alias="c"/>'), 0.3)
+    assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan

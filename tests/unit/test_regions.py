@@ -1,0 +1,59 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from backend.regions import Detection, cxcywh_to_xyxy, iou, to_prediction, to_regions
+
+sizes = st.integers(1, 20_000)
+shares = st.floats(-0.5, 1.5, allow_nan=False)
+
+
+def test_boxes_are_corners_in_pixels() -> None:
+    assert cxcywh_to_xyxy((0.5, 0.5, 0.2, 0.4), 100, 50) == pytest.approx((40, 15, 60, 35))
+
+
+@given(st.tuples(shares, shares, st.floats(0, 2), st.floats(0, 2)), sizes, sizes)
+def test_every_region_lies_inside_the_picture(box: tuple, width: int, height: int) -> None:
+    detection = Detection(cxcywh_to_xyxy(box, width, height), 0.5, "a")
+    for region in to_regions([detection], "l", "i", width, height, "1"):
+        value = region["value"]
+        assert 0 <= value["x"] <= 100
+        assert 0 <= value["y"] <= 100
+        assert 0 < value["width"] <= 100 - value["x"] + 1e-9
+        assert 0 < value["height"] <= 100 - value["y"] + 1e-9
+
+
+def test_a_region_has_all_that_label_studio_shows() -> None:
+    (region,) = to_regions([Detection((10, 20, 60, 45), 0.87654321, "cat")], "label", "image", 200, 100, "7/v")
+    assert region.pop("id")
+    assert region == {
+        "from_name": "label",
+        "to_name": "image",
+        "type": "rectanglelabels",
+        "original_width": 200,
+        "original_height": 100,
+        "image_rotation": 0,
+        "score": 0.8765,
+        "value": {"x": 5, "y": 20, "width": 25, "height": 25, "rotation": 0, "rectanglelabels": ["cat"]},
+    }
+
+
+def test_ids_are_unique_and_the_same_each_time() -> None:
+    detections = [Detection((0, 0, 5, 5), 0.5, "a")] * 3
+    ids = [region["id"] for region in to_regions(detections, "l", "i", 9, 9, "1/v")]
+    assert len(set(ids)) == 3
+    assert ids == [region["id"] for region in to_regions(detections, "l", "i", 9, 9, "1/v")]
+    assert not set(ids) & {region["id"] for region in to_regions(detections, "l", "i", 9, 9, "2/v")}
+
+
+def test_a_prediction_carries_version_and_mean_score() -> None:
+    regions = to_regions([Detection((0, 0, 5, 5), s, "a") for s in (0.4, 0.8)], "l", "i", 9, 9, "1")
+    prediction = to_prediction([regions[:1], regions[1:]], "v1")
+    assert prediction == {"result": regions, "score": pytest.approx(0.6), "model_version": "v1"}
+    assert to_prediction([[]], "v1") == {"result": [], "score": 0.0, "model_version": "v1"}
+
+
+def test_iou() -> None:
+    assert iou((0, 0, 10, 10), (5, 0, 15, 10)) == pytest.approx(1 / 3)
+    assert iou((0, 0, 1, 1), (2, 2, 3, 3)) == 0
+    assert iou((1, 1, 1, 1), (1, 1, 1, 1)) == 0

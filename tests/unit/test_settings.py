@@ -1,0 +1,47 @@
+from pathlib import Path
+
+import pytest
+
+from backend.errors import SettingsError
+from backend.settings import Settings
+
+
+def test_every_setting_has_a_default() -> None:
+    assert Settings.from_env({}) == Settings()
+
+
+def test_values_are_typed() -> None:
+    settings = Settings.from_env({"PORT": "80", "BOX_THRESHOLD": "0.5", "MODEL_DIR": "/x", "MODEL": "demo"})
+    assert (settings.port, settings.box_threshold, settings.model_dir) == (80, 0.5, Path("/x"))
+
+
+def test_an_empty_variable_counts_as_not_set() -> None:
+    assert Settings.from_env({"PORT": ""}).port == 9090
+
+
+def test_a_child_process_reads_the_same() -> None:
+    settings = Settings(port=1, box_threshold=0.25, label_studio_api_key="k", model_dir=Path("/a b"))
+    assert Settings.from_env(settings.to_env()) == settings
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("PORT", "http"),
+        ("PORT", "0"),
+        ("PORT", "70000"),
+        ("WORKERS", "0"),
+        ("BOX_THRESHOLD", "2"),
+        ("BOX_THRESHOLD", "nan"),
+        ("LOG_LEVEL", "LOUD"),
+        ("BASIC_AUTH_USER", "me"),
+    ],
+)
+def test_a_wrong_value_names_its_variable(name: str, value: str) -> None:
+    with pytest.raises(SettingsError, match=name):
+        Settings.from_env({name: value})
+
+
+def test_secrets_are_not_shown() -> None:
+    shown = repr(Settings(label_studio_api_key="s3cret", basic_auth_user="me", basic_auth_pass="s3cret"))
+    assert "s3cret" not in shown
