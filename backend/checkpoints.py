@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -37,7 +38,7 @@ def load_checkpoint(source: str) -> tuple[Any, Any, ImageFormat]:
                 raise CheckpointError(f"MODEL={source} is a {kind!r}; it must be one of {', '.join(CLASSES)}")
             model = CLASSES[kind].from_pretrained(source).float()
             return model, AutoTokenizer.from_pretrained(source), _image_format(source)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         reason = str(error).split("\n")[0]
         raise CheckpointError(
             f"MODEL={source} cannot be loaded ({reason}); give a hub id that this machine can reach, a folder, or demo"

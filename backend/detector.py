@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from backend.errors import LabelingConfigError
 from backend.labeling import Label
 from backend.regions import Detection, cxcywh_to_xyxy
 
@@ -41,9 +42,11 @@ class ImageFormat:
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
 
     def size(self, width: int, height: int) -> tuple[int, int]:
-        """Width and height after resizing: aspect ratio kept, no edge above the longest."""
-        scale = min(self.shortest_edge / min(width, height), self.longest_edge / max(width, height))
-        return max(round(width * scale), 1), max(round(height * scale), 1)
+        """Width and height after resizing, rounded as transformers rounds: ratio kept, no edge above the longest."""
+        small, large = min(width, height), max(width, height)
+        short = min(self.shortest_edge, self.longest_edge * small / large)
+        edges = max(round(short), 1), max(int(short * large / small), 1)
+        return edges if width <= height else edges[::-1]
 
     def preprocess(self, image: Image.Image) -> Tensor:
         """An RGB picture -> float32 (3, height, width), resized and normalised."""
@@ -52,13 +55,21 @@ class ImageFormat:
         return (pixels - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.std)[:, None, None]
 
 
-def build_caption(tokenizer: Any, phrases: Sequence[str]) -> Caption:
-    """Tokens of `phrases`, each closed by a full stop: without the last one the last phrase would not see itself."""
+def build_caption(tokenizer: Any, phrases: Sequence[str], most_tokens: int = 256) -> Caption:
+    """Tokens of `phrases`, each closed by a full stop: without the last one the last phrase would not see itself.
+
+    Raises:
+        LabelingConfigError: they make more than `most_tokens`.
+    """
     input_ids, spans = [CLS], []
     for phrase in phrases:
         tokens = tokenizer.encode(phrase, add_special_tokens=False)
         spans.append((len(input_ids), len(input_ids) + len(tokens)))
         input_ids += [*tokens, STOP]
+    if len(input_ids) >= most_tokens:
+        raise LabelingConfigError(
+            f"the labels make {len(input_ids) + 1} tokens and the model reads {most_tokens}; use fewer or shorter ones"
+        )
     return Caption((*input_ids, SEP), tuple(spans))
 
 
@@ -101,7 +112,8 @@ class Detector:
     def _detect_batch(
         self, pixel_values: Tensor, sizes: Sequence[tuple[int, int]], labels: Sequence[Label]
     ) -> list[list[Detection]]:
-        caption = build_caption(self.tokenizer, [phrase for label in labels for phrase in label.phrases])
+        phrases = [phrase for label in labels for phrase in label.phrases]
+        caption = build_caption(self.tokenizer, phrases, self.model.config.max_text_len)
         logits, boxes_cxcywh = self._forward(pixel_values, caption)
         by_phrase = torch.split(phrase_scores(logits, caption.spans), [len(label.phrases) for label in labels], dim=-1)
         scores, best = torch.stack([scores.amax(-1) for scores in by_phrase], dim=-1).max(-1)

@@ -39,14 +39,14 @@ class Images:
         self._session = requests.Session()
         self._session.trust_env = False  # a .netrc must not add credentials of its own
 
-    def load(self, uri: Any) -> Image.Image:
+    def load(self, uri: str) -> Image.Image:
         """The picture behind `http(s)://`, `data:` or a path on Label Studio such as `/data/upload/1/a.png`.
 
         Raises:
             ImageError: it cannot be fetched, is too large, or is not a picture.
             StudioError: Label Studio refused the key.
         """
-        if not isinstance(uri, str) or not uri:
+        if not uri:
             raise ImageError("the task has no picture where the labeling config looks for it")
         body, content_type = self._read(uri)
         if len(body) > self._max_bytes:

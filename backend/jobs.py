@@ -19,7 +19,7 @@ from backend.detector import Detector
 from backend.errors import BackendError
 from backend.images import Images
 from backend.labeling import Control, Plan
-from backend.regions import Detection, to_prediction, to_regions
+from backend.regions import to_prediction, to_regions
 from backend.settings import Settings
 from backend.studio import Studio
 from backend.versions import find_checkpoint
@@ -65,48 +65,51 @@ def predict(payload: Mapping[str, Any]) -> dict[str, Any]:
         `answers`: for each task in order a prediction, or `{"error": {"code", "detail"}}`.
     """
     assert _tools, "set_up comes first"
-    plan, tasks = Plan.from_dict(payload["plan"]), payload["tasks"]
-    per_control = [_predict_control(_tools, control, tasks, payload["model_version"]) for control in plan.controls]
-    return {"answers": [_answer(parts, payload["model_version"]) for parts in zip(*per_control, strict=True)]}
+    plan, tasks, version = Plan.from_dict(payload["plan"]), payload["tasks"], payload["model_version"]
+    pictures = _load(_tools.images, {control.uri(task["data"]) for control in plan.controls for task in tasks})
+    per_control = [_predict_control(_tools.detector, control, tasks, pictures, version) for control in plan.controls]
+    return {"answers": [_answer(task, parts, version) for task, *parts in zip(tasks, *per_control, strict=True)]}
 
 
+Picture = Image.Image | BackendError
 Part = list[dict[str, object]] | BackendError
 
 
-def _predict_control(tools: Tools, control: Control, tasks: Sequence[Any], version: str) -> list[Part]:
-    """For each task the regions of one control, or why there are none."""
-    pictures = _load(tools.images, [control.uri(task["data"]) for task in tasks])
-    shown = {i: picture for i, picture in enumerate(pictures) if isinstance(picture, Image.Image)}
-    found = dict(zip(shown, tools.detector.detect(list(shown.values()), control.labels), strict=True))
-    parts: list[Part] = []
-    for i, (task, picture) in enumerate(zip(tasks, pictures, strict=True)):
-        if isinstance(picture, BackendError):
-            log.warning("task %s: %s", task["id"], picture)
-            parts.append(picture)
-        else:
-            parts.append(_regions(control, found[i], picture, f"{task['id']}/{version}"))
-    return parts
-
-
-def _regions(control: Control, detections: list[Detection], picture: Image.Image, seed: str) -> list[dict[str, object]]:
-    return to_regions(detections, control.from_name, control.to_name, *picture.size, seed)
-
-
-def _load(images: Images, uris: Sequence[Any]) -> list[Image.Image | BackendError]:
+def _load(images: Images, uris: set[str]) -> dict[str, Picture]:
+    """Each address with its picture, or with what is wrong with it."""
     with ThreadPoolExecutor(DOWNLOADS) as pool:
-        return list(pool.map(lambda uri: _load_one(images, uri), uris))
+        return dict(zip(uris, pool.map(lambda uri: _load_one(images, uri), uris), strict=True))
 
 
-def _load_one(images: Images, uri: Any) -> Image.Image | BackendError:
+def _load_one(images: Images, uri: str) -> Picture:
     try:
         return images.load(uri)
     except BackendError as error:
         return error
 
 
-def _answer(parts: Sequence[Part], version: str) -> dict[str, Any]:
-    """One task: its prediction, unless the picture of any control failed."""
+def _predict_control(
+    detector: Detector, control: Control, tasks: Sequence[Any], pictures: Mapping[str, Picture], version: str
+) -> list[Part]:
+    """For each task the regions of one control, or why there are none."""
+    of_task = [pictures[control.uri(task["data"])] for task in tasks]
+    shown = [picture for picture in of_task if isinstance(picture, Image.Image)]
+    try:
+        found = iter(detector.detect(shown, control.labels))
+    except BackendError as error:
+        return [error] * len(tasks)
+    return [
+        picture
+        if isinstance(picture, BackendError)
+        else to_regions(next(found), control.from_name, control.to_name, *picture.size, f"{task['id']}/{version}")
+        for task, picture in zip(tasks, of_task, strict=True)
+    ]
+
+
+def _answer(task: Mapping[str, Any], parts: Sequence[Part], version: str) -> dict[str, Any]:
+    """One task: its prediction, unless any of its controls failed."""
     errors = [part for part in parts if isinstance(part, BackendError)]
     if errors:
+        log.warning("task %s: %s", task["id"], errors[0])
         return {"error": errors[0].to_dict()}
     return to_prediction([part for part in parts if not isinstance(part, BackendError)], version)

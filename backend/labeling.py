@@ -34,12 +34,12 @@ class Control:
     path: tuple[str, ...]
     labels: tuple[Label, ...]
 
-    def uri(self, data: Mapping[str, Any]) -> Any:
-        """What the task's data holds at this control's path; None where it holds nothing."""
+    def uri(self, data: Mapping[str, Any]) -> str:
+        """The picture's address in a task's data; empty where the data holds none."""
         value: Any = data
         for key in self.path:
             value = value.get(key) if isinstance(value, Mapping) else None
-        return value
+        return value if isinstance(value, str) else ""
 
 
 @dataclass(frozen=True)

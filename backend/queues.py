@@ -36,7 +36,7 @@ PROJECTS_KEY = "gdino:projects"  # hash: project id -> model version given at /s
 
 JOB_TIMEOUT = 600  # s; a chunk is about a second of work, but a first download or a slow CPU may take long
 RESULT_TTL = 3600  # s that a finished chunk can still be fetched
-SOCKET_TIMEOUT = 2.5  # s; Redis is near and answers in milliseconds, or not at all
+CONNECT_TIMEOUT, SOCKET_TIMEOUT = 0.5, 2.0  # s; together below the 3 s that Label Studio waits for /setup
 WAIT_SLICE = 1  # s; shorter than SOCKET_TIMEOUT, so that waiting for a job does not look like a dead Redis
 
 
@@ -71,7 +71,11 @@ def connect(redis_url: str, socket_timeout: float | None = SOCKET_TIMEOUT) -> Re
     """A client that says at once when Redis is away, instead of retrying; connects on first use."""
     retry = ConnectionRetry(NoBackoff(), 0)
     return Redis.from_url(
-        redis_url, socket_connect_timeout=1, socket_timeout=socket_timeout, retry=retry, health_check_interval=0
+        redis_url,
+        socket_connect_timeout=CONNECT_TIMEOUT,
+        socket_timeout=socket_timeout,
+        retry=retry,
+        health_check_interval=0,
     )
 
 

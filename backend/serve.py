@@ -21,10 +21,12 @@ from types import FrameType
 from backend import private_redis
 from backend.errors import SettingsError
 from backend.settings import Settings
+from backend.versions import find_checkpoint
 from backend.welcome import welcome
 
 ROOT = Path(__file__).parent.parent
 URL_FILE = "redis.url"  # in MODEL_DIR: where other commands find the private Redis
+CONFIGURED_REDIS_TIMEOUT = 10  # s; it may be starting beside us
 LONGEST_PAUSE = 30  # s before a part that keeps crashing is started again
 STEADY = 60  # s after which a crash counts as the first
 GRACE = 2  # s between SIGTERM and SIGKILL
@@ -82,10 +84,12 @@ def serve(settings: Settings) -> None:
     """Runs everything until SIGTERM or Ctrl-C.
 
     Raises:
-        SettingsError: the port is taken, MODEL_DIR cannot be written, or Redis cannot be started.
+        SettingsError: the port is taken, MODEL_DIR cannot be written, or Redis does not answer.
+        CheckpointError: there is no such MODEL.
     """
     stop = _stop_on_signals()
     _check_port(settings.port)
+    find_checkpoint(settings.model)
     with _own_folder(settings.model_dir), tempfile.TemporaryDirectory(prefix="gdino-") as private:
         redis, settings = _private_redis(settings, Path(private))
         try:
@@ -122,6 +126,7 @@ def _part(name: str, arguments: list[str], env: dict[str, str]) -> Part:
 def _private_redis(settings: Settings, private: Path) -> tuple[list[Part], Settings]:
     """The private server, running, and the settings that lead to it; no server where one is configured."""
     if settings.redis_url:
+        private_redis.wait_until_ready(settings.redis_url, CONFIGURED_REDIS_TIMEOUT)
         return [], settings
     path, folder = private / "redis.sock", settings.model_dir / "redis"
     folder.mkdir(exist_ok=True)

@@ -33,7 +33,7 @@ class Settings:
     basic_auth_user: str = _setting("", "user that callers must give; empty: no login asked")
     basic_auth_pass: str = _setting("", "password that callers must give", secret=True)
     box_threshold: float = _setting(0.3, "lowest score of a box, where the labeling config says nothing", "0 to 1", 0)
-    batch_size: int = _setting(8, "pictures in one job and at most in one forward pass", minimum=1)
+    batch_size: int = _setting(4, "pictures in one job and at most in one forward pass", minimum=1)
     predict_deadline: int = _setting(90, "time after which /predict answers with what is finished", "seconds", 1)
     max_image_pixels: int = _setting(100_000_000, "largest picture", "pixels", 1)
     max_image_bytes: int = _setting(50_000_000, "largest picture file", "bytes", 1)
@@ -76,3 +76,13 @@ def _convert(cls: type[Settings], name: str, text: str) -> Any:
     except ValueError:
         wanted = "a whole number" if kind is int else "a number"
         raise SettingsError(f"{name.upper()} must be {wanted}, not {text!r}") from None
+
+
+def settings_table() -> str:
+    """All settings as the Markdown table that the README shows."""
+    rows = ["| variable | default | meaning |", "|---|---|---|"]
+    for field in dataclasses.fields(Settings):
+        unit = f" ({field.metadata['unit']})" if field.metadata["unit"] else ""
+        default = f"`{field.default}`" if field.default != "" else ""
+        rows.append(f"| `{field.name.upper()}` | {default} | {field.metadata['text']}{unit} |")
+    return "\n".join(rows) + "\n"

@@ -11,7 +11,7 @@ from rq import SimpleWorker
 from rq.serializers import JSONSerializer
 
 from backend import jobs
-from backend.queues import PREDICT, READY_KEY, READY_TTL, AllowedJob, connect, worker_name
+from backend.queues import PREDICT, READY_KEY, READY_TTL, AllowedJob, connect, redis_errors, worker_name
 from backend.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -25,6 +25,7 @@ def run(settings: Settings) -> None:
 
     Raises:
         CheckpointError: the model cannot be loaded.
+        QueueUnavailable: Redis does not answer at the start.
     """
     name = worker_name()
     tools = jobs.set_up(settings)
@@ -34,7 +35,14 @@ def run(settings: Settings) -> None:
     )
     beat.start()
     log.info("worker %s is ready on %s", name, tools.detector.device)
-    worker = SimpleWorker(
+    with redis_errors():
+        _rq_worker(settings, name).work(logging_level="WARNING")
+    stop.set()
+    beat.join()
+
+
+def _rq_worker(settings: Settings, name: str) -> SimpleWorker:
+    return SimpleWorker(
         [PREDICT],
         name=name,
         connection=connect(settings.redis_url, socket_timeout=None),
@@ -44,9 +52,6 @@ def run(settings: Settings) -> None:
         maintenance_interval=MAINTENANCE_INTERVAL,
         log_job_description=False,
     )
-    worker.work(logging_level="WARNING")
-    stop.set()
-    beat.join()
 
 
 def _stay_ready(connection: Redis, name: str, stop: threading.Event, device: str) -> None:

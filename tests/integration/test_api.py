@@ -11,7 +11,7 @@ from backend.api import create_app
 from backend.queues import EVENTS_KEY, connect
 from backend.settings import Settings
 from model import GroundingDINO
-from tests.pictures import config_for, data_uri, recall, scenes
+from tests.pictures import config_for, scenes
 from tests.running import Served
 
 CONFIG = config_for(scenes(1))
@@ -37,7 +37,13 @@ def lonely(redis_url: str) -> FlaskClient:
 
 
 def setup_body(schema: str, project: str = "7.1795334225") -> dict:
-    return {"project": project, "schema": schema, "hostname": "http://ls", "access_token": "s3cret", "extra_params": None}
+    return {
+        "project": project,
+        "schema": schema,
+        "hostname": "http://ls",
+        "access_token": "s3cret",
+        "extra_params": None,
+    }
 
 
 def test_health_and_setup_need_neither_redis_nor_worker(away: FlaskClient) -> None:
@@ -60,7 +66,11 @@ def test_the_version_follows_prompts_and_thresholds(lonely: FlaskClient) -> None
         return lonely.post("/setup", json=setup_body(schema)).json["model_version"]
 
     assert version(CONFIG) == version(CONFIG.replace("<View>", '<View><Header value="Hi"/>'))
-    others = [EMPTY, CONFIG.replace('value="', 'predicted_values="x" value="', 2), CONFIG.replace("toName", 'model_score_threshold="0.5" toName')]
+    others = [
+        EMPTY,
+        CONFIG.replace('value="', 'predicted_values="x" value="', 2),
+        CONFIG.replace("toName", 'model_score_threshold="0.5" toName'),
+    ]
     assert len({version(schema) for schema in [CONFIG, *others]}) == 4
 
 
@@ -178,7 +188,9 @@ def test_annotation_events_are_recorded_without_secrets(lonely: FlaskClient, red
 def test_no_secret_reaches_the_log(lonely: FlaskClient, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     lonely.post("/setup", json=setup_body(EMPTY))
-    lonely.post("/predict", json={"tasks": [], "label_config": EMPTY, "params": {"login": "s3cret", "password": "s3cret"}})
+    lonely.post(
+        "/predict", json={"tasks": [], "label_config": EMPTY, "params": {"login": "s3cret", "password": "s3cret"}}
+    )
     lonely.post("/webhook", json={"action": "X", "project": {"id": 1, "token": "s3cret"}})
     assert "s3cret" not in caplog.text
 

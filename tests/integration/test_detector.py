@@ -5,7 +5,7 @@ from transformers import GroundingDinoImageProcessorPil
 
 from backend.checkpoints import load_checkpoint
 from backend.detector import Detector, ImageFormat, build_caption, phrase_scores
-from backend.errors import CheckpointError
+from backend.errors import CheckpointError, LabelingConfigError
 from backend.labeling import Label
 from backend.versions import DEMO
 from tests.pictures import scenes
@@ -33,8 +33,9 @@ def rounded(detections: list) -> list:
 def test_spans_name_the_tokens_of_each_phrase(detector: Detector) -> None:
     phrases = ["red circle", "zorp", "blue, big square"]
     caption = build_caption(detector.tokenizer, phrases)
-    words = [detector.tokenizer.decode(caption.input_ids[start:end]) for start, end in caption.spans]
-    assert [word.replace(" ", "") for word in words] == [phrase.replace(" ", "") for phrase in phrases]
+    tokens = detector.tokenizer.convert_ids_to_tokens(caption.input_ids)
+    words = ["".join(tokens[start:end]).replace("##", "") for start, end in caption.spans]
+    assert words == [phrase.replace(" ", "") for phrase in phrases]
     assert caption.input_ids[-2:] == (1012, 102)
 
 
@@ -115,3 +116,9 @@ def test_damaged_weights_are_refused(tmp_path) -> None:
         (tmp_path / path.name).write_bytes(body[: len(body) // 2] if path.suffix == ".safetensors" else body)
     with pytest.raises(CheckpointError, match="cannot be loaded"):
         load_checkpoint(str(tmp_path))
+
+
+def test_too_many_labels_are_refused_with_the_numbers(detector: Detector) -> None:
+    many = labels(*(f"zorp {number}" for number in range(100)))
+    with pytest.raises(LabelingConfigError, match=r"make \d+ tokens and the model reads 256"):
+        detector.detect([Image.new("RGB", (96, 96))], many)

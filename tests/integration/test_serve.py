@@ -46,7 +46,13 @@ def test_the_web_front_stays_small(served: Served) -> None:
 def test_the_welcome_tells_what_matters(served: Served) -> None:
     wait_for(lambda: "Ctrl-C stops everything" in served.text(), 30, "the welcome")
     text = served.text()
-    for part in (f"http://localhost:{served.port}", "model ready after", "sample prediction", "score 0.", "Connect Model"):
+    for part in (
+        f"http://localhost:{served.port}",
+        "model ready after",
+        "sample prediction",
+        "score 0.",
+        "Connect Model",
+    ):
         assert part in text
 
 

@@ -18,7 +18,9 @@ def predict(served: Served, tasks: list[dict], config: str) -> list[dict]:
 
 
 def version(served: Served, config: str) -> str:
-    return requests.post(f"{served.url}/setup", json={"project": "1.1", "schema": config}, timeout=3).json()["model_version"]
+    return requests.post(f"{served.url}/setup", json={"project": "1.1", "schema": config}, timeout=3).json()[
+        "model_version"
+    ]
 
 
 def test_rectangles_lie_on_the_shapes_with_the_right_labels(served: Served) -> None:
@@ -41,7 +43,9 @@ def test_one_answer_a_task_in_order_and_a_broken_picture_fails_alone(served: Ser
 
 
 def test_nothing_found_is_an_empty_result(served: Served) -> None:
-    (result,) = predict(served, [{"id": 1, "data": {"image": data_uri(Image.new("RGB", (96, 96), "grey"))}}], config_for(scenes(1)))
+    (result,) = predict(
+        served, [{"id": 1, "data": {"image": data_uri(Image.new("RGB", (96, 96), "grey"))}}], config_for(scenes(1))
+    )
     assert result["result"] == []
 
 
@@ -78,7 +82,9 @@ def test_labels_answer_in_the_projects_own_words(served: Served) -> None:
     (result,) = predict(served, [{"id": 1, "data": {"photo": {"url": data_uri(scene.image)}}}], config)
     regions = result["result"]
     assert regions
-    assert {(r["from_name"], r["to_name"], *r["value"]["rectanglelabels"]) for r in regions} == {("r", "img", "thing-1")}
+    assert {(r["from_name"], r["to_name"], *r["value"]["rectanglelabels"]) for r in regions} == {
+        ("r", "img", "thing-1")
+    }
 
 
 def test_health_and_setup_are_quick_while_the_worker_is_busy(served: Served) -> None:

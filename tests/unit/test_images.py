@@ -84,9 +84,7 @@ def test_a_bad_redirect_is_refused(location: str, reason: str) -> None:
 @pytest.mark.parametrize(
     ("uri", "reason"),
     [
-        (None, "no picture where"),
         ("", "no picture where"),
-        ({"url": "x"}, "no picture where"),
         ("file:///etc/passwd", "must be http"),
         ("//evil/x", "must be http"),
         ("ftp://a/b", "must be http"),
@@ -99,7 +97,7 @@ def test_a_bad_redirect_is_refused(location: str, reason: str) -> None:
         ("http://", "could not be fetched"),
     ],
 )
-def test_an_address_that_leads_nowhere_says_why(uri: object, reason: str) -> None:
+def test_an_address_that_leads_nowhere_says_why(uri: str, reason: str) -> None:
     with pytest.raises(ImageError, match=reason):
         images().load(uri)
 

@@ -80,7 +80,7 @@ def test_a_wrong_threshold_names_its_tag(value: str) -> None:
 def test_a_dotted_path_is_followed() -> None:
     control = read_plan(config('<Label value="a"/>', image='value="$photo.large.url"'), 0.3).controls[0]
     assert control.uri({"photo": {"large": {"url": "x"}}}) == "x"
-    assert control.uri({"photo": "x"}) is None
+    assert control.uri({"photo": "x"}) == control.uri({"photo": {"large": {"url": 7}}}) == ""
 
 
 def test_only_the_fields_that_are_read_leave_the_front() -> None:

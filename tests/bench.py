@@ -1,0 +1,97 @@
+"""`make bench`: start-up, latency and memory of the whole server, with the bundled checkpoint.
+
+Prints one line a figure: median, and minimum to maximum of all runs. BENCH_FRESH=1 also times the first `make demo` of a
+fresh clone, which installs everything.
+"""
+
+import os
+import platform
+import re
+import signal
+import statistics
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import requests
+
+from tests.pictures import config_for, data_uri, scenes
+from tests.running import ROOT, Served, free_port, wait_for
+
+STARTS, REQUESTS = 5, 50
+
+
+def show(name: str, unit: str, values: list[float]) -> None:
+    low, high = min(values), max(values)
+    print(
+        f"{name:<52} {statistics.median(values):8.1f} {unit:<3} ({low:.1f} to {high:.1f}, {len(values)} runs)",
+        flush=True,
+    )
+
+
+def resident_mb(pid: int) -> float:
+    return int(re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())[1]) / 1024
+
+
+def front_memory(served: Served) -> float:
+    fronts = [pid for pid in served.children() if b"gunicorn" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return max(map(resident_mb, fronts))
+
+
+def request_times(served: Served) -> list[float]:
+    scene = scenes(1, (640, 480))[0]
+    body = {"tasks": [{"id": 1, "data": {"image": data_uri(scene.image)}}], "label_config": config_for([scene])}
+    times = []
+    for _ in range(REQUESTS + 5):
+        start = time.perf_counter()
+        assert "result" in requests.post(f"{served.url}/predict", json=body, timeout=60).json()["results"][0]
+        times.append(1000 * (time.perf_counter() - start))
+    return times[5:]
+
+
+def warm_starts() -> None:
+    ready, memory, latency = [], [], []
+    for _ in range(STARTS):
+        with tempfile.TemporaryDirectory() as folder:
+            start = time.monotonic()
+            served = Served(Path(folder))
+            try:
+                served.wait_until_ready()
+                ready.append(time.monotonic() - start)
+                latency += request_times(served)
+                memory.append(front_memory(served))
+            finally:
+                served.stop()
+    show("warm start to /ready", "s", ready)
+    show("one 640x480 picture through /predict", "ms", latency)
+    show("memory of the web front", "MB", memory)
+
+
+def fresh_start() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        clone, port = Path(folder) / "clone", free_port()
+        subprocess.run(["git", "clone", "-q", str(ROOT), str(clone)], check=True)
+        start = time.monotonic()
+        env = {**os.environ, "PORT": str(port)}
+        with (Path(folder) / "log").open("wb") as log:
+            make = subprocess.Popen(
+                ["make", "demo"], cwd=clone, env=env, stdout=log, stderr=log, start_new_session=True
+            )
+        try:
+            wait_for(lambda: requests.get(f"http://127.0.0.1:{port}/ready", timeout=5).ok, 1800, "ready")
+            show("first `make demo` of a fresh clone to /ready", "s", [time.monotonic() - start])
+        finally:
+            os.killpg(make.pid, signal.SIGTERM)
+            make.wait(20)
+
+
+def main() -> None:
+    print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
+    if os.environ.get("BENCH_FRESH"):
+        fresh_start()
+    warm_starts()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""A real Label Studio in a virtual environment of its own, started on a free port with SQLite."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import requests
+
+from tests.running import ROOT, free_port, wait_for
+
+VENV = (ROOT / os.environ.get("LABEL_STUDIO_VENV", ".venv-label-studio")).resolve()
+USER, PASSWORD = "e2e@example.com", "e2e-password-of-a-throw-away-server"
+LEGACY_TOKEN = "0123456789abcdef0123456789abcdef01234567"
+STRICT_VALIDATION = "fflag_feat_utc_210_prediction_validation_15082025"
+BOOT_TIMEOUT = 240  # s; the first start migrates its database, which takes about 45 s on a free machine
+
+
+class LabelStudio:
+    """A running server and the few calls that the tests make, as its only user."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def call(self, method: str, path: str, **options: Any) -> Any:
+        headers = {"Authorization": f"Token {LEGACY_TOKEN}"}
+        answer = requests.request(method, self.url + path, headers=headers, timeout=200, **options)
+        assert answer.ok, f"{method} {path}: {answer.status_code} {answer.text[:500]}"
+        return answer.json() if answer.content else None
+
+    def personal_access_token(self) -> str:
+        session = requests.Session()
+        page = session.get(f"{self.url}/user/login/", timeout=30).text
+        token = re.search(r'csrfmiddlewaretoken" value="([^"]+)"', page)[1]
+        form = {"email": USER, "password": PASSWORD, "csrfmiddlewaretoken": token}
+        session.post(f"{self.url}/user/login/", data=form, headers={"Referer": self.url}, timeout=30)
+        headers = {"Referer": self.url, "X-CSRFToken": session.cookies["csrftoken"]}
+        answer = session.post(f"{self.url}/api/token", json={}, headers=headers, timeout=30)
+        assert answer.status_code == 201, answer.text
+        return answer.json()["token"]
+
+    def create_project(self, title: str, config: str, pictures: dict[str, bytes]) -> "Project":
+        project = self.call("POST", "/api/projects", json={"title": title, "label_config": config})["id"]
+        files = {f"file{i}": (name, body, "image/png") for i, (name, body) in enumerate(pictures.items())}
+        self.call("POST", f"/api/projects/{project}/import?return_task_ids=true", files=files)
+        return Project(self, project)
+
+
+class Project:
+    """One project of it."""
+
+    def __init__(self, studio: LabelStudio, number: int) -> None:
+        self.studio, self.number = studio, number
+        self.backend: int | None = None
+
+    def connect(self, url: str) -> None:
+        body = {"project": self.number, "url": url, "title": "Grounding DINO", "is_interactive": True}
+        self.backend = self.studio.call("POST", "/api/ml", json=body)["id"]
+
+    def model_version(self) -> str:
+        return self.studio.call("GET", f"/api/ml/{self.backend}")["model_version"]
+
+    def tasks(self) -> list[dict[str, Any]]:
+        query = {"include": [{"field": "id"}, {"field": "data"}]}
+        path = f"/api/tasks?project={self.number}&fields=all&page_size=1000&query={json.dumps(query)}"
+        return sorted(self.studio.call("GET", path)["tasks"], key=lambda task: task["id"])
+
+    def predictions(self) -> list[dict[str, Any]]:
+        return self.studio.call("GET", f"/api/predictions?project={self.number}")
+
+    def action(self, name: str, tasks: list[int]) -> Any:
+        selected = {"selectedItems": {"all": False, "included": tasks}, "project": self.number}
+        return self.studio.call("POST", f"/api/dm/actions?id={name}&project={self.number}", json=selected)
+
+
+@contextlib.contextmanager
+def running_label_studio(folder: Path) -> Iterator[LabelStudio]:
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    data, log = folder / "data", folder / "label-studio.log"
+    data.mkdir()
+    env = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")} | {
+        "LABEL_STUDIO_BASE_DATA_DIR": str(data),
+        "LABEL_STUDIO_USERNAME": USER,
+        "LABEL_STUDIO_PASSWORD": PASSWORD,
+        "LABEL_STUDIO_USER_TOKEN": LEGACY_TOKEN,
+        "LABEL_STUDIO_ENABLE_LEGACY_API_TOKEN": "true",
+        "LABEL_STUDIO_HOST": url,
+        "ML_BLOCK_LOCAL_IP": "false",
+        "SSRF_PROTECTION_ENABLED": "false",
+        STRICT_VALIDATION: "true",
+        "COLLECT_ANALYTICS": "false",
+        "LATEST_VERSION_CHECK": "false",
+        "SENTRY_DSN": "",
+        "FRONTEND_SENTRY_DSN": "",
+    }
+    command = [str(VENV / "bin" / "label-studio"), "start", "--no-browser", "--internal-host", "127.0.0.1"]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [*command, "-p", str(port)], env=env, stdout=output, stderr=output, cwd=folder, start_new_session=True
+        )
+    try:
+
+        def healthy() -> bool:
+            assert process.poll() is None, log.read_text(errors="replace")[-3000:]
+            return requests.get(f"{url}/health", timeout=2).ok
+
+        wait_for(healthy, BOOT_TIMEOUT, "Label Studio")
+        yield LabelStudio(url)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def find_chromium() -> str | None:
+    """Debian's Chromium; installed where it is missing and we may."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    found = next(filter(None, map(shutil.which, names)), None)
+    if not found and os.geteuid() == 0 and shutil.which("apt-get"):
+        env = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+        subprocess.run(["apt-get", "update", "-qq"], env=env, check=False)
+        subprocess.run(["apt-get", "install", "-y", "-qq", "chromium"], env=env, check=False)
+        found = shutil.which("chromium")
+    return found

@@ -1,0 +1,132 @@
+"""The main job, against the real thing: from a project to rectangles in it."""
+
+import os
+import statistics
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from backend.demo import samples
+from backend.images import Images
+from backend.studio import Studio
+from tests.e2e.studio import LEGACY_TOKEN, PASSWORD, USER, LabelStudio, Project, find_chromium, running_label_studio
+from tests.pictures import config_for, encode, recall, scenes
+from tests.running import ROOT, Served
+
+pytestmark = pytest.mark.timeout(600)
+
+DRAWN = scenes(12, (640, 480), seed=5)
+SCREENSHOTS = ROOT / os.environ.get("SCREENSHOTS", "build/screenshots")
+
+
+@pytest.fixture(scope="module")
+def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LabelStudio]:
+    with running_label_studio(tmp_path_factory.mktemp("label-studio")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def backend(studio: LabelStudio, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    keys = {"LABEL_STUDIO_URL": studio.url, "LABEL_STUDIO_API_KEY": studio.personal_access_token()}
+    server = Served(tmp_path_factory.mktemp("backend"), **keys)
+    try:
+        server.wait_until_ready()
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def project(studio: LabelStudio, backend: Served) -> Project:
+    pictures = {f"scene-{i:02}.png": encode(scene.image) for i, scene in enumerate(DRAWN)}
+    project = studio.create_project("shapes", config_for(DRAWN), pictures)
+    project.connect(backend.url)
+    return project
+
+
+def test_retrieve_predictions_puts_rectangles_on_the_shapes(project: Project) -> None:
+    tasks = project.tasks()
+    project.action("retrieve_tasks_predictions", [task["id"] for task in tasks])
+    by_task = {prediction["task"]: prediction for prediction in project.predictions()}
+    assert sorted(by_task) == [task["id"] for task in tasks]
+    assert len(project.predictions()) == len(tasks)
+    drawn = {task["id"]: DRAWN[int(task["data"]["image"].split("scene-")[1][:2])] for task in tasks}
+    found = [recall(by_task[number]["result"], scene) for number, scene in drawn.items()]
+    assert statistics.mean(found) > 0.85, found
+    assert {prediction["model_version"] for prediction in by_task.values()} == {project.model_version()}
+
+
+def test_retrieving_again_asks_for_nothing(project: Project) -> None:
+    before = project.predictions()
+    project.action("retrieve_tasks_predictions", [task["id"] for task in project.tasks()])
+    assert project.predictions() == before
+
+
+def test_opening_a_task_brings_its_prediction(project: Project) -> None:
+    task = project.tasks()[0]["id"]
+    project.action("delete_tasks_predictions", [task])
+    opened = project.studio.call("GET", f"/api/tasks/{task}")
+    assert [prediction["model_version"] for prediction in opened["predictions"]] == [project.model_version()]
+
+
+def test_interactive_prediction(project: Project) -> None:
+    body = {"task": project.tasks()[0]["id"], "context": {"result": []}}
+    answer = project.studio.call("POST", f"/api/ml/{project.backend}/interactive-annotating", json=body)
+    assert answer["data"]["result"]
+
+
+def test_annotations_are_saved_quickly_and_recorded(project: Project, backend: Served) -> None:
+    task, start = project.tasks()[1]["id"], time.monotonic()
+    created = project.studio.call("POST", f"/api/tasks/{task}/annotations", json={"result": [], "lead_time": 1})
+    assert time.monotonic() - start < 1
+    project.studio.call("DELETE", f"/api/annotations/{created['id']}")
+    project.studio.call("POST", f"/api/ml/{project.backend}/train", json={})
+
+
+def test_a_picture_that_fails_leaves_the_others_and_is_asked_again(studio: LabelStudio, backend: Served) -> None:
+    project = studio.create_project("broken", config_for(DRAWN), {"scene-00.png": encode(DRAWN[0].image)})
+    body = [{"data": {"image": "http://127.0.0.1:1/gone.png"}}]
+    studio.call("POST", f"/api/projects/{project.number}/import", json=body)
+    project.connect(backend.url)
+    good, bad = project.tasks()
+    project.action("retrieve_tasks_predictions", [good["id"], bad["id"]])
+    assert [prediction["task"] for prediction in project.predictions()] == [good["id"]]
+    assert f"task {bad['id']}: the picture could not be fetched" in backend.text()
+
+
+@pytest.mark.parametrize("kind", ["legacy token", "personal access token"])
+def test_uploaded_pictures_open_with_either_key(studio: LabelStudio, project: Project, kind: str) -> None:
+    key = LEGACY_TOKEN if kind == "legacy token" else studio.personal_access_token()
+    uri = project.tasks()[0]["data"]["image"]
+    assert uri.startswith("/data/upload/")
+    assert Images(Studio(studio.url, key), 10**7, 10**7).load(uri).size == (640, 480)
+
+
+def test_the_boxes_are_seen_in_the_browser(studio: LabelStudio, backend: Served) -> None:
+    chromium = find_chromium()
+    if not chromium:
+        pytest.skip("no Chromium here, and no right to install it: apt-get install chromium")
+    from playwright.sync_api import sync_playwright
+
+    pictures = {path.name: path.read_bytes() for path in sorted(samples.FOLDER.glob("*.jpg"))}
+    project = studio.create_project("samples", (samples.FOLDER / "labeling_config.xml").read_text(), pictures)
+    project.connect(backend.url)
+    tasks = [task["id"] for task in project.tasks()]
+    project.action("retrieve_tasks_predictions", tasks)
+    most = max(project.predictions(), key=lambda prediction: len(prediction["result"]))
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page(viewport={"width": 1400, "height": 800})
+        page.goto(f"{studio.url}/user/login/")
+        page.fill("input[name=email]", USER)
+        page.fill("input[name=password]", PASSWORD)
+        page.click("button[type=submit]")
+        page.wait_for_url("**/projects/**")
+        page.goto(f"{studio.url}/projects/{project.number}/data?task={most['task']}")
+        page.wait_for_selector("canvas", timeout=60_000)
+        page.wait_for_timeout(3000)
+        SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+        page.screenshot(path=SCREENSHOTS / "label-studio.png")
+        (SCREENSHOTS / "label-studio.html").write_text(page.content())
+        browser.close()

@@ -1,0 +1,55 @@
+"""The documents say what the code says."""
+
+import dataclasses
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from backend.cli import cli
+from backend.settings import Settings, settings_table
+from tests.running import ROOT
+
+README = (ROOT / "README.md").read_text()
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+
+
+def test_the_readme_shows_the_settings_as_they_are() -> None:
+    shown = re.search(r"<!-- settings -->\n(.*?)<!-- /settings -->", README, re.S)[1]
+    assert shown == settings_table(), "run: python -c 'from backend.settings import *; print(settings_table())'"
+
+
+def test_the_readme_shows_every_command() -> None:
+    for name in cli.commands:
+        assert f"`python -m backend {name}`" in README
+
+
+def test_every_setting_is_an_option_with_default_and_unit() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "backend", "serve", "--help"], cwd=ROOT, capture_output=True, text=True
+    )
+    text = " ".join(done.stdout.split())
+    for field in dataclasses.fields(Settings):
+        assert f"--{field.name.replace('_', '-')}" in text
+        assert f"variable: {field.name.upper()}" in text
+
+
+def test_an_option_wins_over_its_variable() -> None:
+    command = [sys.executable, "-m", "backend", "serve", "--port", "0"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={"PORT": "9999"})
+    assert (done.returncode, done.stderr) == (2, "error: PORT must be at least 1\n")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(document: Path) -> None:
+    for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", document.read_text()):
+        assert (document.parent / target).exists(), target
+
+
+def test_make_targets_in_the_documents_exist() -> None:
+    targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.M))
+    for document in DOCUMENTS:
+        named = re.findall(r"`make ([a-z0-9-]+)", document.read_text())
+        assert set(named) <= targets, document
