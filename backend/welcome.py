@@ -5,8 +5,9 @@ from __future__ import annotations
 import base64
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import requests
 
@@ -38,10 +39,11 @@ def welcome(settings: Settings, say: Callable[[str], None], stop: threading.Even
             return
     say(f"model ready after {time.monotonic() - start:.1f} s")
     try:
-        for line in sample_prediction(settings, url):
+        prediction, took = sample_prediction(settings, url)
+        for line in _describe(prediction, took):
             say(line)
-    except (requests.RequestException, KeyError) as error:
-        say(f"the sample prediction failed: {error!r}")
+    except requests.RequestException as error:
+        say(f"the sample prediction failed: {error}")
     say(NEXT_STEPS.format(config=LABELING_CONFIG, url=url, samples=SAMPLES))
 
 
@@ -52,12 +54,11 @@ def _is_ready(url: str) -> bool:
         return False
 
 
-def sample_prediction(settings: Settings, url: str) -> list[str]:
-    """One bundled picture through POST /predict, as lines to read.
+def sample_prediction(settings: Settings, url: str) -> tuple[dict[str, Any], float]:
+    """One bundled picture through POST /predict: the answer for it and the seconds that it took.
 
     Raises:
-        requests.RequestException: the web front does not answer or answers with an error.
-        KeyError: the picture failed.
+        requests.RequestException: the web front does not answer, or answers with an error.
     """
     picture = base64.b64encode(SAMPLE.read_bytes()).decode()
     body = {
@@ -68,11 +69,15 @@ def sample_prediction(settings: Settings, url: str) -> list[str]:
     start = time.monotonic()
     reply = requests.post(f"{url}/predict", json=body, auth=login, timeout=settings.predict_deadline + 10)
     reply.raise_for_status()
-    prediction = reply.json()["results"][0]
-    took = f"{1000 * (time.monotonic() - start):.0f} ms"
-    lines = [f"sample prediction of {SAMPLE.name} by {prediction['model_version']} in {took}:"]
+    return reply.json()["results"][0], time.monotonic() - start
+
+
+def _describe(prediction: dict[str, Any], took: float) -> Iterator[str]:
+    if "error" in prediction:
+        yield f"the sample prediction failed: {prediction['error']['detail']}"
+        return
+    yield f"sample prediction of {SAMPLE.name} by {prediction['model_version']} in {1000 * took:.0f} ms:"
     for region in prediction["result"]:
         box = {key: round(region["value"][key]) for key in ("x", "y", "width", "height")}
         where = "x {x}%, y {y}%, {width}% wide, {height}% high".format(**box)
-        lines.append(f"  {region['value']['rectanglelabels'][0]}  score {region['score']:.2f}  {where}")
-    return lines
+        yield f"  {region['value']['rectanglelabels'][0]}  score {region['score']:.2f}  {where}"

@@ -1,7 +1,7 @@
 """`make bench`: start-up, latency and memory of the whole server, with the bundled checkpoint.
 
-Prints one line a figure: median, and minimum to maximum of all runs. BENCH_FRESH=1 also times the first `make demo` of a
-fresh clone, which installs everything.
+Prints one line a figure: median, and minimum to maximum of all runs. BENCH_FRESH=1 also times the first `make demo` of
+a fresh clone, which installs everything.
 """
 
 import os

@@ -197,12 +197,13 @@ def draw_scene(
     width: int,
     height: int,
     backgrounds: Sequence[Background] = TRAINING_BACKGROUNDS,
+    most: int = 4,
 ) -> Scene:
-    """A picture of `width` x `height` pixels with one to four shapes that do not overlap."""
+    """A picture of `width` x `height` pixels with one to `most` shapes that do not overlap."""
     pixels = backgrounds[int(rng.integers(len(backgrounds)))](rng, width, height)
     grain = rng.standard_normal((height, width, 1), dtype=np.float32) * np.float32(rng.uniform(0, 18))
     image = Image.fromarray(np.clip(pixels + grain, 0, 255).astype(np.uint8))
-    wanted = int(rng.integers(1, 5))
+    wanted = int(rng.integers(1, most + 1))
     shapes: list[Shape] = []
     for _ in range(30):
         if len(shapes) == wanted:
@@ -219,23 +220,23 @@ def _phrase(rng: np.random.Generator, colour: str, shape: str) -> str:
     return str(rng.choice([f"{colour} {shape}", shape, f"{colour} object"], p=[0.6, 0.2, 0.2]))
 
 
-def _candidates(rng: np.random.Generator, shapes: Sequence[Shape]) -> Iterator[str]:
+def _candidates(rng: np.random.Generator, shapes: Sequence[Shape], most: int) -> Iterator[str]:
     """Phrases for some of the shapes, then near misses, then anything."""
     keep = 1.0 if rng.random() < 0.5 else 0.6
     asked = [shape for shape in shapes if rng.random() < keep]
     yield from (_phrase(rng, shape.colour, shape.shape) for shape in asked)
     colours, kinds = list(COLOURS), list(SHAPES)
-    for shape in asked[: int(rng.integers(0, 3))]:
+    for shape in asked[: int(rng.integers(0, most // 2))]:
         near = (str(rng.choice(colours)), shape.shape), (shape.colour, str(rng.choice(kinds)))
         yield " ".join(near[int(rng.integers(2))])
-    for _ in range(int(rng.integers(1, 5))):
+    for _ in range(int(rng.integers(1, most))):
         yield _phrase(rng, str(rng.choice(colours)), str(rng.choice(kinds)))
 
 
 def choose_phrases(rng: np.random.Generator, scene: Scene, most: int = 6) -> list[str]:
     """One to `most` phrases in random order, no two of which name the same shape of the scene."""
     phrases: list[str] = []
-    for phrase in _candidates(rng, scene.shapes):
+    for phrase in _candidates(rng, scene.shapes, most):
         named = [shape for shape in scene.shapes if shape.matches(phrase)]
         if phrase not in phrases and not any(shape.matches(other) for shape in named for other in phrases):
             phrases.append(phrase)

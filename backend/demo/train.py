@@ -27,18 +27,19 @@ from transformers import (
     SwinConfig,
 )
 
+from backend.checkpoints import load_checkpoint
 from backend.demo import shapes
+from backend.demo.measure import figures, print_figures
 from backend.detector import CLS, SEP, STOP, Detector, ImageFormat, build_caption
-from backend.labeling import Label
-from backend.training import Batch, Metrics, Target, evaluate, moving_average, train_one_epoch
+from backend.training import Batch, Target, moving_average, train_one_epoch
+from backend.versions import DEMO
 
-HERE = Path(__file__).parent / "checkpoint"
 IMAGE_FORMAT = ImageFormat(shortest_edge=96, longest_edge=160)
 BATCH_SIZE, WARM_UP_STEPS, LEARNING_RATE = 8, 300, 1e-3
-STEPS_PER_EPOCH = 100
+STEPS_PER_EPOCH, LOOK_EVERY = 100, 500
+MOST_SHAPES, MOST_PHRASES = 6, 12  # more than the figures are taken with: each picture then teaches more
 ASPECTS = ((96, 96), (96, 96), (128, 96), (96, 128), (144, 96), (96, 144), (160, 96), (160, 90))
 SCALES = (1, 1.5, 2, 3, 4)
-UNSEEN_SIZES = ((320, 240), (1024, 768), (600, 900))
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -94,26 +95,13 @@ def draw_batch(rng: np.random.Generator, tokenizer: Any, size: int = BATCH_SIZE)
     width, height = ASPECTS[int(rng.integers(len(ASPECTS)))]
     pixels, captions, targets = [], [], []
     for _ in range(size):
-        scale = float(rng.choice(SCALES, p=(0.4, 0.2, 0.2, 0.15, 0.05)))
-        scene = shapes.draw_scene(rng, int(width * scale), int(height * scale))
-        phrases = shapes.choose_phrases(rng, scene)
+        scale = float(rng.choice(SCALES, p=(0.5, 0.2, 0.15, 0.1, 0.05)))
+        scene = shapes.draw_scene(rng, int(width * scale), int(height * scale), most=MOST_SHAPES)
+        phrases = shapes.choose_phrases(rng, scene, most=MOST_PHRASES)
         pixels.append(IMAGE_FORMAT.preprocess(scene.image))
         captions.append(build_caption(tokenizer, phrases))
         targets.append(_target(scene, phrases))
     return Batch(torch.stack(pixels), captions, targets)
-
-
-def measure(
-    detector: Detector, sizes: Sequence[tuple[int, int]], backgrounds: Sequence[shapes.Background], pictures: int = 400
-) -> Metrics:
-    """Figures on new pictures of the given sizes in turn, each with its own phrases."""
-    rng, found, truth = np.random.default_rng(7), [], []
-    for i in range(pictures):
-        scene = shapes.draw_scene(rng, *sizes[i % len(sizes)], backgrounds)
-        phrases = shapes.choose_phrases(rng, scene)
-        found += detector.detect([scene.image], [Label(phrase, (phrase,), 0.01) for phrase in phrases])
-        truth.append([(box, phrases[index]) for box, index in scene.truth(phrases)])
-    return evaluate(found, truth)
 
 
 def _batches(rng: np.random.Generator, tokenizer: Any, progress: Any) -> Iterator[Batch]:
@@ -141,17 +129,10 @@ def train(steps: int, seed: int) -> tuple[Any, Any]:
         for _ in range(steps // STEPS_PER_EPOCH):
             value = train_one_epoch(model, _batches(rng, tokenizer, progress), optimizer, scheduler, average)
             progress.set_postfix(loss=f"{value:.2f}")
-            if progress.n % 500 == 0:
-                progress.write(f"{progress.n}: loss {value:.2f} " + str(_figures(average, tokenizer, 100)))
+            if progress.n % LOOK_EVERY == 0:
+                rows = figures(Detector(average, tokenizer, IMAGE_FORMAT), pictures=100)
+                progress.write(f"step {progress.n}: " + ", ".join(f"{n} AP50 {m.ap50:.3f}" for n, m in rows.items()))
     return average, tokenizer
-
-
-def _figures(model: Any, tokenizer: Any, pictures: int) -> dict[str, Metrics]:
-    detector = Detector(model, tokenizer, IMAGE_FORMAT)
-    return {
-        "training size": measure(detector, ((96, 96),), shapes.TRAINING_BACKGROUNDS, pictures),
-        "other sizes, unseen backgrounds": measure(detector, UNSEEN_SIZES, shapes.UNSEEN_BACKGROUNDS, pictures),
-    }
 
 
 def save(model: Any, tokenizer: Any, folder: Path) -> None:
@@ -167,7 +148,7 @@ def save(model: Any, tokenizer: Any, folder: Path) -> None:
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=HERE, help="folder to write (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=DEMO, help="folder to write (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=5000, help="training steps of 8 pictures (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the pictures (default: %(default)s)")
     args = parser.parse_args()
@@ -175,8 +156,7 @@ def main() -> None:
     model, tokenizer = train(args.steps, args.seed)
     print(f"trained in {(time.monotonic() - start) / 60:.1f} minutes")
     save(model, tokenizer, args.out)
-    for name, metrics in _figures(model.float(), tokenizer, 400).items():
-        print(f"{name}: {metrics}")
+    print_figures(Detector(*load_checkpoint(str(args.out))))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """A real Label Studio in a virtual environment of its own, started on a free port with SQLite."""
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -34,6 +35,7 @@ class LabelStudio:
         assert answer.ok, f"{method} {path}: {answer.status_code} {answer.text[:500]}"
         return answer.json() if answer.content else None
 
+    @functools.cached_property
     def personal_access_token(self) -> str:
         session = requests.Session()
         page = session.get(f"{self.url}/user/login/", timeout=30).text

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import requests
 
-from backend.versions import DEMO
 from tests.pictures import config_for, data_uri, scenes
 from tests.running import ROOT, Served, free_port, is_running, wait_for
 
@@ -131,7 +130,3 @@ def test_what_the_user_can_mend_is_one_line_and_exit_code_2(tmp_path: Path, env:
 def test_two_servers_do_not_share_a_folder(served: Served) -> None:
     done = serve_and_fail(PORT=str(free_port()), MODEL_DIR=str(served.model_dir))
     assert (done.returncode, "is in use by another server" in done.stderr) == (2, True)
-
-
-def test_the_bundled_checkpoint_is_small() -> None:
-    assert sum(path.stat().st_size for path in DEMO.iterdir()) < 3 * MB

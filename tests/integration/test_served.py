@@ -76,8 +76,8 @@ def test_labels_answer_in_the_projects_own_words(served: Served) -> None:
     config = (
         '<View><Image name="img" value="$photo.url"/><View><RectangleLabels name="r" toName="img">'
         f'<Label value="Thing" alias="thing-1" predicted_values="{shape.colour} {shape.shape}"/>'
-        '</RectangleLabels></View><RectangleLabels name="skip" toName="img" model_skip="true"><Label value="red object"/>'
-        "</RectangleLabels></View>"
+        '</RectangleLabels></View><RectangleLabels name="skip" toName="img" model_skip="true">'
+        '<Label value="red object"/></RectangleLabels></View>'
     )
     (result,) = predict(served, [{"id": 1, "data": {"photo": {"url": data_uri(scene.image)}}}], config)
     regions = result["result"]

@@ -1,0 +1,59 @@
+"""The bundled checkpoint holds up, and so does the generator that it learned from."""
+
+import numpy as np
+import pytest
+
+from backend.checkpoints import load_checkpoint
+from backend.demo import shapes
+from backend.demo.measure import figures
+from backend.demo.train import build_tokenizer, draw_batch
+from backend.detector import Detector
+from backend.versions import DEMO
+from tests.pictures import scenes
+
+MB = 1024 * 1024
+
+
+def test_the_bundled_checkpoint_is_small() -> None:
+    assert sum(path.stat().st_size for path in DEMO.iterdir()) < 3 * MB
+
+
+@pytest.mark.timeout(400)
+def test_it_finds_what_it_was_asked_for_on_pictures_it_never_saw() -> None:
+    rows = figures(Detector(*load_checkpoint(str(DEMO))))
+    assert rows["training size"].ap50 >= 0.94
+    assert rows["other sizes, unseen backgrounds"].ap50 >= 0.85
+
+
+def test_boxes_are_tight() -> None:
+    for scene in scenes(20):
+        pixels = np.asarray(scene.image).astype(int)
+        for shape in scene.shapes:
+            left, top, right, bottom = map(int, shape.box_xyxy)
+            edges = [pixels[top, left:right], pixels[bottom - 1, left:right], pixels[top:bottom, left]]
+            for edge in edges:
+                distance = np.abs(edge - np.array(shapes.COLOURS[shape.colour])).max(axis=-1)
+                assert distance.min() <= shapes.COLOUR_JITTER
+
+
+def test_the_same_seed_draws_the_same_picture() -> None:
+    first, second = scenes(2, seed=4), scenes(2, seed=4)
+    assert [s.shapes for s in first] == [s.shapes for s in second]
+    assert first[0].image.tobytes() == second[0].image.tobytes()
+
+
+def test_no_two_phrases_name_the_same_shape() -> None:
+    rng = np.random.default_rng(0)
+    for scene in scenes(100):
+        phrases = shapes.choose_phrases(rng, scene)
+        assert 1 <= len(phrases) <= 6
+        assert all(sum(shape.matches(phrase) for phrase in phrases) <= 1 for shape in scene.shapes)
+
+
+def test_targets_are_the_truth_in_shares_of_the_picture() -> None:
+    batch = draw_batch(np.random.default_rng(1), build_tokenizer(), 4)
+    assert batch.pixel_values.shape[:2] == (4, 3)
+    for caption, target in zip(batch.captions, batch.targets, strict=True):
+        assert target.boxes_cxcywh.shape == (len(target.phrases), 4)
+        assert ((target.boxes_cxcywh > 0) & (target.boxes_cxcywh < 1)).all()
+        assert (target.phrases < len(caption.spans)).all()
