@@ -52,6 +52,7 @@ class Part:
     def tend(self) -> None:
         """Notices that the process has ended, and starts it again when its pause is over."""
         if self.process and self.process.poll() is not None:
+            _end_session(self.process)
             self._crashes = 0 if time.monotonic() - self._started > STEADY else self._crashes
             pause = min(2**self._crashes - 1, LONGEST_PAUSE)
             say(f"{self.name} ended with {self.process.returncode}; starting it again in {pause} s")
@@ -64,11 +65,16 @@ class Part:
         if not self.process:
             return
         self.process.terminate()
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(max(deadline - time.monotonic(), 0))
-        except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
+        _end_session(self.process)
+        self.process.wait()
+
+
+def _end_session(process: subprocess.Popen[bytes]) -> None:
+    """Ends what the process started itself: an orphan of gunicorn would hold the port."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _end_with_parent() -> None:
