@@ -152,7 +152,7 @@ class GroundingDINO:
         return _connection(self.settings.redis_url)
 
     def _plan(self) -> Plan:
-        return read_plan(self.label_config, self.settings.box_threshold)
+        return read_plan(self.label_config, self.settings.box_threshold, self.settings.nms_iou)
 
 
 def _project_id(project: Any) -> Any:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from backend.errors import LabelingConfigError
 from backend.labeling import Label
-from backend.regions import Detection, cxcywh_to_xyxy
+from backend.regions import Detection, best_of_overlapping, cxcywh_to_xyxy
 
 CLS, SEP, STOP = 101, 102, 1012  # transformers' Grounding DINO finds phrase borders by these ids of BERT's vocabulary
 
@@ -92,9 +92,12 @@ class Detector:
         """One forward pass, so that the first user does not pay for what is set up lazily."""
         self.detect([Image.new("RGB", (64, 64))], [Label("object", ("object",), 0.5)])
 
-    def detect(self, images: Sequence[Image.Image], labels: Sequence[Label]) -> list[list[Detection]]:
+    def detect(
+        self, images: Sequence[Image.Image], labels: Sequence[Label], nms_iou: float = 1.0
+    ) -> list[list[Detection]]:
         """Boxes of `labels` in each RGB picture, best first, one label a box, scores at or above the label's threshold.
 
+        Of boxes whose IoU is above `nms_iou` only the best stays, whatever their labels.
         Only pictures of equal size share a batch: padding changes scores.
         """
         pixels = [self.image_format.preprocess(image) for image in images]
@@ -106,7 +109,7 @@ class Detector:
             batch = torch.stack([pixels[i] for i in indices])
             sizes = [images[i].size for i in indices]
             for index, detections in zip(indices, self._detect_batch(batch, sizes, labels), strict=True):
-                answers[index] = detections
+                answers[index] = best_of_overlapping(detections, nms_iou)
         return answers
 
     def _detect_batch(
@@ -129,11 +132,10 @@ class Detector:
 def _detections(
     scores: Tensor, best: Tensor, boxes_cxcywh: Tensor, size: tuple[int, int], labels: Sequence[Label]
 ) -> list[Detection]:
-    """One picture's queries (scores and best labels (queries,), boxes (queries, 4)) -> Detections, best first."""
+    """One picture's queries (scores and best labels (queries,), boxes (queries, 4)) -> Detections."""
     rows = zip(scores.tolist(), best.tolist(), boxes_cxcywh.tolist(), strict=True)
-    found = [
+    return [
         Detection(cxcywh_to_xyxy(tuple(box), *size), score, labels[index].name)
         for score, index, box in rows
         if score >= labels[index].threshold
     ]
-    return sorted(found, key=lambda detection: -detection.score)

@@ -59,7 +59,7 @@ def predict(payload: Mapping[str, Any]) -> dict[str, Any]:
     """Predictions for a chunk of tasks.
 
     Args:
-        payload: `plan` and `model_version`, and `tasks`, each with `id` and the part of its `data` that the plan reads.
+        payload: `plan`, `model_version` and `tasks`, each with `id` and the part of its `data` that the plan reads.
 
     Returns:
         `answers`: for each task in order a prediction, or `{"error": {"code", "detail"}}`.
@@ -95,7 +95,7 @@ def _predict_control(
     of_task = [pictures[control.uri(task["data"])] for task in tasks]
     shown = [picture for picture in of_task if isinstance(picture, Image.Image)]
     try:
-        found = iter(detector.detect(shown, control.labels))
+        found = iter(detector.detect(shown, control.labels, control.nms_iou))
     except BackendError as error:
         return [error] * len(tasks)
     return [

@@ -27,12 +27,16 @@ class Label:
 
 @dataclass(frozen=True)
 class Control:
-    """A RectangleLabels tag: its names and where a task keeps the URI of its picture."""
+    """A RectangleLabels tag: its names, where a task keeps the URI of its picture, and what to look for.
+
+    Of its boxes whose IoU is above `nms_iou` only the best stays.
+    """
 
     from_name: str
     to_name: str
     path: tuple[str, ...]
     labels: tuple[Label, ...]
+    nms_iou: float
 
     def uri(self, data: Mapping[str, Any]) -> str:
         """The picture's address in a task's data; empty where the data holds none."""
@@ -65,11 +69,11 @@ class Plan:
 
 def _control_from_dict(control: Mapping[str, Any]) -> Control:
     labels = tuple(Label(row["name"], tuple(row["phrases"]), row["threshold"]) for row in control["labels"])
-    return Control(control["from_name"], control["to_name"], tuple(control["path"]), labels)
+    return Control(control["from_name"], control["to_name"], tuple(control["path"]), labels, control["nms_iou"])
 
 
-def read_plan(label_config: str, box_threshold: float) -> Plan:
-    """Reads a labeling config; `box_threshold` (0..1) serves where the config names none.
+def read_plan(label_config: str, box_threshold: float, nms_iou: float) -> Plan:
+    """Reads a labeling config; `box_threshold` and `nms_iou` (0..1) serve where the config names none.
 
     Raises:
         LabelingConfigError: there is nothing in it that boxes could be predicted for; the text says why.
@@ -77,7 +81,7 @@ def read_plan(label_config: str, box_threshold: float) -> Plan:
     root = _parse(label_config)
     images = {tag.get("name"): tag for tag in root.iter("Image")}
     tags = [tag for tag in root.iter("RectangleLabels") if not _is_true(tag.get("model_skip"))]
-    controls = tuple(control for tag in tags if (control := _control(tag, images, box_threshold)))
+    controls = tuple(control for tag in tags if (control := _control(tag, images, box_threshold, nms_iou)))
     if not controls:
         raise LabelingConfigError(
             "the labeling config has no RectangleLabels with labels on an Image; add one, or remove model_skip"
@@ -97,14 +101,16 @@ def _parse(label_config: str) -> Element:
     return root
 
 
-def _control(tag: Element, images: Mapping[str | None, Element], box_threshold: float) -> Control | None:
+def _control(
+    tag: Element, images: Mapping[str | None, Element], box_threshold: float, nms_iou: float
+) -> Control | None:
     image = images.get(tag.get("toName"))
     threshold = _threshold(tag, box_threshold)
     labels = tuple(_label(label, threshold) for label in _labels(tag))
     if image is None or not labels:
         return None
     path = (image.get("value") or "").removeprefix("$").split(".")
-    return Control(tag.get("name") or "", image.get("name") or "", tuple(path), labels)
+    return Control(tag.get("name") or "", image.get("name") or "", tuple(path), labels, nms_iou)
 
 
 def _labels(tag: Element) -> Iterator[Element]:

@@ -38,6 +38,15 @@ def iou(a: Box, b: Box) -> float:
     return intersection / union if union > 0 else 0.0
 
 
+def best_of_overlapping(detections: Sequence[Detection], nms_iou: float) -> list[Detection]:
+    """Greedy non-maximum suppression, blind to labels: a thing gets one box. Best first."""
+    kept: list[Detection] = []
+    for detection in sorted(detections, key=lambda d: -d.score):
+        if all(iou(detection.box_xyxy, better.box_xyxy) <= nms_iou for better in kept):
+            kept.append(detection)
+    return kept
+
+
 def to_prediction(results: Sequence[Sequence[dict[str, object]]], model_version: str) -> dict[str, object]:
     """One task's prediction: all regions of its controls; its score is the mean of theirs, 0 where there are none."""
     result = [region for regions in results for region in regions]

@@ -33,6 +33,7 @@ class Settings:
     basic_auth_user: str = _setting("", "user that callers must give; empty: no login asked")
     basic_auth_pass: str = _setting("", "password that callers must give", secret=True)
     box_threshold: float = _setting(0.3, "lowest score of a box, where the labeling config says nothing", "0 to 1", 0)
+    nms_iou: float = _setting(0.7, "of boxes that overlap more, only the best stays; 1 keeps all", "IoU, 0 to 1", 0)
     batch_size: int = _setting(4, "pictures in one job and at most in one forward pass", minimum=1)
     predict_deadline: int = _setting(90, "time after which /predict answers with what is finished", "seconds", 1)
     max_image_pixels: int = _setting(100_000_000, "largest picture", "pixels", 1)
@@ -59,8 +60,8 @@ class Settings:
             minimum = field.metadata["minimum"]
             if minimum is not None and not getattr(self, field.name) >= minimum:
                 raise SettingsError(f"{field.name.upper()} must be at least {minimum}")
-        if not self.box_threshold <= 1:
-            raise SettingsError("BOX_THRESHOLD must be at most 1")
+        if not (self.box_threshold <= 1 and self.nms_iou <= 1):
+            raise SettingsError("BOX_THRESHOLD and NMS_IOU must be at most 1")
         if not self.port < 65536:
             raise SettingsError("PORT must be below 65536")
         if self.log_level not in LOG_LEVELS:

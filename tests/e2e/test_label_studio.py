@@ -114,7 +114,7 @@ def test_the_boxes_are_seen_in_the_browser(studio: LabelStudio, backend: Served)
     project.connect(backend.url)
     tasks = [task["id"] for task in project.tasks()]
     project.action("retrieve_tasks_predictions", tasks)
-    most = max(project.predictions(), key=lambda prediction: len(prediction["result"]))
+    most = max(project.predictions(), key=lambda prediction: (len(prediction["result"]), prediction["score"]))
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
         page = browser.new_page(viewport={"width": 1400, "height": 800})

@@ -16,7 +16,7 @@ def config(labels: str, control: str = "", image: str = 'value="$image"') -> str
 
 
 def labels_of(xml: str, threshold: float = 0.3) -> tuple[Label, ...]:
-    return read_plan(xml, threshold).controls[0].labels
+    return read_plan(xml, threshold, 0.7).controls[0].labels
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_a_phrase_holds_nothing_that_splits_it(text: str) -> None:
 
 
 def test_names_and_labels_are_read() -> None:
-    control = read_plan(config('<Label value="Cat"/><Label value="dog"/>'), 0.3).controls[0]
+    control = read_plan(config('<Label value="Cat"/><Label value="dog"/>'), 0.3, 0.7).controls[0]
     assert (control.from_name, control.to_name, control.path) == ("box", "img", ("image",))
     assert control.labels == (Label("Cat", ("cat",), 0.3), Label("dog", ("dog",), 0.3))
 
@@ -74,17 +74,17 @@ def test_thresholds_go_from_setting_to_control_to_label() -> None:
 @pytest.mark.parametrize("value", ["high", "-0.1", "1.5", "nan", ""])
 def test_a_wrong_threshold_names_its_tag(value: str) -> None:
     with pytest.raises(LabelingConfigError, match="'cat' must be a number from 0 to 1"):
-        read_plan(config(f'<Label value="cat" model_score_threshold="{value}"/>'), 0.3)
+        read_plan(config(f'<Label value="cat" model_score_threshold="{value}"/>'), 0.3, 0.7)
 
 
 def test_a_dotted_path_is_followed() -> None:
-    control = read_plan(config('<Label value="a"/>', image='value="$photo.large.url"'), 0.3).controls[0]
+    control = read_plan(config('<Label value="a"/>', image='value="$photo.large.url"'), 0.3, 0.7).controls[0]
     assert control.uri({"photo": {"large": {"url": "x"}}}) == "x"
     assert control.uri({"photo": "x"}) == control.uri({"photo": {"large": {"url": 7}}}) == ""
 
 
 def test_only_the_fields_that_are_read_leave_the_front() -> None:
-    plan = read_plan(config('<Label value="a"/>', image='value="$photo.url"'), 0.3)
+    plan = read_plan(config('<Label value="a"/>', image='value="$photo.url"'), 0.3, 0.7)
     assert plan.select({"photo": {"url": "x"}, "patient": "secret"}) == {"photo": {"url": "x"}}
 
 
@@ -100,14 +100,14 @@ def test_only_the_fields_that_are_read_leave_the_front() -> None:
 )
 def test_nothing_to_predict_is_said(xml: str) -> None:
     with pytest.raises(LabelingConfigError, match="no RectangleLabels with labels on an Image"):
-        read_plan(xml, 0.3)
+        read_plan(xml, 0.3, 0.7)
 
 
 def test_a_skipped_control_leaves_the_others() -> None:
     two = config('<Label value="a"/>', 'model_skip="true"').replace("</View>", "") + (
         '<RectangleLabels name="other" toName="img"><Label value="b"/></RectangleLabels></View>'
     )
-    assert [control.from_name for control in read_plan(two, 0.3).controls] == ["other"]
+    assert [control.from_name for control in read_plan(two, 0.3, 0.7).controls] == ["other"]
 
 
 @pytest.mark.parametrize(
@@ -122,9 +122,9 @@ def test_a_skipped_control_leaves_the_others() -> None:
 )
 def test_a_config_that_cannot_be_read_says_why(xml: str, reason: str) -> None:
     with pytest.raises(LabelingConfigError, match=reason):
-        read_plan(xml, 0.3)
+        read_plan(xml, 0.3, 0.7)
 
 
 def test_a_plan_survives_json() -> None:
-    plan = read_plan(config('<Label value="a" predicted_values="x, y"/><Label value="b" alias="c"/>'), 0.3)
+    plan = read_plan(config('<Label value="a" predicted_values="x, y"/><Label value="b" alias="c"/>'), 0.3, 0.7)
     assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backend.regions import Detection, cxcywh_to_xyxy, iou, to_prediction, to_regions
+from backend.regions import Detection, best_of_overlapping, cxcywh_to_xyxy, iou, to_prediction, to_regions
 
 sizes = st.integers(1, 20_000)
 shares = st.floats(-0.5, 1.5, allow_nan=False)
@@ -57,3 +57,11 @@ def test_iou() -> None:
     assert iou((0, 0, 10, 10), (5, 0, 15, 10)) == pytest.approx(1 / 3)
     assert iou((0, 0, 1, 1), (2, 2, 3, 3)) == 0
     assert iou((1, 1, 1, 1), (1, 1, 1, 1)) == 0
+
+
+def test_of_overlapping_boxes_the_best_stays_whatever_its_label() -> None:
+    low, best = Detection((0, 0, 10, 9), 0.5, "a"), Detection((0, 0, 10, 10), 0.9, "b")
+    apart = Detection((5, 0, 15, 10), 0.7, "a")
+    assert best_of_overlapping([low, apart, best], 0.7) == [best, apart]
+    assert best_of_overlapping([low, apart, best], 0.2) == [best]
+    assert best_of_overlapping([low, apart, best], 1) == [best, apart, low]

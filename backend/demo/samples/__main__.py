@@ -14,7 +14,7 @@ def asked(scene: Scene, phrases: list[str]) -> int:
 
 def main() -> None:
     """Writes sample-1.jpg and so on."""
-    plan = read_plan((FOLDER / "labeling_config.xml").read_text(), 0.3)
+    plan = read_plan((FOLDER / "labeling_config.xml").read_text(), 0.3, 0.7)
     phrases = [phrase for label in plan.controls[0].labels for phrase in label.phrases]
     rng = np.random.default_rng(2026)
     scenes = (scene for _ in iter(int, 1) if asked(scene := draw_scene(rng, *SIZE), phrases) >= 3)
