@@ -1,9 +1,10 @@
-"""A checkpoint folder or hub id -> model, tokenizer and picture format."""
+"""A hub id, a folder or an original `.pth` file -> model, tokenizer and picture format."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
@@ -18,6 +19,9 @@ from transformers.utils import logging
 
 from backend.detector import ImageFormat
 from backend.errors import CheckpointError
+from backend.original import convert, read_config, read_state_dict
+
+ORIGINAL_TOKENIZER = "google-bert/bert-base-uncased"
 
 CLASSES = {
     "grounding-dino": GroundingDinoForObjectDetection,
@@ -31,21 +35,52 @@ def load_checkpoint(source: str) -> tuple[Any, Any, ImageFormat]:
     Raises:
         CheckpointError: nothing there, not of the Grounding DINO family, or damaged.
     """
-    try:
-        with _quiet():
-            kind = AutoConfig.from_pretrained(source).model_type
-            if kind not in CLASSES:
-                raise CheckpointError(f"MODEL={source} is a {kind!r}; it must be one of {', '.join(CLASSES)}")
-            model = CLASSES[kind].from_pretrained(source).float()
-            return model, AutoTokenizer.from_pretrained(source), _image_format(source)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        reason = str(error).split("\n")[0]
-        raise CheckpointError(
-            f"MODEL={source} cannot be loaded ({reason}); give a hub id that this machine can reach, a folder, or demo"
-        ) from error
+    with _loading(source):
+        return load_model(source), AutoTokenizer.from_pretrained(_tokenizer_source(source)), _image_format(source)
+
+
+def load_model(source: str) -> Any:
+    """The model alone, in float32, from a hub id, a folder or an original `.pth` file.
+
+    Raises:
+        CheckpointError: as for `load_checkpoint`.
+    """
+    with _loading(source):
+        if _is_original(source):
+            return _convert_original(Path(source))
+        kind = AutoConfig.from_pretrained(source).model_type
+        if kind not in CLASSES:
+            raise CheckpointError(f"MODEL={source} is a {kind!r}; it must be one of {', '.join(CLASSES)}")
+        return CLASSES[kind].from_pretrained(source).float()
+
+
+def _is_original(source: str) -> bool:
+    return source.endswith(".pth")
+
+
+def _convert_original(path: Path) -> Any:
+    state = read_state_dict(path)
+    model, info = GroundingDinoForObjectDetection.from_pretrained(
+        None, config=read_config(state), state_dict=convert(state), output_loading_info=True
+    )
+    wrong = sorted({*info["missing_keys"], *info["unexpected_keys"], *map(str, info["mismatched_keys"])})
+    if wrong:
+        raise CheckpointError(f"MODEL={path} does not fit the architecture: {len(wrong)} tensors, such as {wrong[0]}")
+    return model.float()
+
+
+def _tokenizer_source(source: str) -> str:
+    """An original file brings no vocabulary: it may lie beside it, and is that of BERT otherwise."""
+    if not _is_original(source):
+        return source
+    folder = Path(source).parent
+    beside = any((folder / name).exists() for name in ("tokenizer.json", "vocab.txt"))
+    return str(folder) if beside else ORIGINAL_TOKENIZER
 
 
 def _image_format(source: str) -> ImageFormat:
+    if _is_original(source):
+        return ImageFormat()
     wanted = GroundingDinoImageProcessorPil.from_pretrained(source)
     edges = wanted.size
     mean, std = tuple(wanted.image_mean), tuple(wanted.image_std)
@@ -53,10 +88,16 @@ def _image_format(source: str) -> ImageFormat:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Transformers draws a bar per file otherwise, in the middle of the log."""
+def _loading(source: str) -> Iterator[None]:
+    """Keeps transformers from drawing bars; makes one line that says what to do of whatever goes wrong."""
     logging.disable_progress_bar()
     try:
         yield
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        reason = str(error).split("\n")[0]
+        raise CheckpointError(
+            f"MODEL={source} cannot be loaded ({reason}); give a hub id that this machine can reach, "
+            "a folder, an original .pth file, or demo"
+        ) from error
     finally:
         logging.enable_progress_bar()

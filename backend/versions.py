@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,35 +17,41 @@ PIECE = 1024 * 1024  # bytes
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint by name: where it lies (a folder, or a hub id) and the fingerprint of its files."""
+    """A checkpoint by name: where it lies (folder, file or hub id) and the fingerprint of its files."""
 
     name: str
     source: str
     fingerprint: str
 
     def model_version(self, plan: Plan | None = None) -> str:
-        """Weights, prompts and thresholds in one short string; equal if and only if the answers would be."""
+        """Weights, prompts and thresholds in one short string: as long as it is the same, so are the answers."""
         asked = json.dumps(plan.to_dict() if plan else {}, sort_keys=True)
         return f"{self.name}-{_short(self.fingerprint + asked)}"
 
 
 def find_checkpoint(model: str) -> Checkpoint:
-    """`demo`, a folder, or else the id of a checkpoint on the hub.
+    """`demo`, a folder, an original `.pth` file, or else the id of a checkpoint on the hub.
 
     Raises:
         CheckpointError: `model` looks like a path and nothing is there.
     """
-    folder = DEMO if model == "demo" else Path(model)
-    if folder.is_dir():
-        return Checkpoint(folder.name if model != "demo" else "demo", str(folder), _fingerprint(folder))
-    if model.startswith((".", "/", "~")) or model.count("/") != 1:
-        raise CheckpointError(f"MODEL={model}: no such folder; give a folder, a hub id such as owner/name, or demo")
+    path = DEMO if model == "demo" else Path(model)
+    if path.is_dir():
+        files = sorted(p for p in path.iterdir() if p.is_file() and p.suffix != ".md")
+        return Checkpoint("demo" if model == "demo" else path.resolve().name, str(path), _fingerprint(files))
+    if path.suffix == ".pth" and path.is_file():
+        return Checkpoint(path.stem, str(path), _fingerprint([path]))
+    if model.startswith((".", "/", "~")) or model.count("/") != 1 or path.suffix == ".pth":
+        raise CheckpointError(
+            f"MODEL={model}: no such folder or file; give a folder, an original .pth file, "
+            "a hub id such as owner/name, or demo"
+        )
     return Checkpoint(model.split("/")[1], model, _short(model))
 
 
-def _fingerprint(folder: Path) -> str:
+def _fingerprint(files: Sequence[Path]) -> str:
     digest = hashlib.sha256()
-    for path in sorted(p for p in folder.iterdir() if p.is_file() and p.suffix != ".md"):
+    for path in files:
         digest.update(path.name.encode())
         with path.open("rb") as file:
             while piece := file.read(PIECE):

@@ -116,7 +116,7 @@ def test_a_taken_port_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     [
         ({"MODEL_DIR": "/dev/null/x"}, "MODEL_DIR=/dev/null/x cannot be written"),
         ({"PORT": "abc"}, "PORT must be a whole number, not 'abc'"),
-        ({"MODEL": "./nowhere"}, "MODEL=./nowhere: no such folder"),
+        ({"MODEL": "./nowhere"}, "MODEL=./nowhere: no such folder or file"),
         ({"REDIS_URL": "redis://127.0.0.1:1"}, "Redis at redis://127.0.0.1:1 does not answer"),
     ],
 )

@@ -1,0 +1,137 @@
+"""An original checkpoint, converted, gives the reference's numbers; tests/data/original_parity says how."""
+
+import json
+import re
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import GroundingDinoForObjectDetection
+
+from backend.checkpoints import load_model
+from backend.detector import ImageFormat, phrase_scores
+from backend.errors import CheckpointError
+from backend.original import read_state_dict
+
+DATA = Path(__file__).parent.parent / "data" / "original_parity"
+INPUT = json.loads((DATA / "input.json").read_text())
+BRANCH = re.compile(r"(linear2|fc2|output\.dense|out_proj|output_proj|attn\.proj)\.weight$")
+
+
+def generate(name: str, shape: list[int], prefix: str) -> np.ndarray:
+    """A parameter made from its name alone, by the fixture's rule."""
+    f = np.float32
+    name = re.sub(r"^(transformer\.decoder\.)?bbox_embed\.\d+\.", "bbox_embed.0.", name)
+    rng = np.random.RandomState(zlib.crc32((prefix + name).encode()))
+    if name == "transformer.tgt_embed.weight":
+        return np.repeat(rng.standard_normal((4, shape[1])).astype(f), shape[0] // 4, axis=0)
+    z, last = rng.standard_normal(shape).astype(f), name.rsplit(".", 1)[-1]
+    if last in ("gamma_v", "gamma_l"):
+        return f(0.3) + f(0.05) * z
+    if last == "level_embed":
+        return z
+    if name.endswith("sampling_offsets.bias"):
+        return f(2) * z
+    if last == "relative_position_bias_table":
+        return f(0.5) * z
+    if name.startswith("transformer.decoder.norm."):
+        return f(0.15) * (z if last == "bias" else f(1) + f(0.1) * z)
+    if "_embeddings." in name:
+        return f(0.02) * z
+    if len(shape) == 1:
+        return f(1) + f(0.1) * z if last == "weight" else f(0.05) * z
+    gain = 0.1 if re.search(r"bbox_embed.*layers\.2\.weight$", name) else 0.3 if BRANCH.search(name) else 1.0
+    return z * f(gain / np.sqrt(np.prod(shape[1:])))
+
+
+@pytest.fixture(scope="module")
+def pth(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint in the published form: key `model`, names behind `module.`."""
+    parameters = json.loads((DATA / "parameters.json").read_text())
+    state = {
+        f"module.{name}": torch.from_numpy(np.ascontiguousarray(generate(name, shape, INPUT["seed_prefix"])))
+        for name, shape in parameters
+    }
+    state["module.backbone.0.layers.0.blocks.0.attn.relative_position_index"] = torch.zeros(49, 49, dtype=torch.long)
+    path = tmp_path_factory.mktemp("original") / "swint.pth"
+    torch.save({"model": state, "epoch": 3}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def found(pth: Path) -> dict[str, np.ndarray]:
+    model = load_model(str(pth)).eval()
+    assert isinstance(model, GroundingDinoForObjectDetection)
+    image = Image.open(DATA / INPUT["image"]).convert("RGB")
+    with torch.inference_mode():
+        output = model(
+            pixel_values=ImageFormat(480, 640).preprocess(image)[None], input_ids=torch.tensor([INPUT["input_ids"]])
+        )
+    spans = [tuple(label["span"]) for label in INPUT["labels"]]
+    return {
+        "pred_logits": output.logits[0, :, : len(INPUT["input_ids"])].numpy(),
+        "pred_boxes": output.pred_boxes[0].numpy(),
+        "label_scores": phrase_scores(output.logits[0], spans).numpy(),
+        "encoder_text": output.encoder_last_hidden_state_text[0].numpy(),
+        "encoder_vision": output.encoder_last_hidden_state_vision[0].numpy(),
+    }
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, np.ndarray]:
+    with np.load(DATA / "expected.npz") as arrays:
+        return dict(arrays)
+
+
+@pytest.mark.timeout(300)
+def test_encoder_states_are_the_references(found: dict, expected: dict) -> None:
+    assert np.abs(found["encoder_text"] - expected["encoder_text"]).max() <= 1e-3
+    rows = expected["encoder_vision_rows"]
+    assert np.abs(found["encoder_vision"][rows] - expected["encoder_vision"]).max() <= 1e-3
+
+
+def test_sorted_scores_are_the_references(found: dict, expected: dict) -> None:
+    difference = np.sort(found["label_scores"], axis=0) - np.sort(expected["label_scores"], axis=0)
+    assert np.abs(difference).max() <= 1e-4
+
+
+def test_every_detection_of_the_reference_is_found(found: dict, expected: dict) -> None:
+    theirs = np.hstack([expected["pred_boxes"], expected["label_scores"]])
+    ours = np.hstack([found["pred_boxes"], found["label_scores"]])
+    for i, row in enumerate(theirs):  # near ties may swap neighbours
+        assert np.abs(ours[max(i - 5, 0) : i + 6] - row).max(axis=1).min() <= 1e-4
+
+
+def test_certain_queries_are_the_references_by_index(found: dict, expected: dict) -> None:
+    stable = expected["stable"]
+    for name, tolerance in [("pred_boxes", 1e-4), ("label_scores", 1e-4), ("pred_logits", 1e-3)]:
+        assert np.abs(found[name][stable] - expected[name][stable]).max() <= tolerance
+
+
+class Evil:
+    def __reduce__(self) -> tuple:
+        return (print, ("pwned",))
+
+
+def test_a_pickle_with_code_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    torch.save({"model": Evil()}, tmp_path / "evil.pth")
+    with pytest.raises(CheckpointError, match="holds more than tensors"):
+        read_state_dict(tmp_path / "evil.pth")
+    assert "pwned" not in capsys.readouterr().out
+
+
+def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
+    torch.save({"model": {"a": torch.zeros(1000)}}, tmp_path / "cut.pth")
+    body = (tmp_path / "cut.pth").read_bytes()
+    (tmp_path / "cut.pth").write_bytes(body[: len(body) // 2])
+    with pytest.raises(CheckpointError, match="damaged or not a checkpoint"):
+        read_state_dict(tmp_path / "cut.pth")
+
+
+def test_another_architecture_is_refused(tmp_path: Path) -> None:
+    torch.save({"model": {"a": torch.zeros(3)}}, tmp_path / "other.pth")
+    with pytest.raises(CheckpointError, match="is not a Grounding DINO checkpoint"):
+        read_state_dict(tmp_path / "other.pth")
