@@ -95,7 +95,7 @@ def _predict_control(
     of_task = [pictures[control.uri(task["data"])] for task in tasks]
     shown = [picture for picture in of_task if isinstance(picture, Image.Image)]
     try:
-        found = iter(detector.detect(shown, control.labels, control.nms_iou))
+        found = iter(detector.detect(shown, control.labels, control.negatives, control.nms_iou))
     except BackendError as error:
         return [error] * len(tasks)
     return [

@@ -29,13 +29,15 @@ class Label:
 class Control:
     """A RectangleLabels tag: its names, where a task keeps the URI of its picture, and what to look for.
 
-    Of its boxes whose IoU is above `nms_iou` only the best stays.
+    A box that fits one of the phrases in `negatives` best is dropped; of boxes whose IoU is above `nms_iou` only the
+    best stays.
     """
 
     from_name: str
     to_name: str
     path: tuple[str, ...]
     labels: tuple[Label, ...]
+    negatives: tuple[str, ...]
     nms_iou: float
 
     def uri(self, data: Mapping[str, Any]) -> str:
@@ -69,7 +71,14 @@ class Plan:
 
 def _control_from_dict(control: Mapping[str, Any]) -> Control:
     labels = tuple(Label(row["name"], tuple(row["phrases"]), row["threshold"]) for row in control["labels"])
-    return Control(control["from_name"], control["to_name"], tuple(control["path"]), labels, control["nms_iou"])
+    return Control(
+        control["from_name"],
+        control["to_name"],
+        tuple(control["path"]),
+        labels,
+        tuple(control["negatives"]),
+        control["nms_iou"],
+    )
 
 
 def read_plan(label_config: str, box_threshold: float, nms_iou: float) -> Plan:
@@ -109,8 +118,9 @@ def _control(
     labels = tuple(_label(label, threshold) for label in _labels(tag))
     if image is None or not labels:
         return None
+    negatives = tuple(_listed(tag.get("model_negative_values")))
     path = (image.get("value") or "").removeprefix("$").split(".")
-    return Control(tag.get("name") or "", image.get("name") or "", tuple(path), labels, nms_iou)
+    return Control(tag.get("name") or "", image.get("name") or "", tuple(path), labels, negatives, nms_iou)
 
 
 def _labels(tag: Element) -> Iterator[Element]:
@@ -119,9 +129,13 @@ def _labels(tag: Element) -> Iterator[Element]:
 
 def _label(tag: Element, threshold: float) -> Label:
     value = tag.get("value") or ""
-    listed = (tag.get("predicted_values") or "").split(",")
-    phrases = [phrase for text in listed if (phrase := clean_phrase(text))] or [words(value or tag.get("alias") or "")]
-    return Label(tag.get("alias") or value, tuple(dict.fromkeys(phrases)), _threshold(tag, threshold))
+    phrases = _listed(tag.get("predicted_values")) or [words(value or tag.get("alias") or "")]
+    return Label(tag.get("alias") or value, tuple(phrases), _threshold(tag, threshold))
+
+
+def _listed(text: str | None) -> list[str]:
+    """The phrases of an attribute, with commas between; each once."""
+    return list(dict.fromkeys(phrase for part in (text or "").split(",") if (phrase := clean_phrase(part))))
 
 
 def _threshold(tag: Element, default: float) -> float:

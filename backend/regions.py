@@ -18,7 +18,7 @@ class Detection:
     label: str
 
 
-def cxcywh_to_xyxy(box_cxcywh: Box, width: float, height: float) -> Box:
+def cxcywh_to_xyxy(box_cxcywh: Sequence[float], width: float, height: float) -> Box:
     """A box relative to the picture (centre and size in 0..1) -> corners in pixels, clipped to the picture."""
     cx, cy, w, h = box_cxcywh
     return clip((cx - w / 2) * width, (cy - h / 2) * height, (cx + w / 2) * width, (cy + h / 2) * height, width, height)
@@ -42,7 +42,7 @@ def best_of_overlapping(detections: Sequence[Detection], nms_iou: float) -> list
     """Greedy non-maximum suppression, blind to labels: a thing gets one box. Best first."""
     kept: list[Detection] = []
     for detection in sorted(detections, key=lambda d: -d.score):
-        if all(iou(detection.box_xyxy, better.box_xyxy) <= nms_iou for better in kept):
+        if nms_iou >= 1 or all(iou(detection.box_xyxy, better.box_xyxy) <= nms_iou for better in kept):
             kept.append(detection)
     return kept
 

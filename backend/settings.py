@@ -23,9 +23,7 @@ def _setting(default: Any, text: str, unit: str = "", minimum: float | None = No
 class Settings:
     """One field a setting; the environment variable is the field's name in capitals."""
 
-    model: str = _setting(
-        "IDEA-Research/grounding-dino-tiny", "hub id, folder, original `.pth` file, or `demo`"
-    )
+    model: str = _setting("IDEA-Research/grounding-dino-tiny", "hub id, folder, original `.pth` file, or `demo`")
     model_dir: Path = _setting(Path("data"), "folder for our data: the private Redis and its file")
     device: str = _setting("auto", "torch device of the workers; `auto` takes a GPU where there is one")
     workers: int = _setting(1, "predict workers that `serve` starts", minimum=1)

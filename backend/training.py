@@ -16,7 +16,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from backend.detector import Caption, phrase_scores
+from backend.captions import Caption
+from backend.detector import phrase_scores
 from backend.regions import Box, Detection, iou
 
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0

@@ -27,10 +27,11 @@ from transformers import (
     SwinConfig,
 )
 
+from backend.captions import CLS, QUESTION, SEP, STOP, build_caption
 from backend.checkpoints import load_checkpoint
 from backend.demo import shapes
 from backend.demo.measure import figures, print_figures
-from backend.detector import CLS, SEP, STOP, Detector, ImageFormat, build_caption
+from backend.detector import Detector, ImageFormat
 from backend.training import Batch, Target, moving_average, train_one_epoch
 from backend.versions import DEMO
 
@@ -47,7 +48,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
     The special tokens keep BERT's ids, because transformers' Grounding DINO relies on them.
     """
-    marks = {0: "[PAD]", 100: "[UNK]", CLS: "[CLS]", SEP: "[SEP]", 103: "[MASK]", STOP: ".", 1029: "?"}
+    marks = {0: "[PAD]", 100: "[UNK]", CLS: "[CLS]", SEP: "[SEP]", 103: "[MASK]", STOP: ".", QUESTION: "?"}
     letters = string.ascii_lowercase + string.digits
     words = [*shapes.COLOURS, *shapes.SHAPES, "object", "shape", "a", "the", "and", "big", "small", "##s", "##es"]
     words += [c for c in letters if c != "a"] + [f"##{c}" for c in letters if c != "s"] + [",", "-", "/", "'"]

@@ -3,10 +3,12 @@ import torch
 from PIL import Image
 from transformers import GroundingDinoImageProcessorPil
 
+from backend.captions import build_caption, build_captions
 from backend.checkpoints import load_checkpoint
-from backend.detector import Detector, ImageFormat, build_caption, phrase_scores
+from backend.detector import Detector, ImageFormat, phrase_scores
 from backend.errors import CheckpointError, LabelingConfigError
 from backend.labeling import Label
+from backend.regions import iou
 from backend.versions import DEMO
 from tests.pictures import scenes
 
@@ -89,7 +91,7 @@ def test_thresholds_are_kept_per_label(detector: Detector) -> None:
     assert rounded(kept) == rounded([d for d in low if d.score >= 0.9 or d.label != "red object"])
 
 
-@pytest.mark.parametrize("size", [(1, 1), (3000, 40), (40, 3000)])
+@pytest.mark.parametrize("size", [(1, 1), (2, 9), (3000, 40), (20_000, 50), (50, 20_000)])
 def test_odd_shapes_do_not_crash(detector: Detector, size: tuple[int, int]) -> None:
     for detection in detector.detect([Image.new("RGB", size)], EVERYTHING)[0]:
         assert 0 <= detection.box_xyxy[0] <= detection.box_xyxy[2] <= size[0]
@@ -118,7 +120,69 @@ def test_damaged_weights_are_refused(tmp_path) -> None:
         load_checkpoint(str(tmp_path))
 
 
-def test_too_many_labels_are_refused_with_the_numbers(detector: Detector) -> None:
-    many = labels(*(f"zorp {number}" for number in range(100)))
-    with pytest.raises(LabelingConfigError, match=r"make \d+ tokens and the model reads 256"):
-        detector.detect([Image.new("RGB", (96, 96))], many)
+def test_a_phrase_that_no_caption_holds_is_refused_by_name(detector: Detector) -> None:
+    with pytest.raises(LabelingConfigError, match=r"'zorp zorp.*makes 400 tokens"):
+        detector.detect([Image.new("RGB", (96, 96))], labels("zorp " * 100))
+
+
+def test_captions_hold_all_phrases_within_the_budget(detector: Detector) -> None:
+    phrases = [f"zorp {number}" for number in range(500)]
+    captions = build_captions(detector.tokenizer, phrases, 256)
+    assert [phrase for caption in captions for phrase in caption.phrases] == phrases
+    assert all(len(caption.input_ids) <= 256 for caption in captions)
+    assert len(captions) < 20
+
+
+@pytest.mark.parametrize("phrase", [".", "?", "[SEP]", "a . b ? c", "🙂", "猫", "", "[CLS] x [SEP]"])
+def test_no_phrase_ends_another(detector: Detector, phrase: str) -> None:
+    caption = build_caption(detector.tokenizer, ["red circle", phrase, "ring"])
+    borders = [i for i, token in enumerate(caption.input_ids) if token in (101, 102, 1012, 1029)]
+    assert borders == [0, *(end for _, end in caption.spans), len(caption.input_ids) - 1]
+
+
+def test_500_labels_find_what_a_few_find_and_the_backbone_runs_once(detector: Detector) -> None:
+    scene = scenes(1, (640, 480), seed=5)[0]
+    asked = {f"{shape.colour} {shape.shape}" for shape in scene.shapes}
+    many = labels(*sorted(asked), *(f"q{number}" for number in range(500)), threshold=0.1)  # long captions: low scores
+    runs = []
+    handle = detector.backbone.backbone.register_forward_hook(lambda *_: runs.append(1))
+    found = detector.detect([scene.image], many, nms_iou=0.7)[0]
+    handle.remove()
+    assert asked <= {detection.label for detection in found}
+    assert len(runs) == 1
+
+
+def test_splitting_a_caption_keeps_every_box_that_both_see(detector: Detector) -> None:
+    pictures = [scene.image for scene in scenes(6)]
+    whole = detector.detect(pictures, EVERYTHING, nms_iou=0.7)
+    halves = [detector.detect(pictures, part) for part in (EVERYTHING[:3], EVERYTHING[3:])]
+    for i, found in enumerate(whole):
+        sure = [d for d in found if d.score > 0.6]
+        seen = [d for half in halves for d in half[i]]
+        assert all(any(d.label == s.label and iou(d.box_xyxy, s.box_xyxy) > 0.7 for s in seen) for d in sure)
+
+
+def test_negative_phrases_take_their_boxes_away(detector: Detector) -> None:
+    scene = next(s for s in scenes(60) if {"circle", "square"} <= {shape.shape for shape in s.shapes})
+    both = detector.detect([scene.image], [Label("thing", ("circle", "square"), 0.3)], nms_iou=0.7)[0]
+    circles = detector.detect([scene.image], labels("circle"), negatives=["square"], nms_iou=0.7)[0]
+    assert len(both) > len(circles) > 0
+    assert {detection.label for detection in circles} == {"circle"}
+
+
+def test_a_shared_phrase_counts_for_the_first_label(detector: Detector) -> None:
+    scene = scenes(1)[0]
+    phrase = f"{scene.shapes[0].colour} {scene.shapes[0].shape}"
+    two = [Label("first", (phrase,), 0.3), Label("second", (phrase,), 0.3)]
+    assert {d.label for d in detector.detect([scene.image], two)[0]} == {"first"}
+
+
+def test_boxes_of_a_reduced_copy_are_in_pixels_of_the_original(detector: Detector) -> None:
+    scene = scenes(1, (640, 480), seed=5)[0]
+    small = scene.image.resize((320, 240), Image.Resampling.BOX)
+    full = detector.detect([scene.image], EVERYTHING, nms_iou=0.7)[0]
+    reduced = detector.detect([small], EVERYTHING, nms_iou=0.7, sizes=[(640, 480)])[0]
+    assert len(full) == len(reduced) > 0
+    for a, b in zip(full, reduced, strict=True):
+        assert a.label == b.label
+        assert iou(a.box_xyxy, b.box_xyxy) > 0.9

@@ -65,6 +65,13 @@ def test_predicted_values_replace_the_value() -> None:
     assert found == (Label("pet", ("cat", "small dog"), 0.3),)
 
 
+def test_negative_phrases_are_read() -> None:
+    control = read_plan(
+        config('<Label value="a"/>', 'model_negative_values="Shadow, , reflection"'), 0.3, 0.7
+    ).controls[0]
+    assert control.negatives == ("shadow", "reflection")
+
+
 def test_thresholds_go_from_setting_to_control_to_label() -> None:
     labels = '<Label value="a"/><Label value="b" model_score_threshold="0.7"/>'
     assert [label.threshold for label in labels_of(config(labels), 0.25)] == [0.25, 0.7]
