@@ -10,6 +10,8 @@ import base64
 import binascii
 import io
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote_to_bytes, urljoin, urlsplit
 
@@ -25,21 +27,37 @@ TIMEOUT = (3, 10)  # seconds to connect, and between bytes
 TOTAL_TIMEOUT = 30  # seconds for one picture, redirects included
 MAX_REDIRECTS = 5
 PIECE = 64 * 1024  # bytes
+ORIENTATION, SIDEWAYS = 0x0112, (5, 6, 7, 8)  # EXIF tag, and its values that swap width and height
 
 Image.MAX_IMAGE_PIXELS = None  # MAX_IMAGE_PIXELS of the settings takes its place, checked before decoding
+
+
+Size = tuple[int, int]  # width and height in pixels
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A decoded picture: `image` is RGB and may be a reduced copy, `size` is that of the original as people see it."""
+
+    image: Image.Image
+    size: Size
 
 
 class Images:
     """Loads pictures within limits; safe to share between threads."""
 
-    def __init__(self, studio: Studio, max_bytes: int, max_pixels: int) -> None:
+    def __init__(
+        self, studio: Studio, max_bytes: int, max_pixels: int, needed: Callable[[int, int], Size] | None = None
+    ) -> None:
+        """`needed` tells the size at which a picture of a given width and height is enough; all of it by default."""
         self._studio = studio
         self._max_bytes = max_bytes
         self._max_pixels = max_pixels
+        self._needed = needed or (lambda width, height: (width, height))
         self._session = requests.Session()
         self._session.trust_env = False  # a .netrc must not add credentials of its own
 
-    def load(self, uri: str) -> Image.Image:
+    def load(self, uri: str) -> Picture:
         """The picture behind `http(s)://`, `data:` or a path on Label Studio such as `/data/upload/1/a.png`.
 
         Raises:
@@ -98,13 +116,15 @@ class Images:
     def _too_large(self) -> ImageError:
         return ImageError(f"the picture's file is larger than MAX_IMAGE_BYTES ({self._max_bytes})")
 
-    def _decode(self, body: bytes, content_type: str) -> Image.Image:
+    def _decode(self, body: bytes, content_type: str) -> Picture:
         try:
             with Image.open(io.BytesIO(body)) as image:
                 if image.width * image.height > self._max_pixels:
-                    size = f"{image.width} x {image.height}"
-                    raise ImageError(f"the picture has {size} pixels, above MAX_IMAGE_PIXELS ({self._max_pixels})")
-                return to_rgb(ImageOps.exif_transpose(image))
+                    edges = f"{image.width} x {image.height}"
+                    raise ImageError(f"the picture has {edges} pixels, above MAX_IMAGE_PIXELS ({self._max_pixels})")
+                size = image.size[::-1] if image.getexif().get(ORIENTATION, 1) in SIDEWAYS else image.size
+                _reduce(image, self._needed(*image.size))
+                return Picture(to_rgb(ImageOps.exif_transpose(image)), size)
         except UnidentifiedImageError:
             raise ImageError(_not_a_picture(body, content_type)) from None
         except (OSError, SyntaxError, ValueError) as error:
@@ -136,6 +156,18 @@ def _read_data_uri(uri: str) -> tuple[bytes, str]:
         return (base64.b64decode(raw, validate=True) if head.endswith(";base64") else raw), head.split(";")[0]
     except binascii.Error:
         raise ImageError("the data: address is not valid base64") from None
+
+
+def _reduce(image: Image.Image, needed: Size) -> None:
+    """Lets a JPEG decode at a half, a quarter or an eighth, if that is enough and divides both edges.
+
+    Other formats cannot. An edge that is not divided would be rounded up, and all boxes shifted a little.
+    """
+    for scale in (8, 4, 2):
+        width, height = image.width / scale, image.height / scale
+        if width.is_integer() and height.is_integer() and width >= needed[0] and height >= needed[1]:
+            image.draft(None, (int(width), int(height)))
+            return
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

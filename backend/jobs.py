@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from PIL import Image
 
 from backend.checkpoints import load_checkpoint
 from backend.detector import Detector
 from backend.errors import BackendError
-from backend.images import Images
+from backend.images import Images, Picture
 from backend.labeling import Control, Plan
 from backend.regions import to_prediction, to_regions
 from backend.settings import Settings
@@ -51,7 +50,8 @@ def set_up(settings: Settings) -> Tools:
     detector = Detector(*load_checkpoint(find_checkpoint(settings.model).source), device)
     detector.warm_up()
     studio = Studio(settings.label_studio_url, settings.label_studio_api_key)
-    _tools = Tools(detector, Images(studio, settings.max_image_bytes, settings.max_image_pixels))
+    limits = settings.max_image_bytes, settings.max_image_pixels
+    _tools = Tools(detector, Images(studio, *limits, needed=detector.image_format.size))
     return _tools
 
 
@@ -71,17 +71,17 @@ def predict(payload: Mapping[str, Any]) -> dict[str, Any]:
     return {"answers": [_answer(task, parts, version) for task, *parts in zip(tasks, *per_control, strict=True)]}
 
 
-Picture = Image.Image | BackendError
+Loaded = Picture | BackendError
 Part = list[dict[str, object]] | BackendError
 
 
-def _load(images: Images, uris: set[str]) -> dict[str, Picture]:
+def _load(images: Images, uris: set[str]) -> dict[str, Loaded]:
     """Each address with its picture, or with what is wrong with it."""
     with ThreadPoolExecutor(DOWNLOADS) as pool:
         return dict(zip(uris, pool.map(lambda uri: _load_one(images, uri), uris), strict=True))
 
 
-def _load_one(images: Images, uri: str) -> Picture:
+def _load_one(images: Images, uri: str) -> Loaded:
     try:
         return images.load(uri)
     except BackendError as error:
@@ -89,13 +89,14 @@ def _load_one(images: Images, uri: str) -> Picture:
 
 
 def _predict_control(
-    detector: Detector, control: Control, tasks: Sequence[Any], pictures: Mapping[str, Picture], version: str
+    detector: Detector, control: Control, tasks: Sequence[Any], pictures: Mapping[str, Loaded], version: str
 ) -> list[Part]:
     """For each task the regions of one control, or why there are none."""
     of_task = [pictures[control.uri(task["data"])] for task in tasks]
-    shown = [picture for picture in of_task if isinstance(picture, Image.Image)]
+    shown = [picture for picture in of_task if isinstance(picture, Picture)]
+    images, sizes = [picture.image for picture in shown], [picture.size for picture in shown]
     try:
-        found = iter(detector.detect(shown, control.labels, control.negatives, control.nms_iou))
+        found = iter(detector.detect(images, control.labels, control.negatives, control.nms_iou, sizes))
     except BackendError as error:
         return [error] * len(tasks)
     return [

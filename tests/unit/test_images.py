@@ -21,7 +21,7 @@ TOKEN = "0123456789abcdef0123456789abcdef01234567"
 
 
 def images(url: str = "", key: str = TOKEN, max_bytes: int = 1_000_000, max_pixels: int = 10_000_000) -> Images:
-    return Images(Studio(url, key), max_bytes, max_pixels)
+    return Images(Studio(url, key), max_bytes, max_pixels, needed=lambda width, height: (100, 100))
 
 
 def b64(body: bytes) -> str:
@@ -29,7 +29,7 @@ def b64(body: bytes) -> str:
 
 
 def test_a_data_uri_is_read() -> None:
-    loaded = images().load(data_uri(RED))
+    loaded = images().load(data_uri(RED)).image
     assert (loaded.mode, loaded.size, loaded.getpixel((0, 0))) == ("RGB", (4, 3), (255, 0, 0))
 
 
@@ -187,19 +187,50 @@ def test_exif_orientation_is_applied() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     loaded = images().load(b64(encode(Image.new("RGB", (40, 20)), "JPEG", exif=exif)))
-    assert loaded.size == (20, 40)
+    assert loaded.size == loaded.image.size == (20, 40)
+    large = images().load(b64(encode(Image.new("RGB", (400, 200)), "JPEG", exif=exif)))
+    assert (large.size, large.image.size) == ((200, 400), (100, 200))
 
 
 def test_16_bit_grey_is_scaled_not_clipped() -> None:
     picture = Image.fromarray(np.full((4, 4), 32768, np.uint16))
-    assert images().load(b64(encode(picture))).getpixel((0, 0)) == (127, 127, 127)
+    assert images().load(b64(encode(picture))).image.getpixel((0, 0)) == (127, 127, 127)
 
 
 def test_transparency_is_laid_on_white() -> None:
     clear = Image.new("RGBA", (2, 2), (255, 0, 0, 0))
-    assert images().load(b64(encode(clear))).getpixel((0, 0)) == (255, 255, 255)
+    assert images().load(b64(encode(clear))).image.getpixel((0, 0)) == (255, 255, 255)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "CMYK", "YCbCr", "I", "F", "I;16"])
 def test_every_mode_becomes_rgb(mode: str) -> None:
     assert to_rgb(Image.new(mode, (3, 2))).mode == "RGB"
+
+
+@pytest.mark.parametrize(
+    ("size", "reduced"),
+    [
+        ((1600, 1200), (200, 150)),
+        ((800, 800), (100, 100)),
+        ((404, 408), (101, 102)),
+        ((801, 800), (801, 800)),
+        ((120, 90), (120, 90)),
+    ],
+)
+def test_a_large_jpeg_is_decoded_at_a_scale_that_keeps_every_place(
+    size: tuple[int, int], reduced: tuple[int, int]
+) -> None:
+    picture = Image.new("RGB", size, "black")
+    left, top = size[0] // 2, size[1] // 3
+    picture.paste("white", (left, top, *size))
+    loaded = images().load(b64(encode(picture, "JPEG", quality=95)))
+    assert (loaded.size, loaded.image.size) == (size, reduced)
+    bright = np.asarray(loaded.image.convert("L")).astype(float) / 255
+    scale = size[0] / reduced[0]
+    assert (1 - bright[-1]).sum() * scale == pytest.approx(left, abs=1)
+    assert (1 - bright[:, -1]).sum() * scale == pytest.approx(top, abs=1)
+
+
+def test_only_jpegs_are_reduced() -> None:
+    picture = images().load(b64(encode(Image.new("RGB", (1600, 1200)))))
+    assert picture.size == picture.image.size == (1600, 1200)
