@@ -24,7 +24,7 @@ $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' \
 	  || { echo "error: Python 3.10 to 3.13 is needed; set PYTHON=/path/to/python3.12" >&2; exit 2; }
 	@$(PYTHON) -m venv $(VENV) \
-	  || { echo "error: cannot make $(VENV); install the venv module (Debian: python3-venv) or free the folder" >&2; exit 2; }
+	  || { rm -rf $(VENV); echo "error: cannot make $(VENV); install the venv module (Debian: python3-venv) or free the folder" >&2; exit 2; }
 
 $(VENV)/installed: requirements.txt | $(VENV)/bin/python
 	@echo "installing into $(VENV); the first time takes a few minutes"

@@ -1,11 +1,10 @@
 """gunicorn's door: `gunicorn _wsgi:app`."""
 
-import logging
-
 from backend.api import create_app
-from backend.settings import Settings
+from backend.settings import Settings, set_up_logging
 from model import GroundingDINO
 
 settings = Settings.from_env()
-logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+set_up_logging(settings)
+GroundingDINO(settings=settings).prepare()
 app = create_app(GroundingDINO, settings)

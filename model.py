@@ -35,7 +35,7 @@ EVIDENCE_FIELDS = (
 
 @functools.cache
 def _checkpoint(model: str) -> Checkpoint:
-    return find_checkpoint(model)  # reads every byte of the files: once is enough
+    return find_checkpoint(model)  # keeps its fingerprint, for which it read every byte of its files
 
 
 @functools.cache
@@ -67,6 +67,10 @@ class GroundingDINO:
         """The queue that the workers serve."""
         return PredictQueue(self._connection)
 
+    def prepare(self) -> None:
+        """Reads the checkpoint's files for their fingerprint, so that no request has to wait for it."""
+        log.info("serving %s", self._checkpoint.model_version())
+
     def setup(self) -> str:
         """Called when a project connects and before every retrieval; returns the model version, whatever the config."""
         try:
@@ -93,23 +97,28 @@ class GroundingDINO:
         version = self._checkpoint.model_version(plan)
         rows = [{"id": task.get("id"), "data": plan.select(task.get("data") or {})} for task in tasks]
         chunks = [rows[i : i + self.settings.batch_size] for i in range(0, len(rows), self.settings.batch_size)]
-        payloads = [{"tasks": chunk, "plan": plan.to_dict(), "model_version": version} for chunk in chunks]
+        common = {
+            "plan": plan.to_dict(),
+            "model_version": version,
+            "fingerprint": self._checkpoint.fingerprint,
+        }
+        payloads = [{"tasks": chunk, **common} for chunk in chunks]
         jobs = self.queue.enqueue(payloads, at_front=len(tasks) == 1)
-        answers = [self._answers(job, len(chunk), deadline) for job, chunk in zip(jobs, chunks, strict=True)]
+        answers = [self._answers(job, chunk, deadline) for job, chunk in zip(jobs, chunks, strict=True)]
         return [answer for chunk in answers for answer in chunk]
 
-    def _answers(self, job: Any, count: int, deadline: float) -> list[dict[str, Any]]:
-        """The answers of one chunk of `count` tasks; the same error for each where there are none."""
+    def _answers(self, job: Any, chunk: Sequence[Mapping[str, Any]], deadline: float) -> list[dict[str, Any]]:
+        """The answers of one chunk of tasks; the same error for each where there are none."""
         try:
             value = self.queue.wait(job, deadline)
         except TimeoutError:
             error: BackendError = NotReady("the prediction is not finished yet; it goes on, ask again")
         else:
-            if isinstance(value, dict) and len(value.get("answers", ())) == count:
+            if isinstance(value, dict) and len(value.get("answers", ())) == len(chunk):
                 return list(value["answers"])
             error = BackendError("the worker failed on this chunk of tasks; its log says why")
-        log.warning("%d tasks unanswered: %s", count, error)
-        return [{"error": error.to_dict()}] * count
+        log.warning("tasks %s: %s", ", ".join(str(task["id"]) for task in chunk), error)
+        return [{"error": error.to_dict()}] * len(chunk)
 
     def fit(self, event: str, data: Mapping[str, Any], **kwargs: Any) -> None:
         """Records an annotation event, without the secrets that Label Studio sends along.
@@ -118,13 +127,13 @@ class GroundingDINO:
             QueueUnavailable: Redis does not answer.
         """
         annotations = data.get("annotation") or data.get("annotations") or []
-        rows = [annotations] if isinstance(annotations, Mapping) else annotations
+        rows = annotations if isinstance(annotations, list) else [annotations]
         evidence = [
             {key: row[key] for key in EVIDENCE_FIELDS if key in row} for row in rows if isinstance(row, Mapping)
         ]
         record_event(
             self._connection,
-            {"event": event, "project": _project_id(data.get("project")), "annotations": evidence, "time": time.time()},
+            {"event": event, "project": self.project_id, "annotations": evidence, "time": time.time()},
         )
 
     def versions(self) -> list[str]:
@@ -153,7 +162,3 @@ class GroundingDINO:
 
     def _plan(self) -> Plan:
         return read_plan(self.label_config, self.settings.box_threshold, self.settings.nms_iou)
-
-
-def _project_id(project: Any) -> Any:
-    return project.get("id") if isinstance(project, Mapping) else project

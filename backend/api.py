@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import logging
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from flask import Flask, Response, jsonify, request
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
-from backend.errors import BackendError, BadRequest, NotFound, RequestTooLarge, Unauthorized
+from backend.errors import BackendError, BadRequest, NotFound, Overloaded, RequestTooLarge, Unauthorized
 from backend.settings import Settings
 
 log = logging.getLogger(__name__)
 
 MAX_BODY = 250_000_000  # bytes; Label Studio's own limit for imports
+MOST_WAITING = 200  # below gunicorn's threads, so that /health always finds one
 OPEN_ROUTES = ("/health", "/ready", "/webhook")  # Label Studio sends no credentials on webhooks; probes have none
 
 
@@ -30,6 +33,7 @@ def create_app(make_model: Callable[..., Any], settings: Settings) -> Flask:
     app.config["MAX_CONTENT_LENGTH"] = MAX_BODY
     app.before_request(lambda: _check_login(settings))
     _map_errors(app)
+    waiting = threading.BoundedSemaphore(MOST_WAITING)
 
     def model(project: Any = None, label_config: Any = None) -> Any:
         if not isinstance(label_config or "", str):
@@ -59,7 +63,8 @@ def create_app(make_model: Callable[..., Any], settings: Settings) -> Flask:
         if not isinstance(params, Mapping):
             raise BadRequest("params must be an object")
         plugin = model(body.get("project"), body.get("label_config"))
-        return jsonify(results=plugin.predict(tasks, context=params.get("context")))
+        with _place(waiting):
+            return jsonify(results=plugin.predict(tasks, context=params.get("context")))
 
     @app.post("/webhook")
     def webhook() -> Response:
@@ -75,6 +80,16 @@ def create_app(make_model: Callable[..., Any], settings: Settings) -> Flask:
         return jsonify(versions=model().versions())
 
     return app
+
+
+@contextlib.contextmanager
+def _place(waiting: threading.BoundedSemaphore) -> Iterator[None]:
+    if not waiting.acquire(blocking=False):
+        raise Overloaded(f"{MOST_WAITING} requests are waiting already; ask again in a minute")
+    try:
+        yield
+    finally:
+        waiting.release()
 
 
 def _is_task(task: Any) -> bool:

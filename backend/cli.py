@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
 import sys
 from collections.abc import Callable
@@ -12,10 +11,11 @@ from typing import Any, TypeVar
 import click
 
 from backend import __version__
-from backend.errors import BackendError
+from backend.errors import BackendError, SettingsError
+from backend.private_redis import URL_FILE
 from backend.serve import gunicorn_command
 from backend.serve import serve as run_everything
-from backend.settings import Settings
+from backend.settings import Settings, set_up_logging
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -34,8 +34,19 @@ def _settings(options: dict[str, str | None]) -> Settings:
     """The environment, with what was given on the command line on top."""
     given = {name.upper(): value for name, value in options.items() if value is not None}
     settings = Settings.from_env({**os.environ, **given})
-    logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    set_up_logging(settings)
     return settings
+
+
+def _with_redis(settings: Settings) -> Settings:
+    """Settings with a REDIS_URL: the one given, else that of the server that runs in MODEL_DIR."""
+    if settings.redis_url:
+        return settings
+    try:
+        url = (settings.model_dir / URL_FILE).read_text()
+    except OSError:
+        raise SettingsError(f"set REDIS_URL; no server runs in MODEL_DIR={settings.model_dir} either") from None
+    return dataclasses.replace(settings, redis_url=url)
 
 
 @click.group()
@@ -54,8 +65,8 @@ def serve(**options: str | None) -> None:
 @cli.command()
 @settings_options
 def web(**options: str | None) -> None:
-    """Run the web front alone; it needs REDIS_URL."""
-    settings = _settings(options)
+    """Run the web front alone, with REDIS_URL or beside a running server."""
+    settings = _with_redis(_settings(options))
     command = gunicorn_command(settings)
     os.execve(command[0], command, {**os.environ, **settings.to_env()})  # noqa: S606
 
@@ -63,8 +74,8 @@ def web(**options: str | None) -> None:
 @cli.command()
 @settings_options
 def worker(**options: str | None) -> None:
-    """Run one predict worker alone; it needs REDIS_URL."""
-    settings = _settings(options)
+    """Run one predict worker alone, with REDIS_URL or beside a running server."""
+    settings = _with_redis(_settings(options))
     from backend.worker import run  # loads torch: only this command pays for it
 
     run(settings)

@@ -11,6 +11,7 @@ BackendError                      500  internal
 ├── CheckpointError               500  checkpoint
 ├── StudioError                   502  label_studio
 ├── QueueUnavailable              503  queue_unavailable
+├── Overloaded                    503  overloaded
 └── NotReady                      503  not_ready
 
 Each class carries its HTTP status and its code. The text says what to do and never holds a secret: users read it.
@@ -90,6 +91,12 @@ class QueueUnavailable(BackendError):
     """Redis does not answer."""
 
     status, code = 503, "queue_unavailable"
+
+
+class Overloaded(BackendError):
+    """As many requests are waiting as may."""
+
+    status, code = 503, "overloaded"
 
 
 class NotReady(BackendError):

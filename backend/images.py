@@ -12,6 +12,7 @@ import io
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from http.cookiejar import DefaultCookiePolicy
 from typing import Any
 from urllib.parse import unquote_to_bytes, urljoin, urlsplit
 
@@ -27,8 +28,11 @@ TIMEOUT = (3, 10)  # seconds to connect, and between bytes
 TOTAL_TIMEOUT = 30  # seconds for one picture, redirects included
 MAX_REDIRECTS = 5
 PIECE = 64 * 1024  # bytes
+SAFE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO")  # none runs a program
 ORIENTATION, SIDEWAYS = 0x0112, (5, 6, 7, 8)  # EXIF tag, and its values that swap width and height
 
+Image.init()
+FORMATS = [name for name in SAFE_FORMATS if name in Image.OPEN]  # Pillow may be built without some
 Image.MAX_IMAGE_PIXELS = None  # MAX_IMAGE_PIXELS of the settings takes its place, checked before decoding
 
 
@@ -56,6 +60,7 @@ class Images:
         self._needed = needed or (lambda width, height: (width, height))
         self._session = requests.Session()
         self._session.trust_env = False  # a .netrc must not add credentials of its own
+        self._session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))  # cookies know hosts, but no ports
 
     def load(self, uri: str) -> Picture:
         """The picture behind `http(s)://`, `data:` or a path on Label Studio such as `/data/upload/1/a.png`.
@@ -88,6 +93,7 @@ class Images:
         deadline = time.monotonic() + TOTAL_TIMEOUT
         try:
             for _ in range(MAX_REDIRECTS + 1):
+                url = requests.Request("GET", url).prepare().url or ""  # judge the very address that is connected to
                 headers = self._studio.headers(url)
                 with self._session.get(
                     url, headers=headers, timeout=TIMEOUT, stream=True, allow_redirects=False
@@ -118,7 +124,7 @@ class Images:
 
     def _decode(self, body: bytes, content_type: str) -> Picture:
         try:
-            with Image.open(io.BytesIO(body)) as image:
+            with Image.open(io.BytesIO(body), formats=FORMATS) as image:
                 if image.width * image.height > self._max_pixels:
                     edges = f"{image.width} x {image.height}"
                     raise ImageError(f"the picture has {edges} pixels, above MAX_IMAGE_PIXELS ({self._max_pixels})")
@@ -127,7 +133,9 @@ class Images:
                 return Picture(to_rgb(ImageOps.exif_transpose(image)), size)
         except UnidentifiedImageError:
             raise ImageError(_not_a_picture(body, content_type)) from None
-        except (OSError, SyntaxError, ValueError) as error:
+        except ImageError:
+            raise
+        except Exception as error:  # decoders raise whatever a damaged file leads them to
             raise ImageError(f"the picture is damaged ({type(error).__name__}: {error})") from None
 
 
@@ -151,7 +159,7 @@ def _read_data_uri(uri: str) -> tuple[bytes, str]:
     head, comma, body = uri.removeprefix("data:").partition(",")
     if not comma:
         raise ImageError("the data: address has no comma")
-    raw = unquote_to_bytes(body)
+    raw = unquote_to_bytes(body.encode(errors="replace"))
     try:
         return (base64.b64decode(raw, validate=True) if head.endswith(";base64") else raw), head.split(";")[0]
     except binascii.Error:

@@ -6,8 +6,10 @@ Expected errors travel as data, one for each task: only a string would survive t
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout  # another class than the builtin in Python 3.10
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +17,7 @@ import torch
 
 from backend.checkpoints import load_checkpoint
 from backend.detector import Detector
-from backend.errors import BackendError
+from backend.errors import BackendError, CheckpointError, ImageError
 from backend.images import Images, Picture
 from backend.labeling import Control, Plan
 from backend.regions import to_prediction, to_regions
@@ -24,6 +26,7 @@ from backend.studio import Studio
 from backend.versions import find_checkpoint
 
 DOWNLOADS = 8  # pictures of one chunk that are fetched at the same time
+LOAD_TIMEOUT = 60  # s for all pictures of a chunk; each has its own limits, but a server may trickle its headers
 
 log = logging.getLogger(__name__)
 
@@ -34,9 +37,12 @@ class Tools:
 
     detector: Detector
     images: Images
+    fingerprint: str
 
 
 _tools: Tools | None = None
+
+OTHER_CHECKPOINT = CheckpointError("the worker serves another MODEL than the web front; start both with the same")
 
 
 def set_up(settings: Settings) -> Tools:
@@ -47,11 +53,12 @@ def set_up(settings: Settings) -> Tools:
     """
     global _tools
     device = settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    detector = Detector(*load_checkpoint(find_checkpoint(settings.model).source), device)
+    checkpoint = find_checkpoint(settings.model)
+    detector = Detector(*load_checkpoint(checkpoint.source), device)
     detector.warm_up()
     studio = Studio(settings.label_studio_url, settings.label_studio_api_key)
     limits = settings.max_image_bytes, settings.max_image_pixels
-    _tools = Tools(detector, Images(studio, *limits, needed=detector.image_format.size))
+    _tools = Tools(detector, Images(studio, *limits, needed=detector.image_format.size), checkpoint.fingerprint)
     return _tools
 
 
@@ -59,12 +66,15 @@ def predict(payload: Mapping[str, Any]) -> dict[str, Any]:
     """Predictions for a chunk of tasks.
 
     Args:
-        payload: `plan`, `model_version` and `tasks`, each with `id` and the part of its `data` that the plan reads.
+        payload: `plan`, `model_version`, `fingerprint` of the checkpoint, and `tasks`, each with `id` and the part of
+            its `data` that the plan reads.
 
     Returns:
         `answers`: for each task in order a prediction, or `{"error": {"code", "detail"}}`.
     """
     assert _tools, "set_up comes first"
+    if payload["fingerprint"] != _tools.fingerprint:
+        return {"answers": [{"error": OTHER_CHECKPOINT.to_dict()}] * len(payload["tasks"])}
     plan, tasks, version = Plan.from_dict(payload["plan"]), payload["tasks"], payload["model_version"]
     pictures = _load(_tools.images, {control.uri(task["data"]) for control in plan.controls for task in tasks})
     per_control = [_predict_control(_tools.detector, control, tasks, pictures, version) for control in plan.controls]
@@ -77,15 +87,23 @@ Part = list[dict[str, object]] | BackendError
 
 def _load(images: Images, uris: set[str]) -> dict[str, Loaded]:
     """Each address with its picture, or with what is wrong with it."""
-    with ThreadPoolExecutor(DOWNLOADS) as pool:
-        return dict(zip(uris, pool.map(lambda uri: _load_one(images, uri), uris), strict=True))
+    pool, deadline = ThreadPoolExecutor(DOWNLOADS), time.monotonic() + LOAD_TIMEOUT
+    futures = {uri: pool.submit(images.load, uri) for uri in uris}
+    loaded = {uri: _outcome(future, deadline) for uri, future in futures.items()}
+    pool.shutdown(wait=False, cancel_futures=True)  # a thread that hangs must not hold up the others' answers
+    return loaded
 
 
-def _load_one(images: Images, uri: str) -> Loaded:
+def _outcome(future: Future[Picture], deadline: float) -> Loaded:
     try:
-        return images.load(uri)
+        return future.result(max(deadline - time.monotonic(), 0))
     except BackendError as error:
         return error
+    except FutureTimeout:
+        return ImageError(f"the picture did not arrive within {LOAD_TIMEOUT} s")
+    except Exception as error:  # one odd picture fails alone, whatever it made a library do
+        log.error("a picture raised %s", type(error).__name__)
+        return ImageError(f"the picture cannot be read ({type(error).__name__})")
 
 
 def _predict_control(

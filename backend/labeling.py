@@ -105,7 +105,9 @@ def _parse(label_config: str) -> Element:
         root: Element = fromstring(label_config, forbid_dtd=True)
     except ParseError as error:
         raise LabelingConfigError(f"the labeling config is not valid XML: {error}") from None
-    except (DefusedXmlException, ValueError):
+    except UnicodeError:
+        raise LabelingConfigError("the labeling config holds characters that are not Unicode text") from None
+    except DefusedXmlException:
         raise LabelingConfigError("the labeling config may hold no DOCTYPE and no entities") from None
     return root
 

@@ -7,15 +7,17 @@ import re
 import shutil
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import urlsplit
 
-from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 
 from backend.errors import SettingsError
 from backend.queues import connect
 
 OLDEST = (6, 2)  # RQ moves jobs with BLMOVE
+URL_FILE = "redis.url"  # in MODEL_DIR: where other commands find the private Redis of a running server
 START_TIMEOUT = 30  # s; a large file takes a while to read
 
 
@@ -68,18 +70,26 @@ def url(socket: Path) -> str:
     return f"unix://{socket}"
 
 
-def wait_until_ready(redis_url: str, timeout: float = START_TIMEOUT) -> None:
-    """Returns once the server answers.
+def wait_until_ready(
+    redis_url: str, timeout: float = START_TIMEOUT, given_up: Callable[[], bool] = lambda: False
+) -> None:
+    """Returns once the server answers, or `given_up` says that nobody waits any more.
 
     Raises:
-        SettingsError: it does not, within `timeout` seconds.
+        SettingsError: it does not answer within `timeout` seconds.
     """
     connection, deadline = connect(redis_url), time.monotonic() + timeout
-    while True:
+    while not given_up():
         try:
             connection.ping()
             return
-        except (RedisConnectionError, RedisError) as error:
+        except RedisError as error:
             if time.monotonic() > deadline:
-                raise SettingsError(f"Redis at {redis_url} does not answer ({error})") from None
+                raise SettingsError(f"Redis at {_shown(redis_url)} does not answer ({error})") from None
             time.sleep(0.02)
+
+
+def _shown(redis_url: str) -> str:
+    """The address without user and password."""
+    parts = urlsplit(redis_url)
+    return f"{parts.scheme}://{parts.hostname or ''}{f':{parts.port}' if parts.port else ''}{parts.path}"

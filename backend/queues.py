@@ -6,6 +6,7 @@ Jobs and answers are plain JSON. A worker runs only the functions in `ALLOWED`: 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import socket
@@ -18,6 +19,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 from redis.retry import Retry as ConnectionRetry
 from rq import Queue, Retry
+from rq.exceptions import DuplicateJobError, NoSuchJobError
 from rq.job import Job
 from rq.results import Result
 from rq.serializers import JSONSerializer
@@ -35,8 +37,10 @@ MAX_EVENTS = 1_000_000  # about 1 GB at 1 kB each; older ones are dropped
 PROJECTS_KEY = "gdino:projects"  # hash: project id -> model version given at /setup
 
 JOB_TIMEOUT = 600  # s; a chunk is about a second of work, but a first download or a slow CPU may take long
-RESULT_TTL = 3600  # s that a finished chunk can still be fetched
+RESULT_TTL = 3600  # s that the answers of a finished chunk are kept, for whoever asks for the same again
+ATTEMPTS = 3  # at putting a job in the place of one that others may be replacing too
 CONNECT_TIMEOUT, SOCKET_TIMEOUT = 0.5, 2.0  # s; together below the 3 s that Label Studio waits for /setup
+MAX_CONNECTIONS = 512  # one for each waiting thread of the web front, and some
 WAIT_SLICE = 1  # s; shorter than SOCKET_TIMEOUT, so that waiting for a job does not look like a dead Redis
 
 
@@ -74,6 +78,7 @@ def connect(redis_url: str, socket_timeout: float | None = SOCKET_TIMEOUT) -> Re
         redis_url,
         socket_connect_timeout=CONNECT_TIMEOUT,
         socket_timeout=socket_timeout,
+        max_connections=MAX_CONNECTIONS,
         retry=retry,
         health_check_interval=0,
     )
@@ -98,6 +103,9 @@ class PredictQueue:
     def enqueue(self, payloads: Sequence[dict[str, Any]], at_front: bool = False) -> list[Job]:
         """One job for each payload, in order; those at the front run before all that wait.
 
+        A payload that is waiting, at work or well answered within the last hour keeps the job it has, so that asking
+        again goes on where the deadline cut in.
+
         Raises:
             QueueUnavailable: Redis does not answer.
         """
@@ -105,9 +113,36 @@ class PredictQueue:
             return [self._enqueue(payload, at_front) for payload in payloads]
 
     def _enqueue(self, payload: dict[str, Any], at_front: bool) -> Job:
+        job_id = hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()
+        for _ in range(ATTEMPTS):
+            try:
+                return self._enqueue_new(job_id, payload, at_front)
+            except DuplicateJobError:
+                if job := self._still_good(job_id):
+                    return job
+        raise QueueUnavailable("others keep taking the same job away; ask again")
+
+    def _still_good(self, job_id: str) -> Job | None:
+        """The job of this id, unless it failed or a task in it did: then it makes room for a new one."""
+        try:
+            job = self._queue.job_class.fetch(job_id, connection=self._connection, serializer=JSONSerializer)
+        except NoSuchJobError:
+            return None
+        result = job.latest_result()
+        if result is None or result.type is Result.Type.RETRIED:
+            return job
+        value = result.return_value if result.type is Result.Type.SUCCESSFUL else None
+        if value and not any("error" in answer for answer in value["answers"]):
+            return job
+        job.delete()
+        return None
+
+    def _enqueue_new(self, job_id: str, payload: dict[str, Any], at_front: bool) -> Job:
         return self._queue.enqueue(
             PREDICT_FUNCTION,
             payload,
+            job_id=job_id,
+            unique=True,
             at_front=at_front,
             job_timeout=JOB_TIMEOUT,
             result_ttl=RESULT_TTL,
@@ -125,10 +160,11 @@ class PredictQueue:
         """
         with redis_errors():
             while True:
-                result = job.latest_result(timeout=WAIT_SLICE)
+                in_time = time.monotonic() < deadline
+                result = job.latest_result(timeout=WAIT_SLICE if in_time else 0)
                 if result is not None and result.type is not Result.Type.RETRIED:
                     return result.return_value if result.type is Result.Type.SUCCESSFUL else None
-                if time.monotonic() >= deadline:
+                if not in_time:
                     raise TimeoutError
                 if result is not None:  # a stream that holds an old result does not block
                     time.sleep(0.1)

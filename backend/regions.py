@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 Box = tuple[float, float, float, float]
+Region = dict[str, Any]  # as Label Studio stores it
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,10 @@ def best_of_overlapping(detections: Sequence[Detection], nms_iou: float) -> list
     return kept
 
 
-def to_prediction(results: Sequence[Sequence[dict[str, object]]], model_version: str) -> dict[str, object]:
+def to_prediction(results: Sequence[Sequence[Region]], model_version: str) -> dict[str, Any]:
     """One task's prediction: all regions of its controls; its score is the mean of theirs, 0 where there are none."""
     result = [region for regions in results for region in regions]
-    scores = [float(str(region["score"])) for region in result]
+    scores = [region["score"] for region in result]
     return {
         "result": result,
         "score": sum(scores) / len(scores) if scores else 0.0,
@@ -60,7 +62,7 @@ def to_prediction(results: Sequence[Sequence[dict[str, object]]], model_version:
 
 def to_regions(
     detections: Sequence[Detection], from_name: str, to_name: str, width: int, height: int, seed: str
-) -> list[dict[str, object]]:
+) -> list[Region]:
     """Detections on a picture of `width` x `height` pixels -> Label Studio regions, in percent of the picture.
 
     Ids are made from `seed` (task and model version), so that the same prediction made twice has the same ids. Boxes
@@ -69,7 +71,7 @@ def to_regions(
     drawable = [d for d in detections if d.box_xyxy[2] > d.box_xyxy[0] and d.box_xyxy[3] > d.box_xyxy[1]]
     return [
         {
-            "id": hashlib.sha256(f"{seed}/{from_name}/{to_name}/{number}".encode()).hexdigest()[:12],
+            "id": hashlib.sha256(f"{seed}/{from_name}/{to_name}/{number}".encode(errors="replace")).hexdigest()[:12],
             "from_name": from_name,
             "to_name": to_name,
             "type": "rectanglelabels",

@@ -25,12 +25,13 @@ from backend.versions import find_checkpoint
 from backend.welcome import welcome
 
 ROOT = Path(__file__).parent.parent
-URL_FILE = "redis.url"  # in MODEL_DIR: where other commands find the private Redis
+SOCKET_ROOT = "/tmp"  # noqa: S108 - a socket's path may have 108 bytes, and TMPDIR may be long; the folder is private
 CONFIGURED_REDIS_TIMEOUT = 10  # s; it may be starting beside us
 LONGEST_PAUSE = 30  # s before a part that keeps crashing is started again
 STEADY = 60  # s after which a crash counts as the first
 GRACE = 2  # s between SIGTERM and SIGKILL
 PR_SET_PDEATHSIG = 1  # prctl(2)
+LIBC = ctypes.CDLL(None)  # bound here: between fork and exec nothing may be loaded
 
 
 class Part:
@@ -49,9 +50,13 @@ class Part:
             preexec_fn=_end_with_parent,
         )  # fmt: skip
 
+    def has_ended(self) -> bool:
+        """Whether the process was started and is gone."""
+        return self.process is not None and self.process.poll() is not None
+
     def tend(self) -> None:
         """Notices that the process has ended, and starts it again when its pause is over."""
-        if self.process and self.process.poll() is not None:
+        if self.process and self.has_ended():
             _end_session(self.process)
             self._crashes = 0 if time.monotonic() - self._started > STEADY else self._crashes
             pause = min(2**self._crashes - 1, LONGEST_PAUSE)
@@ -78,7 +83,7 @@ def _end_session(process: subprocess.Popen[bytes]) -> None:
 
 
 def _end_with_parent() -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def say(text: str) -> None:
@@ -96,14 +101,14 @@ def serve(settings: Settings) -> None:
     stop = _stop_on_signals()
     _check_port(settings.port)
     find_checkpoint(settings.model)
-    with _own_folder(settings.model_dir), tempfile.TemporaryDirectory(prefix="gdino-") as private:
-        redis, settings = _private_redis(settings, Path(private))
+    with _own_folder(settings.model_dir), tempfile.TemporaryDirectory(prefix="gdino-", dir=SOCKET_ROOT) as private:
+        redis, settings = _private_redis(settings, Path(private), stop)
         try:
             _supervise(settings, redis, stop)
         finally:
             for part in redis:
                 part.stop(time.monotonic() + GRACE)
-            (settings.model_dir / URL_FILE).unlink(missing_ok=True)
+            (settings.model_dir / private_redis.URL_FILE).unlink(missing_ok=True)
 
 
 def _supervise(settings: Settings, redis: list[Part], stop: threading.Event) -> None:
@@ -129,21 +134,22 @@ def _part(name: str, arguments: list[str], env: dict[str, str]) -> Part:
     return Part(name, [sys.executable, "-m", "backend", *arguments], env)
 
 
-def _private_redis(settings: Settings, private: Path) -> tuple[list[Part], Settings]:
+def _private_redis(settings: Settings, private: Path, stop: threading.Event) -> tuple[list[Part], Settings]:
     """The private server, running, and the settings that lead to it; no server where one is configured."""
     if settings.redis_url:
-        private_redis.wait_until_ready(settings.redis_url, CONFIGURED_REDIS_TIMEOUT)
+        private_redis.wait_until_ready(settings.redis_url, CONFIGURED_REDIS_TIMEOUT, stop.is_set)
         return [], settings
     path, folder = private / "redis.sock", settings.model_dir / "redis"
-    folder.mkdir(exist_ok=True)
     part = Part("private Redis", private_redis.command(private_redis.find_server(), path, folder.resolve()), {})
     part.start()
     try:
-        private_redis.wait_until_ready(private_redis.url(path))
+        private_redis.wait_until_ready(private_redis.url(path), given_up=lambda: stop.is_set() or part.has_ended())
+        if part.has_ended() and not stop.is_set():
+            raise SettingsError(f"the private Redis ended at once; {folder / 'redis.log'} says why")
     except SettingsError:
         part.stop(time.monotonic())
         raise
-    (settings.model_dir / URL_FILE).write_text(private_redis.url(path))
+    (settings.model_dir / private_redis.URL_FILE).write_text(private_redis.url(path))
     return [part], dataclasses.replace(settings, redis_url=private_redis.url(path))
 
 
@@ -160,7 +166,7 @@ def _check_port(port: int) -> None:
 def _own_folder(folder: Path) -> Iterator[None]:
     """Makes MODEL_DIR and keeps a second `serve` out of it: two servers would write one Redis file."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "redis").mkdir(parents=True, exist_ok=True)
         lock = (folder / "lock").open("w")
     except OSError as error:
         raise SettingsError(

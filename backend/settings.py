@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -64,6 +65,8 @@ class Settings:
             raise SettingsError("BOX_THRESHOLD and NMS_IOU must be at most 1")
         if not self.port < 65536:
             raise SettingsError("PORT must be below 65536")
+        if self.redis_url and not self.redis_url.startswith(("redis://", "rediss://", "unix://")):
+            raise SettingsError("REDIS_URL must begin with redis://, rediss:// or unix://")
         if self.log_level not in LOG_LEVELS:
             raise SettingsError(f"LOG_LEVEL must be one of {', '.join(LOG_LEVELS)}")
         if bool(self.basic_auth_user) != bool(self.basic_auth_pass):
@@ -77,6 +80,12 @@ def _convert(cls: type[Settings], name: str, text: str) -> Any:
     except ValueError:
         wanted = "a whole number" if kind is int else "a number"
         raise SettingsError(f"{name.upper()} must be {wanted}, not {text!r}") from None
+
+
+def set_up_logging(settings: Settings) -> None:
+    """One line a record; urllib3's own would show addresses of pictures with the signatures in them."""
+    logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("urllib3").setLevel(logging.WARNING)
 
 
 def settings_table() -> str:

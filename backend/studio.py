@@ -10,9 +10,9 @@ import base64
 import json
 import threading
 import time
-from urllib.parse import urlsplit
 
 import requests
+from urllib3.util import parse_url
 
 from backend.errors import StudioError
 
@@ -24,10 +24,11 @@ def origin(url: str) -> tuple[str, str, int]:
     """Scheme, host and port of a URL: what must be equal before a credential is sent.
 
     Raises:
-        ValueError: the port is not a number.
+        ValueError: it is not a URL.
     """
-    parts = urlsplit(url)
-    return parts.scheme, parts.hostname or "", parts.port or {"http": 80, "https": 443}.get(parts.scheme, 0)
+    parts = parse_url(url)  # the parser that requests connects by: another may read another host into an odd URL
+    scheme = parts.scheme or ""
+    return scheme, (parts.host or "").lower(), parts.port or {"http": 80, "https": 443}.get(scheme, 0)
 
 
 class Studio:
@@ -39,6 +40,8 @@ class Studio:
         self._is_refresh_token = api_key.count(".") == 2
         self._access_token, self._expires = "", 0.0
         self._lock = threading.Lock()
+        self._session = requests.Session()
+        self._session.trust_env = False  # as for pictures: no proxy and no .netrc of the shell
 
     def headers(self, url: str) -> dict[str, str]:
         """The headers for a request to `url`: credentials for Label Studio's own origin, none for any other.
@@ -59,12 +62,19 @@ class Studio:
                 self._expires = _expiry(self._access_token)
             return self._access_token
 
+    @property
+    def _shown(self) -> str:
+        """The address without a user and password that it may hold."""
+        return "{}://{}:{}".format(*origin(self.url))
+
     def _exchange(self) -> str:
         try:
             body = {"refresh": self._api_key}
-            reply = requests.post(f"{self.url}/api/token/refresh", json=body, timeout=TIMEOUT, allow_redirects=False)
+            reply = self._session.post(
+                f"{self.url}/api/token/refresh", json=body, timeout=TIMEOUT, allow_redirects=False
+            )
         except requests.RequestException as error:
-            raise StudioError(f"Label Studio at {self.url} does not answer ({type(error).__name__})") from None
+            raise StudioError(f"Label Studio does not answer at {self._shown} ({type(error).__name__})") from None
         if reply.status_code != 200:
             raise StudioError(
                 f"Label Studio refused LABEL_STUDIO_API_KEY (HTTP {reply.status_code}); "
@@ -73,13 +83,13 @@ class Studio:
         try:
             return str(reply.json()["access"])
         except (ValueError, KeyError, TypeError):
-            raise StudioError(f"{self.url} gave no token; is LABEL_STUDIO_URL Label Studio's address?") from None
+            raise StudioError(f"{self._shown} gave no token; is it Label Studio's address?") from None
 
 
 def _expiry(token: str) -> float:
     """Seconds since the epoch at which a JWT ends; five minutes from now where it does not say."""
-    payload = token.split(".")[1]
     try:
+        payload = token.split(".")[1]
         return float(json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))["exp"])
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, IndexError, TypeError):
         return time.time() + 300

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,16 +17,27 @@ PIECE = 1024 * 1024  # bytes
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint by name: where it lies (folder, file or hub id) and the fingerprint of its files."""
+    """A checkpoint by name, and where it lies: folder, file or hub id; of the hub's no `files` are known."""
 
     name: str
     source: str
-    fingerprint: str
+    files: tuple[Path, ...] = ()
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of what the files hold, or of the hub id; the first call reads every byte."""
+        digest = hashlib.sha256(b"" if self.files else self.source.encode())
+        for path in self.files:
+            digest.update(path.name.encode())
+            with path.open("rb") as file:
+                while piece := file.read(PIECE):
+                    digest.update(piece)
+        return digest.hexdigest()
 
     def model_version(self, plan: Plan | None = None) -> str:
         """Weights, prompts and thresholds in one short string: as long as it is the same, so are the answers."""
         asked = json.dumps(plan.to_dict() if plan else {}, sort_keys=True)
-        return f"{self.name}-{_short(self.fingerprint + asked)}"
+        return f"{self.name}-{hashlib.sha256((self.fingerprint + asked).encode()).hexdigest()[:8]}"
 
 
 def find_checkpoint(model: str) -> Checkpoint:
@@ -38,26 +49,12 @@ def find_checkpoint(model: str) -> Checkpoint:
     path = DEMO if model == "demo" else Path(model)
     if path.is_dir():
         files = sorted(p for p in path.iterdir() if p.is_file() and p.suffix != ".md")
-        return Checkpoint("demo" if model == "demo" else path.resolve().name, str(path), _fingerprint(files))
+        return Checkpoint("demo" if model == "demo" else path.resolve().name, str(path), tuple(files))
     if path.suffix == ".pth" and path.is_file():
-        return Checkpoint(path.stem, str(path), _fingerprint([path]))
+        return Checkpoint(path.stem, str(path), (path,))
     if model.startswith((".", "/", "~")) or model.count("/") != 1 or path.suffix == ".pth":
         raise CheckpointError(
             f"MODEL={model}: no such folder or file; give a folder, an original .pth file, "
             "a hub id such as owner/name, or demo"
         )
-    return Checkpoint(model.split("/")[1], model, _short(model))
-
-
-def _fingerprint(files: Sequence[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(path.name.encode())
-        with path.open("rb") as file:
-            while piece := file.read(PIECE):
-                digest.update(piece)
-    return digest.hexdigest()
-
-
-def _short(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+    return Checkpoint(model.split("/")[1], model)

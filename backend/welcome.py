@@ -18,14 +18,15 @@ SAMPLE = SAMPLES / "sample-1.jpg"
 LABELING_CONFIG = SAMPLES / "labeling_config.xml"
 
 NEXT_STEPS = """
-In Label Studio:
+Before Label Studio can use it:
+  - start Label Studio with ML_BLOCK_LOCAL_IP=false SSRF_PROTECTION_ENABLED=false
+    (1.23.1 and newer refuse a backend on this machine otherwise)
+  - start this server with LABEL_STUDIO_URL and LABEL_STUDIO_API_KEY, or it cannot open uploaded pictures{missing}
+Then, in Label Studio:
   1. Settings > Labeling Interface > Code: paste {config}
   2. Settings > Model > Connect Model: any name, backend URL {url}
   3. Import the pictures in {samples}
   4. Data Manager: select them, Actions > Retrieve predictions, open one
-Label Studio 1.23.1 and newer refuse a backend on this machine until they are started with
-  ML_BLOCK_LOCAL_IP=false SSRF_PROTECTION_ENABLED=false
-Uploaded pictures need LABEL_STUDIO_URL and LABEL_STUDIO_API_KEY in this server's environment.
 Ctrl-C stops everything."""
 
 
@@ -44,12 +45,20 @@ def welcome(settings: Settings, say: Callable[[str], None], stop: threading.Even
             say(line)
     except requests.RequestException as error:
         say(f"the sample prediction failed: {error}")
-    say(NEXT_STEPS.format(config=LABELING_CONFIG, url=url, samples=SAMPLES))
+    missing = "" if settings.label_studio_url and settings.label_studio_api_key else " (not set now)"
+    say(NEXT_STEPS.format(config=LABELING_CONFIG, url=url, samples=SAMPLES, missing=missing))
+
+
+def _local() -> requests.Session:
+    """For calls to this machine: a proxy of the shell would not find it."""
+    session = requests.Session()
+    session.trust_env = False
+    return session
 
 
 def _is_ready(url: str) -> bool:
     try:
-        return requests.get(f"{url}/ready", timeout=5).ok
+        return _local().get(f"{url}/ready", timeout=5).ok
     except requests.RequestException:
         return False
 
@@ -67,7 +76,7 @@ def sample_prediction(settings: Settings, url: str) -> tuple[dict[str, Any], flo
     }
     login = (settings.basic_auth_user, settings.basic_auth_pass) if settings.basic_auth_user else None
     start = time.monotonic()
-    reply = requests.post(f"{url}/predict", json=body, auth=login, timeout=settings.predict_deadline + 10)
+    reply = _local().post(f"{url}/predict", json=body, auth=login, timeout=settings.predict_deadline + 10)
     reply.raise_for_status()
     return reply.json()["results"][0], time.monotonic() - start
 

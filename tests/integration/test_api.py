@@ -2,6 +2,7 @@ import base64
 import json
 import logging
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from flask.testing import FlaskClient
@@ -95,11 +96,16 @@ def test_without_redis_predict_says_so_soon(away: FlaskClient) -> None:
     assert time.monotonic() - start < 3
 
 
-def test_what_is_not_finished_by_the_deadline_is_not_ready(lonely: FlaskClient) -> None:
+def test_what_is_not_finished_by_the_deadline_is_not_ready(
+    lonely: FlaskClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    start = time.monotonic()
     tasks = [{"id": i, "data": {"image": "x"}} for i in range(20)]
     answer = lonely.post("/predict", json={"tasks": tasks, "label_config": CONFIG})
     assert answer.status_code == 200
     assert [result["error"]["code"] for result in answer.json["results"]] == ["not_ready"] * 20
+    assert time.monotonic() - start < 3
+    assert "tasks 16, 17, 18, 19: the prediction is not finished yet" in caplog.text
 
 
 def test_a_config_that_cannot_be_served_is_422_with_the_reason(lonely: FlaskClient) -> None:
@@ -182,7 +188,7 @@ def test_annotation_events_are_recorded_without_secrets(lonely: FlaskClient, red
     events = [json.loads(fields[b"event"]) for _, fields in raw]
     assert [event["event"] for event in events] == ["ANNOTATION_CREATED", "ANNOTATIONS_CREATED", "ANNOTATIONS_DELETED"]
     assert [len(event["annotations"]) for event in events] == [1, 2, 1]
-    assert {event["project"] for event in events} == {7}
+    assert {event["project"] for event in events} == {"7"}
 
 
 def test_no_secret_reaches_the_log(lonely: FlaskClient, caplog: pytest.LogCaptureFixture) -> None:
@@ -204,3 +210,26 @@ def test_no_secret_reaches_the_queue(lonely: FlaskClient, redis_url: str) -> Non
     assert stored
     jobs = [json.loads(__import__("zlib").decompress(job[b"data"])) for job in stored]
     assert "s3cret" not in repr(jobs)
+
+
+@pytest.mark.parametrize("rows", [5, True, "x", [5], {"id": "x"}])
+def test_an_odd_event_is_recorded_all_the_same(lonely: FlaskClient, rows: object) -> None:
+    assert lonely.post("/webhook", json={"action": "X", "annotation": rows, "project": 5}).status_code == 200
+
+
+def test_150_waiting_requests_are_answered(redis_url: str) -> None:
+    front = create_app(GroundingDINO, Settings(model="demo", redis_url=redis_url, predict_deadline=2))
+    body = {"label_config": CONFIG}
+
+    def ask(number: int) -> int:
+        tasks = [{"id": number, "data": {"image": "x"}}]
+        return front.test_client().post("/predict", json={**body, "tasks": tasks}).status_code
+
+    with ThreadPoolExecutor(150) as pool:
+        assert set(pool.map(ask, range(150))) == {200}
+
+
+def test_more_than_may_wait_are_sent_away(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("backend.api.MOST_WAITING", 0)
+    answer = client(redis_url=redis_url).post("/predict", json={"tasks": [], "label_config": CONFIG})
+    assert (answer.status_code, answer.json["error"]["code"]) == (503, "overloaded")

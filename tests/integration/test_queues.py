@@ -6,6 +6,7 @@ import pytest
 from redis import Redis
 from rq import Queue, SimpleWorker
 from rq.job import Job
+from rq.results import Result
 from rq.serializers import JSONSerializer
 
 from backend.errors import QueueUnavailable
@@ -30,7 +31,7 @@ def work(connection: Redis) -> None:
 
 def test_interactive_jobs_go_to_the_front(connection: Redis) -> None:
     queue = PredictQueue(connection)
-    bulk = queue.enqueue([PAYLOAD] * 3)
+    bulk = queue.enqueue([{**PAYLOAD, "number": number} for number in range(3)])
     urgent = queue.enqueue([PAYLOAD], at_front=True)
     waiting = Queue(PREDICT, connection=connection, serializer=JSONSerializer).job_ids
     assert waiting == [job.id for job in urgent + bulk]
@@ -80,6 +81,32 @@ def test_waiting_ends_at_the_deadline(connection: Redis) -> None:
         queue.wait(job, start + 0.5)
     assert time.monotonic() - start < 2.5
     assert Job.exists(job.id, connection=connection)
+
+
+def answer(connection: Redis, job: Job, answers: list[dict]) -> None:
+    """What a worker leaves behind of a job that it did."""
+    queue = Queue(PREDICT, connection=connection, serializer=JSONSerializer, job_class=AllowedJob)
+    queue.remove(job)
+    Result.create(job, Result.Type.SUCCESSFUL, ttl=60, return_value={"answers": answers})
+
+
+def test_what_waits_is_not_asked_for_twice(connection: Redis) -> None:
+    queue = PredictQueue(connection)
+    first, again = queue.enqueue([PAYLOAD, PAYLOAD])
+    assert first.id == again.id
+    assert len(Queue(PREDICT, connection=connection, serializer=JSONSerializer)) == 1
+
+
+def test_what_was_answered_well_is_reused_and_what_failed_is_made_anew(connection: Redis) -> None:
+    queue = PredictQueue(connection)
+    (job,) = queue.enqueue([PAYLOAD])
+    answer(connection, job, [{"result": []}])
+    assert queue.wait(queue.enqueue([PAYLOAD])[0], time.monotonic() + 1) == {"answers": [{"result": []}]}
+    connection.delete(f"rq:results:{job.id}")
+    answer(connection, job, [{"error": {"code": "image", "detail": "away"}}])
+    (new,) = queue.enqueue([PAYLOAD])
+    assert new.latest_result() is None
+    assert Queue(PREDICT, connection=connection, serializer=JSONSerializer).job_ids == [new.id]
 
 
 def test_a_redis_that_is_away_is_said_at_once() -> None:

@@ -117,7 +117,8 @@ def test_a_taken_port_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
         ({"MODEL_DIR": "/dev/null/x"}, "MODEL_DIR=/dev/null/x cannot be written"),
         ({"PORT": "abc"}, "PORT must be a whole number, not 'abc'"),
         ({"MODEL": "./nowhere"}, "MODEL=./nowhere: no such folder or file"),
-        ({"REDIS_URL": "redis://127.0.0.1:1"}, "Redis at redis://127.0.0.1:1 does not answer"),
+        ({"REDIS_URL": "redis://:s3cret@127.0.0.1:1"}, "Redis at redis://127.0.0.1:1 does not answer"),
+        ({"REDIS_URL": "localhost:6379"}, "REDIS_URL must begin with redis://"),
     ],
 )
 def test_what_the_user_can_mend_is_one_line_and_exit_code_2(tmp_path: Path, env: dict[str, str], line: str) -> None:
@@ -125,8 +126,56 @@ def test_what_the_user_can_mend_is_one_line_and_exit_code_2(tmp_path: Path, env:
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert line in done.stderr
+    assert "s3cret" not in done.stderr
 
 
 def test_two_servers_do_not_share_a_folder(served: Served) -> None:
     done = serve_and_fail(PORT=str(free_port()), MODEL_DIR=str(served.model_dir))
     assert (done.returncode, "is in use by another server" in done.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("command", ["web", "worker"])
+def test_a_part_alone_needs_a_redis(tmp_path: Path, command: str) -> None:
+    env = {**os.environ, "MODEL": "demo", "MODEL_DIR": str(tmp_path)}
+    part = [sys.executable, "-m", "backend", command]
+    done = subprocess.run(part, cwd=ROOT, env=env, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stderr) == (
+        2, f"error: set REDIS_URL; no server runs in MODEL_DIR={tmp_path} either\n"
+    )  # fmt: skip
+
+
+def test_a_second_worker_joins_a_running_server(served: Served) -> None:
+    env = {**os.environ, "MODEL": "demo", "MODEL_DIR": str(served.model_dir)}
+    part = [sys.executable, "-m", "backend", "worker"]
+    with subprocess.Popen(part, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as worker:
+        wait_for(lambda: requests.get(f"{served.url}/ready", timeout=5).json()["workers"] == 2, 60, "a second worker")
+        worker.terminate()
+        assert worker.wait(10) == 0
+    assert requests.get(f"{served.url}/ready", timeout=5).json()["workers"] == 1
+
+
+def test_a_worker_with_another_model_refuses(served: Served, tmp_path: Path) -> None:
+    from backend.queues import PredictQueue, connect
+
+    queue = PredictQueue(connect((served.model_dir / "redis.url").read_text()))
+    payload = {"tasks": [{"id": 1, "data": {}}], "plan": {"controls": []}, "model_version": "v", "fingerprint": "other"}
+    value = queue.wait(queue.enqueue([payload])[0], time.monotonic() + 20)
+    assert value["answers"][0]["error"]["code"] == "checkpoint"
+
+
+def test_it_can_be_stopped_while_it_waits_for_redis(tmp_path: Path) -> None:
+    served = Served(tmp_path, REDIS_URL="redis://127.0.0.1:1")
+    time.sleep(2)
+    start = time.monotonic()
+    served.stop()
+    assert time.monotonic() - start < 5
+
+
+def test_a_redis_that_cannot_start_says_so_at_once(tmp_path: Path) -> None:
+    appended = tmp_path / "data" / "redis" / "appendonlydir"
+    appended.mkdir(parents=True)
+    (appended / "appendonly.aof.manifest").write_text("not a manifest")
+    start = time.monotonic()
+    done = serve_and_fail(PORT=str(free_port()), MODEL_DIR=str(tmp_path / "data"))
+    assert (done.returncode, "the private Redis ended at once" in done.stderr) == (2, True)
+    assert time.monotonic() - start < 10

@@ -71,6 +71,35 @@ def test_a_redirect_to_another_host_loses_the_token() -> None:
     assert seen == [None]
 
 
+@pytest.mark.parametrize("by", ["address", "redirect"])
+def test_an_address_that_two_parsers_read_differently_gets_no_token(by: str) -> None:
+    seen = []
+
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        seen.append(handler.headers.get("Authorization"))
+        reply(handler, encode(RED))
+
+    with http_server(answer) as evil, http_server(lambda handler: reply(handler, b"", 404)) as studio:
+        tricky = f"{evil}\\@{studio.removeprefix('http://')}/x.png"
+        with http_server(lambda handler: reply(handler, b"", 302, Location=tricky)) as detour:
+            images(studio).load(tricky if by == "address" else f"{detour}/a")
+    assert seen == [None]
+
+
+def test_a_cookie_of_one_port_is_not_shown_to_another() -> None:
+    seen = []
+
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        seen.append(handler.headers.get("Cookie"))
+        reply(handler, encode(RED), Set_Cookie="sessionid=s3cret; Path=/")
+
+    loader = images()
+    with http_server(answer) as first, http_server(answer) as second:
+        for url in (first, second, first):
+            loader.load(url)
+    assert seen == [None] * 3
+
+
 @pytest.mark.parametrize(
     ("location", "reason"),
     [("/again", "redirects more than"), ("file:///etc/passwd", "not http"), ("http://[", "could not be fetched")],
@@ -95,6 +124,7 @@ def test_a_bad_redirect_is_refused(location: str, reason: str) -> None:
         ("data:image/png;base64,", "file is empty"),
         ("http://127.0.0.1:1/a.png", "could not be fetched"),
         ("http://", "could not be fetched"),
+        ("data:,\ud800", "not a picture"),
     ],
 )
 def test_an_address_that_leads_nowhere_says_why(uri: str, reason: str) -> None:
@@ -174,6 +204,7 @@ def test_too_many_pixels_are_refused_before_decoding(size: tuple[int, int]) -> N
     [
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not a picture"),
         (b"%PDF-1.4", "not a picture"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture"),
         (encode(Image.effect_noise((200, 200), 50), "JPEG")[:5000], "damaged"),
         (png_header(20, 20), "damaged"),
     ],

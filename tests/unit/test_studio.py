@@ -27,13 +27,24 @@ def test_a_legacy_token_is_sent_as_it_is() -> None:
 
 @pytest.mark.parametrize(
     "url",
-    ["http://other/x", "https://ls:8080/x", "http://ls/x", "http://ls:8080@evil/x", "http://ls:8080.evil/x"],
+    [
+        "http://other/x",
+        "https://ls:8080/x",
+        "http://ls/x",
+        "http://ls:8080@evil/x",
+        "http://evil:1\\@ls:8080/x",
+        "http://evil:1/@ls:8080/x",
+        "http://evil:1#@ls:8080/x",
+        "http://evil:1?@ls:8080/x",
+    ],
 )
 def test_no_other_origin_gets_the_key(url: str) -> None:
-    try:
-        assert Studio("http://ls:8080", LEGACY).headers(url) == {}
-    except ValueError:
-        assert url == "http://ls:8080.evil/x"
+    assert Studio("http://ls:8080", LEGACY).headers(url) == {}
+
+
+def test_a_url_that_cannot_be_read_gets_nothing() -> None:
+    with pytest.raises(ValueError, match=r"ls:8080\.evil"):
+        Studio("http://ls:8080", LEGACY).headers("http://ls:8080.evil/x")
 
 
 def test_without_a_key_nothing_is_sent() -> None:
@@ -88,3 +99,10 @@ def test_an_answer_that_is_not_a_token_is_an_error() -> None:
 def test_a_closed_door_is_said() -> None:
     with pytest.raises(StudioError, match="does not answer"):
         Studio("http://127.0.0.1:1", PAT).headers("http://127.0.0.1:1/")
+
+
+@pytest.mark.parametrize("token", ["opaque", "a.!.c", jwt(exp=None), jwt()])
+def test_an_access_token_without_an_end_lasts_five_minutes(token: str) -> None:
+    with http_server(lambda handler: reply(handler, json.dumps({"access": token}).encode())) as url:
+        studio = Studio(url, PAT)
+        assert studio.headers(url) == studio.headers(url) == {"Authorization": f"Bearer {token}"}
