@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from backend.captions import Caption, build_captions
 from backend.labeling import Label
 from backend.regions import Detection, best_of_overlapping, clip, cxcywh_to_xyxy
+from backend.speed import speed_up
 
 Size = tuple[int, int]  # width and height in pixels
 
@@ -85,13 +86,18 @@ class SharedBackbone(nn.Module):
 
 
 class Detector:
-    """A loaded model that answers for pictures of any shape and labels of any number; not thread-safe."""
+    """A model that answers for pictures of any shape and labels of any number; not thread-safe.
+
+    It takes the model over: some of its parts are replaced by faster ones that cannot be trained or saved.
+    """
 
     def __init__(self, model: Any, tokenizer: Any, image_format: ImageFormat, device: str = "cpu") -> None:
         self.model = model.to(device).eval()
         self.tokenizer = tokenizer
         self.image_format = image_format
         self.device = device
+        if device == "cpu":
+            speed_up(self.model)
         self.backbone = SharedBackbone(model.model.backbone)
         self.model.model.backbone = self.backbone
         self._strides = _strides(model.config)

@@ -7,6 +7,7 @@ model card.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import string
@@ -131,7 +132,7 @@ def train(steps: int, seed: int) -> tuple[Any, Any]:
             value = train_one_epoch(model, _batches(rng, tokenizer, progress), optimizer, scheduler, average)
             progress.set_postfix(loss=f"{value:.2f}")
             if progress.n % LOOK_EVERY == 0:
-                rows = figures(Detector(average, tokenizer, IMAGE_FORMAT), pictures=100)
+                rows = figures(Detector(copy.deepcopy(average), tokenizer, IMAGE_FORMAT), pictures=100)
                 progress.write(f"step {progress.n}: " + ", ".join(f"{n} AP50 {m.ap50:.3f}" for n, m in rows.items()))
     return average, tokenizer
 

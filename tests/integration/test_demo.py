@@ -1,10 +1,14 @@
 """The bundled checkpoint holds up, and so does the generator that it learned from."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
 
 from backend.checkpoints import load_checkpoint
 from backend.demo import shapes
+from backend.demo import train as train_module
 from backend.demo.measure import figures
 from backend.demo.train import build_tokenizer, draw_batch
 from backend.detector import Detector
@@ -57,3 +61,14 @@ def test_targets_are_the_truth_in_shares_of_the_picture() -> None:
         assert target.boxes_cxcywh.shape == (len(target.phrases), 4)
         assert ((target.boxes_cxcywh > 0) & (target.boxes_cxcywh < 1)).all()
         assert (target.phrases < len(caption.spans)).all()
+
+
+def test_training_saves_what_any_loader_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_module, "STEPS_PER_EPOCH", 1)
+    monkeypatch.setattr(train_module, "LOOK_EVERY", 1)
+    monkeypatch.setattr(train_module, "figures", lambda detector, pictures: {})
+    model, tokenizer = train_module.train(steps=1, seed=0)
+    train_module.save(model, tokenizer, tmp_path)
+    loaded, _, image_format = load_checkpoint(str(tmp_path))
+    assert image_format == train_module.IMAGE_FORMAT
+    assert all(torch.equal(a.half(), b.half()) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))

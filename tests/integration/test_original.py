@@ -1,5 +1,6 @@
 """An original checkpoint, converted, gives the reference's numbers; tests/data/original_parity says how."""
 
+import copy
 import json
 import re
 import zlib
@@ -15,6 +16,12 @@ from backend.checkpoints import load_model
 from backend.detector import ImageFormat, phrase_scores
 from backend.errors import CheckpointError
 from backend.original import read_state_dict
+from backend.speed import speed_up
+
+pytestmark = [
+    pytest.mark.timeout(300),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # torch's own, while its compiler is imported
+]
 
 DATA = Path(__file__).parent.parent / "data" / "original_parity"
 INPUT = json.loads((DATA / "input.json").read_text())
@@ -62,9 +69,18 @@ def pth(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def found(pth: Path) -> dict[str, np.ndarray]:
+def stock(pth: Path) -> GroundingDinoForObjectDetection:
     model = load_model(str(pth)).eval()
     assert isinstance(model, GroundingDinoForObjectDetection)
+    return model
+
+
+@pytest.fixture(scope="module", params=["stock", "fast"])
+def found(stock: GroundingDinoForObjectDetection, request: pytest.FixtureRequest) -> dict[str, np.ndarray]:
+    model = stock
+    if request.param == "fast":
+        model = copy.deepcopy(stock)
+        speed_up(model)
     image = Image.open(DATA / INPUT["image"]).convert("RGB")
     with torch.inference_mode():
         output = model(
@@ -86,7 +102,6 @@ def expected() -> dict[str, np.ndarray]:
         return dict(arrays)
 
 
-@pytest.mark.timeout(300)
 def test_encoder_states_are_the_references(found: dict, expected: dict) -> None:
     assert np.abs(found["encoder_text"] - expected["encoder_text"]).max() <= 1e-3
     rows = expected["encoder_vision_rows"]
