@@ -58,8 +58,9 @@ test: install-dev  ## Run the tests, on the real Redis and the real small model
 e2e: install-dev install-studio  ## Drive a real Label Studio and a real browser
 	@LABEL_STUDIO_VENV=$(STUDIO_VENV) $(BIN)/python -m pytest tests/e2e
 
-bench: install-dev  ## Measure start, latency and memory
+bench: install-dev  ## Measure start-up, latency, memory, and the detector against transformers
 	@$(BIN)/python -m tests.bench
+	@$(BIN)/python -m tests.bench_detector
 
 clean:  ## Remove what was installed
 	rm -rf $(VENV) $(STUDIO_VENV)

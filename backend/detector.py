@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from backend.captions import Caption, build_captions
 from backend.labeling import Label
 from backend.regions import Detection, best_of_overlapping, clip, cxcywh_to_xyxy
-from backend.speed import speed_up
+from backend.speed import is_worth_it, speed_up
 
 Size = tuple[int, int]  # width and height in pixels
 
@@ -96,7 +96,7 @@ class Detector:
         self.tokenizer = tokenizer
         self.image_format = image_format
         self.device = device
-        if device == "cpu":
+        if device == "cpu" and is_worth_it(model):
             speed_up(self.model)
         self.backbone = SharedBackbone(model.model.backbone)
         self.model.model.backbone = self.backbone

@@ -20,13 +20,17 @@ from torch import Tensor, nn
 
 log = logging.getLogger(__name__)
 
-WORTH_COMPILING = 20_000_000  # parameters; below, starting the compiler costs more than it will ever save
+LARGE = 20_000_000  # parameters; on a smaller model the rewritten parts cost more than they save
+
+
+def is_worth_it(model: Any) -> bool:
+    """Whether `speed_up` makes this model faster."""
+    return bool(sum(weight.numel() for weight in model.parameters()) >= LARGE)
 
 
 def speed_up(model: Any) -> None:
     """Replaces what can be replaced in a Grounding DINO of either class, in place; for inference on the CPU only."""
-    large = sum(weight.numel() for weight in model.parameters()) >= WORTH_COMPILING
-    plan = compiled_gather_plan() if large else gather_plan
+    plan = compiled_gather_plan()
     for layer in model.model.encoder.layers:
         layer.fusion_layer.attn = FoldedFusion(layer.fusion_layer.attn)
         layer.deformable_layer.self_attn.attn = GatheredAttention(plan)

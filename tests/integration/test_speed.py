@@ -57,6 +57,8 @@ def test_packed_linear(activation: str) -> None:
         assert (PackedLinear(linear, activation)(x) - after(linear(x))).abs().max() < 1e-5
 
 
+@pytest.mark.timeout(300)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while its compiler is imported
 def test_the_whole_model_gives_the_same_detections() -> None:
     stock = load_model(str(DEMO)).eval()
     fast = copy.deepcopy(stock)
