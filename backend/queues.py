@@ -20,7 +20,7 @@ from redis.exceptions import RedisError
 from redis.retry import Retry as ConnectionRetry
 from rq import Queue, Retry
 from rq.exceptions import DuplicateJobError, NoSuchJobError
-from rq.job import Job
+from rq.job import Job, JobStatus
 from rq.results import Result
 from rq.serializers import JSONSerializer
 
@@ -41,6 +41,7 @@ RESULT_TTL = 3600  # s that the answers of a finished chunk are kept, for whoeve
 ATTEMPTS = 3  # at putting a job in the place of one that others may be replacing too
 CONNECT_TIMEOUT, SOCKET_TIMEOUT = 0.5, 2.0  # s; together below the 3 s that Label Studio waits for /setup
 MAX_CONNECTIONS = 512  # one for each waiting thread of the web front, and some
+SOON = 0.1  # s between looks at a job that failed once and is to run again
 WAIT_SLICE = 1  # s; shorter than SOCKET_TIMEOUT, so that waiting for a job does not look like a dead Redis
 
 
@@ -123,19 +124,21 @@ class PredictQueue:
         raise QueueUnavailable("others keep taking the same job away; ask again")
 
     def _still_good(self, job_id: str) -> Job | None:
-        """The job of this id, unless it failed or a task in it did: then it makes room for a new one."""
+        """The job of this id; one that failed, holds a task that did, or died with its worker makes room."""
         try:
             job = self._queue.job_class.fetch(job_id, connection=self._connection, serializer=JSONSerializer)
         except NoSuchJobError:
             return None
-        result = job.latest_result()
-        if result is None or result.type is Result.Type.RETRIED:
-            return job
-        value = result.return_value if result.type is Result.Type.SUCCESSFUL else None
-        if value and not any("error" in answer for answer in value["answers"]):
+        result = _final_result(job)
+        if _is_well_answered(result) if result else self._is_under_way(job):
             return job
         job.delete()
         return None
+
+    def _is_under_way(self, job: Job) -> bool:
+        """Waiting, or at work on a worker that lives; RQ itself would take minutes to miss a dead one."""
+        at_work = job.get_status() is JobStatus.STARTED
+        return not at_work or bool(self._connection.exists(f"{READY_KEY}{job.worker_name}"))
 
     def _enqueue_new(self, job_id: str, payload: dict[str, Any], at_front: bool) -> Job:
         return self._queue.enqueue(
@@ -161,13 +164,13 @@ class PredictQueue:
         with redis_errors():
             while True:
                 in_time = time.monotonic() < deadline
-                result = job.latest_result(timeout=WAIT_SLICE if in_time else 0)
-                if result is not None and result.type is not Result.Type.RETRIED:
+                start, in_time = time.monotonic(), time.monotonic() < deadline
+                if result := _final_result(job, WAIT_SLICE if in_time else 0):
                     return result.return_value if result.type is Result.Type.SUCCESSFUL else None
                 if not in_time:
                     raise TimeoutError
-                if result is not None:  # a stream that holds an old result does not block
-                    time.sleep(0.1)
+                if time.monotonic() - start < SOON:  # the result of an earlier attempt is there and does not block
+                    time.sleep(SOON)
 
     def ready_workers(self) -> int:
         """How many workers have their model loaded.
@@ -177,6 +180,18 @@ class PredictQueue:
         """
         with redis_errors():
             return sum(1 for _ in self._connection.scan_iter(f"{READY_KEY}*", count=1000))
+
+
+def _final_result(job: Job, timeout: int = 0) -> Result | None:
+    """The job's result, for which it waits up to `timeout` seconds; none while another attempt is to come."""
+    result = job.latest_result(timeout=timeout)
+    return None if result is None or result.type is Result.Type.RETRIED else result
+
+
+def _is_well_answered(result: Result) -> bool:
+    if result.type is not Result.Type.SUCCESSFUL or not result.return_value:
+        return False
+    return not any("error" in answer for answer in result.return_value["answers"])
 
 
 def record_event(connection: Redis, event: dict[str, Any]) -> None:
