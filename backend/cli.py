@@ -17,6 +17,10 @@ from backend.serve import gunicorn_command
 from backend.serve import serve as run_everything
 from backend.settings import Settings, set_up_logging
 
+# Turns that one of torch's threads waits for the others before it sleeps. The default is without end: two busy
+# processes on the same cores then hold each other up, fifty times over (docs/benchmarks.md).
+SPIN_COUNT = "1000"
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -76,6 +80,7 @@ def web(**options: str | None) -> None:
 def worker(**options: str | None) -> None:
     """Run one predict worker alone, with REDIS_URL or beside a running server."""
     settings = _with_redis(_settings(options))
+    os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # read when torch is loaded
     from backend.worker import run  # loads torch: only this command pays for it
 
     run(settings)

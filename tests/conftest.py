@@ -1,5 +1,9 @@
 """What the tests share: a real Redis, and the whole server as a user starts it."""
 
+import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as a worker does: the tests run several processes on few cores
+
 import contextlib
 import dataclasses
 import subprocess

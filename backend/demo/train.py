@@ -120,8 +120,6 @@ def _schedule(step: int, steps: int) -> float:
 def train(steps: int, seed: int) -> tuple[Any, Any]:
     """A model and its tokenizer, from nothing."""
     torch.manual_seed(seed)
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
     rng = np.random.default_rng(seed)
     tokenizer, model = build_tokenizer(), build_model()
     average = moving_average(model)
@@ -154,6 +152,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5000, help="training steps of 8 pictures (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the pictures (default: %(default)s)")
     args = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
     start = time.monotonic()
     model, tokenizer = train(args.steps, args.seed)
     print(f"trained in {(time.monotonic() - start) / 60:.1f} minutes")
