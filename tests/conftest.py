@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -53,4 +53,18 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         server.wait_until_ready()
         yield server
     finally:
+        server.stop()
+
+
+@pytest.fixture
+def start_server(tmp_path: Path) -> Iterator[Callable[..., Served]]:
+    """Starts servers of a test's own, with settings given by name; whatever is left of them ends with the test."""
+    started: list[Served] = []
+
+    def start(**env: str) -> Served:
+        started.append(Served(tmp_path, **env))
+        return started[-1]
+
+    yield start
+    for server in started:
         server.stop()

@@ -7,11 +7,13 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import requests
 
+from backend.queues import PredictQueue, connect
 from tests.pictures import config_for, data_uri, scenes
 from tests.running import ROOT, Served, free_port, is_running, wait_for
 
@@ -60,8 +62,8 @@ def processes(served: Served, word: bytes) -> list[int]:
     return [pid for pid in served.children() if word in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")]
 
 
-def test_crashed_parts_are_started_again_and_nothing_is_left_behind(tmp_path: Path) -> None:
-    served = Served(tmp_path)
+def test_crashed_parts_are_started_again_and_nothing_is_left_behind(start_server: Callable[..., Served]) -> None:
+    served = start_server()
     started = time.monotonic()
     wait_for(lambda: requests.get(f"{served.url}/health", timeout=1).ok, 30, "health")
     assert requests.post(f"{served.url}/setup", json={"schema": "<View></View>"}, timeout=3).ok
@@ -91,8 +93,8 @@ def test_crashed_parts_are_started_again_and_nothing_is_left_behind(tmp_path: Pa
         assert probe.connect_ex(("127.0.0.1", served.port)) != 0
 
 
-def test_everything_ends_when_the_supervisor_is_killed(tmp_path: Path) -> None:
-    served = Served(tmp_path)
+def test_everything_ends_when_the_supervisor_is_killed(start_server: Callable[..., Served]) -> None:
+    served = start_server()
     wait_for(lambda: requests.get(f"{served.url}/health", timeout=1).ok, 30, "health")
     children = served.children()
     served.process.kill()
@@ -154,17 +156,15 @@ def test_a_second_worker_joins_a_running_server(served: Served) -> None:
     assert requests.get(f"{served.url}/ready", timeout=5).json()["workers"] == 1
 
 
-def test_a_worker_with_another_model_refuses(served: Served, tmp_path: Path) -> None:
-    from backend.queues import PredictQueue, connect
-
+def test_a_worker_with_another_model_refuses(served: Served) -> None:
     queue = PredictQueue(connect((served.model_dir / "redis.url").read_text()))
     payload = {"tasks": [{"id": 1, "data": {}}], "plan": {"controls": []}, "model_version": "v", "fingerprint": "other"}
     value = queue.wait(queue.enqueue([payload])[0], time.monotonic() + 20)
     assert value["answers"][0]["error"]["code"] == "checkpoint"
 
 
-def test_it_can_be_stopped_while_it_waits_for_redis(tmp_path: Path) -> None:
-    served = Served(tmp_path, REDIS_URL="redis://127.0.0.1:1")
+def test_it_can_be_stopped_while_it_waits_for_redis(start_server: Callable[..., Served]) -> None:
+    served = start_server(REDIS_URL="redis://127.0.0.1:1")
     time.sleep(2)
     start = time.monotonic()
     served.stop()
