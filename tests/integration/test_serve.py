@@ -179,3 +179,21 @@ def test_a_redis_that_cannot_start_says_so_at_once(tmp_path: Path) -> None:
     done = serve_and_fail(PORT=str(free_port()), MODEL_DIR=str(tmp_path / "data"))
     assert (done.returncode, "the private Redis ended at once" in done.stderr) == (2, True)
     assert time.monotonic() - start < 10
+
+
+def test_a_killed_redis_is_started_again_with_what_it_held(start_server: Callable[..., Served]) -> None:
+    served = start_server()
+    served.wait_until_ready()
+    connection = connect((served.model_dir / "redis.url").read_text())
+    connection.set("kept", "yes")
+    time.sleep(1.5)  # its file is written every second
+    (redis,) = [pid for pid in served.children() if b"valkey-server" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    os.kill(redis, signal.SIGKILL)
+    wait_for(lambda: "private Redis ended with -9" in served.text(), 10, "notice")
+    served.wait_until_ready()
+    assert connection.get("kept") == b"yes"
+    body = {
+        "tasks": [{"id": 1, "data": {"image": data_uri(scenes(1)[0].image)}}],
+        "label_config": config_for(scenes(1)),
+    }
+    wait_for(lambda: "result" in requests.post(f"{served.url}/predict", json=body, timeout=95).json()["results"][0], 30)
