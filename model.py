@@ -56,11 +56,7 @@ class GroundingDINO:
     @property
     def model_version(self) -> str:
         """Fingerprint of weights, prompts and thresholds; that of the weights alone while there is no usable config."""
-        try:
-            plan: Plan | None = self._plan()
-        except LabelingConfigError:
-            plan = None
-        return self._checkpoint.model_version(plan)
+        return self._checkpoint.model_version(self._usable_plan())
 
     @property
     def queue(self) -> PredictQueue:
@@ -73,10 +69,6 @@ class GroundingDINO:
 
     def setup(self) -> str:
         """Called when a project connects and before every retrieval; returns the model version, whatever the config."""
-        try:
-            self._plan()
-        except LabelingConfigError as error:
-            log.warning("project %s: %s", self.project_id, error)
         version = self.model_version
         try:
             remember_version(self._connection, str(self.project_id), version)
@@ -159,6 +151,13 @@ class GroundingDINO:
     @property
     def _connection(self) -> Redis:
         return _connection(self.settings.redis_url)
+
+    def _usable_plan(self) -> Plan | None:
+        try:
+            return self._plan()
+        except LabelingConfigError as error:
+            log.warning("project %s: %s", self.project_id, error)
+            return None
 
     def _plan(self) -> Plan:
         return read_plan(self.label_config, self.settings.box_threshold, self.settings.nms_iou)

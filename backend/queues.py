@@ -163,8 +163,8 @@ class PredictQueue:
         """
         with redis_errors():
             while True:
-                in_time = time.monotonic() < deadline
-                start, in_time = time.monotonic(), time.monotonic() < deadline
+                start = time.monotonic()
+                in_time = start < deadline
                 if result := _final_result(job, WAIT_SLICE if in_time else 0):
                     return result.return_value if result.type is Result.Type.SUCCESSFUL else None
                 if not in_time:

@@ -55,8 +55,9 @@ def _pack_linears(part: nn.Module) -> None:
 
 def _fused_activation(module: nn.Module) -> str:
     """What oneDNN calls the activation behind a module's `fc1`; "none" where there is none that it knows."""
-    activation = getattr(module, "activation_fn", None)
-    name = type(activation).__name__.lower()
+    if type(getattr(module, "fc1", None)) is not nn.Linear:
+        return "none"
+    name = type(getattr(module, "activation_fn", None)).__name__.lower()
     return name.removesuffix("activation") if name in ("relu", "gelu", "geluactivation") else "none"
 
 

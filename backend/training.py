@@ -105,18 +105,18 @@ def _stage_loss(logits: Tensor, boxes_cxcywh: Tensor, batch: Batch) -> Tensor:
     return CLASS_WEIGHT * focal + box_loss
 
 
-def _stages(model: Any, output: Any, length: int) -> Iterable[tuple[Tensor, Tensor]]:
-    """Token logits and boxes of the encoder's proposals, then of each decoder layer."""
+def _stages(model: Any, output: Any, text_mask: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+    """Token logits and boxes of the proposals, then of each decoder layer; the mask is true at real tokens."""
+    length = text_mask.shape[1]
     real = torch.isfinite(output.enc_outputs_coord_logits).all(-1, keepdim=True)
     proposals = output.enc_outputs_coord_logits.masked_fill(~real, 0).sigmoid()
     yield output.enc_outputs_class[..., :length].masked_fill(~real, float("-inf")), proposals
-    mask = output.enc_outputs_class[:, 0, :length].isfinite()
     references = [output.init_reference_points, *output.intermediate_reference_points.unbind(1)]
     for level, hidden in enumerate(output.intermediate_hidden_states.unbind(1)):
         logits = model.class_embed[level](
             vision_hidden_state=hidden,
             text_hidden_state=output.encoder_last_hidden_state_text,
-            text_token_mask=mask,
+            text_token_mask=text_mask,
         )
         offset = model.bbox_embed[level](hidden)
         yield logits[..., :length], (offset + torch.special.logit(references[level], eps=1e-5)).sigmoid()
@@ -134,7 +134,7 @@ def loss(model: Any, batch: Batch) -> Tensor:
     """The training loss of a batch, per box."""
     inputs = text_inputs(batch.captions, batch.pixel_values.device)
     output = model.model(pixel_values=batch.pixel_values, **inputs)
-    stages = _stages(model, output, inputs["input_ids"].shape[1])
+    stages = _stages(model, output, inputs["attention_mask"].bool())
     total = sum(_stage_loss(logits, boxes, batch) for logits, boxes in stages)
     boxes = sum(len(target.phrases) for target in batch.targets)
     return torch.as_tensor(total / max(boxes, 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 
@@ -63,4 +64,5 @@ def _stay_ready(connection: Redis, name: str, stop: threading.Event, device: str
             log.warning("Redis does not answer")
         if stop.wait(READY_TTL / 3):
             break
-    connection.delete(READY_KEY + name)
+    with contextlib.suppress(RedisError):  # it expires by itself
+        connection.delete(READY_KEY + name)
