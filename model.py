@@ -88,7 +88,8 @@ class GroundingDINO:
         plan, deadline = self._plan(), time.monotonic() + self.settings.predict_deadline
         version = self._checkpoint.model_version(plan)
         rows = [{"id": task.get("id"), "data": plan.select(task.get("data") or {})} for task in tasks]
-        chunks = [rows[i : i + self.settings.batch_size] for i in range(0, len(rows), self.settings.batch_size)]
+        size = self.settings.batch_size or self.queue.batch_size()
+        chunks = [rows[i : i + size] for i in range(0, len(rows), size)]
         common = {
             "plan": plan.to_dict(),
             "model_version": version,

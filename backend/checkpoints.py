@@ -17,9 +17,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from backend.detector import ImageFormat
 from backend.errors import CheckpointError
 from backend.original import convert, read_config, read_state_dict
+from backend.preprocess import ImageFormat
 
 ORIGINAL_TOKENIZER = "google-bert/bert-base-uncased"
 
@@ -89,15 +89,18 @@ def _image_format(source: str) -> ImageFormat:
 
 @contextlib.contextmanager
 def _loading(source: str) -> Iterator[None]:
-    """Keeps transformers from drawing bars; makes one line that says what to do of whatever goes wrong."""
+    """Keeps transformers from drawing bars and tables; makes one line that says what to do of whatever goes wrong."""
     logging.disable_progress_bar()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
     try:
         yield
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         reason = str(error).split("\n")[0]
         raise CheckpointError(
-            f"MODEL={source} cannot be loaded ({reason}); give a hub id that this machine can reach, "
+            f"MODEL={source} cannot be loaded ({reason}); give a hub id that this machine can reach or has cached, "
             "a folder, an original .pth file, or demo"
         ) from error
     finally:
+        logging.set_verbosity(verbosity)
         logging.enable_progress_bar()

@@ -6,63 +6,35 @@ on COCO; the score of a label is the best of its phrases, and a box carries its 
 
 from __future__ import annotations
 
+import logging
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from backend.captions import Caption, build_captions
+from backend.errors import ImageError
 from backend.labeling import Label
+from backend.preprocess import ImageFormat, Prepared, Size, prepare
 from backend.regions import Detection, best_of_overlapping, clip, cxcywh_to_xyxy
-from backend.speed import is_worth_it, speed_up
+from backend.speed import speed_up
 
-Size = tuple[int, int]  # width and height in pixels
+log = logging.getLogger(__name__)
 
+LARGEST_BATCH = 16  # pictures; more keep an annotator waiting without being much faster each
+BATCH_SECONDS = 1.0  # that a batch may take, for the same reason
 
-@dataclass(frozen=True)
-class ImageFormat:
-    """How a checkpoint wants its pictures: edges in pixels, mean and deviation per RGB channel in 0..1."""
-
-    shortest_edge: int = 800
-    longest_edge: int = 1333
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
-
-    def size(self, width: int, height: int) -> Size:
-        """Width and height after resizing, rounded as transformers rounds: ratio kept, no edge above the longest."""
-        small, large = min(width, height), max(width, height)
-        short = min(self.shortest_edge, self.longest_edge * small / large)
-        edges = max(round(short), 1), max(int(short * large / small), 1)
-        return edges if width <= height else edges[::-1]
-
-    def preprocess(self, image: Image.Image) -> Tensor:
-        """An RGB picture -> float32 (3, height, width), resized and normalised."""
-        resized = image.resize(self.size(*image.size), Image.Resampling.BILINEAR)
-        pixels = torch.from_numpy(np.array(resized, dtype=np.float32)).permute(2, 0, 1) / 255
-        return (pixels - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.std)[:, None, None]
+Found = list[Detection] | ImageError  # what is in one picture, or why it could not be looked at
 
 
 def phrase_scores(logits: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
     """Token logits (..., tokens) -> phrase scores (..., phrases) in 0..1."""
     probabilities = logits.sigmoid()
     return torch.stack([probabilities[..., start:end].mean(-1) for start, end in spans], dim=-1)
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A picture as the model reads it, padded where it was too narrow.
-
-    `frame` is the width and height that the padded picture would have in pixels of the original, `size` the original's.
-    """
-
-    pixels: Tensor
-    frame: tuple[float, float]
-    size: Size
 
 
 class SharedBackbone(nn.Module):
@@ -86,25 +58,54 @@ class SharedBackbone(nn.Module):
 
 
 class Detector:
-    """A model that answers for pictures of any shape and labels of any number; not thread-safe.
+    """A model that answers for pictures of any shape and labels of any number; not thread-safe, but for `prepare`.
 
     It takes the model over: some of its parts are replaced by faster ones that cannot be trained or saved.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, image_format: ImageFormat, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        image_format: ImageFormat,
+        device: str = "cpu",
+        precision: torch.dtype = torch.float32,
+    ) -> None:
         self.model = model.to(device).eval()
         self.tokenizer = tokenizer
         self.image_format = image_format
-        self.device = device
-        if device == "cpu" and is_worth_it(model):
-            speed_up(self.model)
+        self.device = torch.device(device)
+        self.precision = precision
+        speed_up(self.model)
         self.backbone = SharedBackbone(model.model.backbone)
         self.model.model.backbone = self.backbone
         self._strides = _strides(model.config)
 
-    def warm_up(self) -> None:
-        """One forward pass, so that the first user does not pay for what is set up lazily."""
-        self.detect([Image.new("RGB", (64, 64))], [Label("object", ("object",), 0.5)])
+    def fitting_batch(self) -> int:
+        """How many pictures a batch may hold: what takes a second and fits in memory. Also warms the model up."""
+        labels, blank = [Label("object", ("object",), 0.5)], Image.new("RGB", (400, 300))
+        seconds: list[float] = []
+        while sum(seconds) < BATCH_SECONDS and len(seconds) < 3:  # the first also sets up what is set up lazily
+            start = time.perf_counter()
+            self.detect([blank], labels)
+            seconds.append(time.perf_counter() - start)
+        size = max(min(int(BATCH_SECONDS / min(seconds)), LARGEST_BATCH), 1)
+        while self.device.type != "cpu" and not self._fits([self.prepare(blank)] * size):
+            size //= 2
+        return size
+
+    def _fits(self, batch: Sequence[Prepared]) -> bool:
+        try:
+            self._forward(self._stacked(batch), self._captions(["object"])[0])
+        except torch.OutOfMemoryError:
+            return len(batch) == 1
+        finally:
+            self._free()
+        return True
+
+    def prepare(self, image: Image.Image, size: Size | None = None) -> Prepared:
+        """An RGB picture as the model reads it; `size` is the original's, where `image` is a reduced copy."""
+        return prepare(image, size or image.size, self.image_format, self._strides, self.model.config.num_queries)
 
     def detect(
         self,
@@ -112,16 +113,32 @@ class Detector:
         labels: Sequence[Label],
         negatives: Sequence[str] = (),
         nms_iou: float = 1.0,
-        sizes: Sequence[Size] | None = None,
     ) -> list[list[Detection]]:
+        """As `detect_prepared`, for RGB pictures of any size.
+
+        Raises:
+            ImageError: a picture needs more memory than there is.
+            LabelingConfigError: a phrase is longer than the model reads.
+        """
+        found = self.detect_prepared([self.prepare(image) for image in images], labels, negatives, nms_iou)
+        for error in found:
+            if isinstance(error, ImageError):
+                raise error
+        return found  # type: ignore[return-value]
+
+    def detect_prepared(
+        self, pictures: Sequence[Prepared], labels: Sequence[Label], negatives: Sequence[str] = (), nms_iou: float = 1.0
+    ) -> list[Found]:
         """Boxes of `labels` in each picture, best first, one label a box, scores at or above the label's threshold.
 
         Args:
-            images: RGB pictures. Only those of equal size share a batch: padding changes scores.
+            pictures: only those of equal size share a batch: padding changes scores.
             labels: what to look for; a phrase that two labels share counts for the first.
             negatives: phrases that attract false boxes; a box that fits one of them best is dropped.
             nms_iou: of boxes whose IoU is above it only the best stays, whatever their labels.
-            sizes: of the original pictures, where `images` are reduced copies; boxes are in their pixels.
+
+        Returns:
+            For each picture its boxes in pixels of the original, or why it could not be looked at.
 
         Raises:
             LabelingConfigError: a phrase is longer than the model reads.
@@ -129,44 +146,35 @@ class Detector:
         lowest = min((label.threshold for label in labels), default=1.0)
         asked = [*labels, *(Label("", (phrase,), lowest) for phrase in negatives)]
         owners = {phrase: label for label in reversed(asked) for phrase in label.phrases}
-        phrases = list(dict.fromkeys(phrase for label in asked for phrase in label.phrases))
-        captions = build_captions(self.tokenizer, phrases, self.model.config.max_text_len)
-        found: list[list[Detection]] = [[] for _ in images]
-        for indices, batch in self._batches(images, sizes or [image.size for image in images]):
-            for index, detections in zip(indices, self._detect_batch(batch, captions, owners), strict=True):
-                kept = best_of_overlapping(detections, nms_iou)
-                found[index] = [detection for detection in kept if detection.label]
+        captions = self._captions(list(dict.fromkeys(phrase for label in asked for phrase in label.phrases)))
+        found: list[Found] = [[] for _ in pictures]
+        for indices in _equal_sized(pictures):
+            answers = self._detect_batch([pictures[i] for i in indices], captions, owners)
+            for i, answer in zip(indices, answers, strict=True):
+                found[i] = answer if isinstance(answer, ImageError) else _best(answer, nms_iou)
         return found
 
-    def _batches(
-        self, images: Sequence[Image.Image], sizes: Sequence[Size]
-    ) -> Iterator[tuple[list[int], list[Prepared]]]:
-        """Pictures that are equally large as the model reads them, with their places in `images`."""
-        groups: dict[torch.Size, list[tuple[int, Prepared]]] = defaultdict(list)
-        for index, (image, size) in enumerate(zip(images, sizes, strict=True)):
-            prepared = self._prepare(image, size)
-            groups[prepared.pixels.shape].append((index, prepared))
-        for rows in groups.values():
-            yield [index for index, _ in rows], [prepared for _, prepared in rows]
-
-    def _prepare(self, image: Image.Image, size: Size) -> Prepared:
-        pixels = self.image_format.preprocess(image)
-        height, width = pixels.shape[1:]
-        padded_width, padded_height = self._padded(width, height)
-        padded = nn.functional.pad(pixels, (0, padded_width - width, 0, padded_height - height))
-        return Prepared(padded, (size[0] * padded_width / width, size[1] * padded_height / height), size)
-
-    def _padded(self, width: int, height: int) -> Size:
-        """The short edge grown until there are as many feature tokens as the model picks its queries from."""
-        while sum(-(-width // s) * -(-height // s) for s in self._strides) < self.model.config.num_queries:
-            step = self._strides[0]
-            width, height = (width + step, height) if width < height else (width, height + step)
-        return width, height
+    def _captions(self, phrases: Sequence[str]) -> list[Caption]:
+        return build_captions(self.tokenizer, phrases, self.model.config.max_text_len)
 
     def _detect_batch(
         self, batch: Sequence[Prepared], captions: Sequence[Caption], owners: Mapping[str, Label]
+    ) -> list[Found]:
+        """All boxes of each picture; where memory runs out, of half the batch after the other."""
+        try:
+            return list(self._detect_together(batch, captions, owners))
+        except torch.OutOfMemoryError:
+            self._free()
+        if len(batch) == 1:
+            return [ImageError(f"the picture needs more memory than {self.device} has; give it another DEVICE")]
+        log.warning("%s is out of memory with %d pictures; going on with half of them", self.device, len(batch))
+        half = len(batch) // 2
+        return [f for part in (batch[:half], batch[half:]) for f in self._detect_batch(part, captions, owners)]
+
+    def _detect_together(
+        self, batch: Sequence[Prepared], captions: Sequence[Caption], owners: Mapping[str, Label]
     ) -> list[list[Detection]]:
-        pixel_values = torch.stack([prepared.pixels for prepared in batch]).to(self.device)
+        pixel_values = self._stacked(batch)
         found: list[list[Detection]] = [[] for _ in batch]
         for caption in captions:
             logits, boxes_cxcywh = self._forward(pixel_values, caption)
@@ -177,12 +185,31 @@ class Detector:
         self.backbone.forget()
         return found
 
+    def _stacked(self, batch: Sequence[Prepared]) -> Tensor:
+        """Pixel values (pictures, 3, height, width) on the device."""
+        stacked = torch.stack([prepared.pixels for prepared in batch])
+        if self.device.type == "cuda":
+            stacked = stacked.pin_memory()  # copied while the processor goes on
+        return stacked.to(self.device, non_blocking=True)
+
+    def _free(self) -> None:
+        self.backbone.forget()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     @torch.inference_mode()
     def _forward(self, pixel_values: Tensor, caption: Caption) -> tuple[Tensor, Tensor]:
-        """Token logits (pictures, queries, tokens) and boxes_cxcywh (pictures, queries, 4) in 0..1."""
+        """Token logits (pictures, queries, tokens) and boxes_cxcywh (pictures, queries, 4) in 0..1, on the CPU."""
         input_ids = torch.tensor([caption.input_ids] * len(pixel_values), device=self.device)
-        output = self.model(pixel_values=pixel_values, input_ids=input_ids)
-        return output.logits.float().cpu(), output.pred_boxes.float().cpu()
+        with torch.autocast(self.device.type, self.precision, enabled=self.precision is not torch.float32):
+            output = self.model(pixel_values=pixel_values, input_ids=input_ids)
+        logits, boxes = output.logits.float().cpu(), output.pred_boxes.float().cpu()
+        if self.precision is not torch.float32 and (logits.isnan().any() or boxes.isnan().any()):
+            log.warning("this checkpoint leaves the range of %s; going on in float32", self.precision)
+            self.precision = torch.float32
+            self.backbone.forget()
+            return self._forward(pixel_values, caption)
+        return logits, boxes
 
 
 def _strides(config: Any) -> list[int]:
@@ -192,6 +219,18 @@ def _strides(config: Any) -> list[int]:
     while len(strides) < config.num_feature_levels:
         strides.append(2 * strides[-1])
     return strides
+
+
+def _equal_sized(pictures: Sequence[Prepared]) -> Iterator[list[int]]:
+    """Places of pictures that are equally large as the model reads them."""
+    groups: dict[torch.Size, list[int]] = defaultdict(list)
+    for i, prepared in enumerate(pictures):
+        groups[prepared.pixels.shape].append(i)
+    yield from groups.values()
+
+
+def _best(detections: Sequence[Detection], nms_iou: float) -> list[Detection]:
+    return [detection for detection in best_of_overlapping(detections, nms_iou) if detection.label]
 
 
 def _detections(

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 
 from backend.checkpoints import load_checkpoint
-from backend.detector import Detector
+from backend.detector import Detector, Found
 from backend.errors import BackendError, CheckpointError, ImageError
-from backend.images import Images, Picture
+from backend.images import Images
 from backend.labeling import Control, Plan
+from backend.preprocess import Prepared, Size
 from backend.regions import to_prediction, to_regions
 from backend.settings import Settings
 from backend.studio import Studio
@@ -38,6 +39,7 @@ class Tools:
     detector: Detector
     images: Images
     fingerprint: str
+    batch_size: int
 
 
 _tools: Tools | None = None
@@ -53,12 +55,20 @@ def set_up(settings: Settings) -> Tools:
     """
     global _tools
     device = settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    precision = (
+        settings.precision if settings.precision != "auto" else "float16" if device.startswith("cuda") else "float32"
+    )
     checkpoint = find_checkpoint(settings.model)
-    detector = Detector(*load_checkpoint(checkpoint.source), device)
-    detector.warm_up()
+    detector = Detector(*load_checkpoint(checkpoint.source), device, getattr(torch, precision))
+    fitting = detector.fitting_batch()
     studio = Studio(settings.label_studio_url, settings.label_studio_api_key)
     limits = settings.max_image_bytes, settings.max_image_pixels
-    _tools = Tools(detector, Images(studio, *limits, needed=detector.image_format.size), checkpoint.fingerprint)
+    _tools = Tools(
+        detector,
+        Images(studio, *limits, needed=detector.image_format.size),
+        checkpoint.fingerprint,
+        settings.batch_size or fitting,
+    )
     return _tools
 
 
@@ -76,25 +86,30 @@ def predict(payload: Mapping[str, Any]) -> dict[str, Any]:
     if payload["fingerprint"] != _tools.fingerprint:
         return {"answers": [{"error": OTHER_CHECKPOINT.to_dict()}] * len(payload["tasks"])}
     plan, tasks, version = Plan.from_dict(payload["plan"]), payload["tasks"], payload["model_version"]
-    pictures = _load(_tools.images, {control.uri(task["data"]) for control in plan.controls for task in tasks})
+    pictures = _load(_tools, {control.uri(task["data"]) for control in plan.controls for task in tasks})
     per_control = [_predict_control(_tools.detector, control, tasks, pictures, version) for control in plan.controls]
     return {"answers": [_answer(task, parts, version) for task, *parts in zip(tasks, *per_control, strict=True)]}
 
 
-Loaded = Picture | BackendError
+Loaded = Prepared | BackendError
 Part = list[dict[str, object]] | BackendError
 
 
-def _load(images: Images, uris: set[str]) -> dict[str, Loaded]:
-    """Each address with its picture, or with what is wrong with it."""
+def _load(tools: Tools, uris: set[str]) -> dict[str, Loaded]:
+    """Each address with its picture as the model reads it, or with what is wrong with it."""
+
+    def load(uri: str) -> Prepared:
+        picture = tools.images.load(uri)
+        return tools.detector.prepare(picture.image, picture.size)
+
     pool, deadline = ThreadPoolExecutor(DOWNLOADS), time.monotonic() + LOAD_TIMEOUT
-    futures = {uri: pool.submit(images.load, uri) for uri in uris}
+    futures = {uri: pool.submit(load, uri) for uri in uris}
     loaded = {uri: _outcome(future, deadline) for uri, future in futures.items()}
     pool.shutdown(wait=False, cancel_futures=True)  # a thread that hangs must not hold up the others' answers
     return loaded
 
 
-def _outcome(future: Future[Picture], deadline: float) -> Loaded:
+def _outcome(future: Future[Prepared], deadline: float) -> Loaded:
     try:
         return future.result(max(deadline - time.monotonic(), 0))
     except BackendError as error:
@@ -111,18 +126,23 @@ def _predict_control(
 ) -> list[Part]:
     """For each task the regions of one control, or why there are none."""
     of_task = [pictures[control.uri(task["data"])] for task in tasks]
-    shown = [picture for picture in of_task if isinstance(picture, Picture)]
-    images, sizes = [picture.image for picture in shown], [picture.size for picture in shown]
+    shown = [picture for picture in of_task if isinstance(picture, Prepared)]
     try:
-        found = iter(detector.detect(images, control.labels, control.negatives, control.nms_iou, sizes))
+        found = iter(detector.detect_prepared(shown, control.labels, control.negatives, control.nms_iou))
     except BackendError as error:
         return [error] * len(tasks)
     return [
-        picture
-        if isinstance(picture, BackendError)
-        else to_regions(next(found), control.from_name, control.to_name, *picture.size, f"{task['id']}/{version}")
+        _part(next(found), control, picture.size, f"{task['id']}/{version}")
+        if isinstance(picture, Prepared)
+        else picture
         for task, picture in zip(tasks, of_task, strict=True)
     ]
+
+
+def _part(found: Found, control: Control, size: Size, seed: str) -> Part:
+    if isinstance(found, BackendError):
+        return found
+    return to_regions(found, control.from_name, control.to_name, *size, seed)
 
 
 def _answer(task: Mapping[str, Any], parts: Sequence[Part], version: str) -> dict[str, Any]:

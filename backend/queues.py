@@ -30,8 +30,9 @@ PREDICT = "predict"
 PREDICT_FUNCTION = "backend.jobs.predict"
 ALLOWED = (PREDICT_FUNCTION,)
 
-READY_KEY = "gdino:ready:"  # + worker name; a worker with its model loaded keeps it alive
+READY_KEY = "gdino:ready:"  # + worker name -> its batch size; a worker with its model loaded keeps it alive
 READY_TTL = 15  # s; a killed worker counts as gone after this
+BATCH_SIZE = 4  # pictures in one job while no worker has said what it wants
 EVENTS_KEY = "gdino:events"  # stream of annotation events, oldest first
 MAX_EVENTS = 1_000_000  # about 1 GB at 1 kB each; older ones are dropped
 PROJECTS_KEY = "gdino:projects"  # hash: project id -> model version given at /setup
@@ -179,7 +180,21 @@ class PredictQueue:
             QueueUnavailable: Redis does not answer.
         """
         with redis_errors():
-            return sum(1 for _ in self._connection.scan_iter(f"{READY_KEY}*", count=1000))
+            return len(self._ready_keys())
+
+    def batch_size(self) -> int:
+        """Pictures in one job, as the smallest of the ready workers wants it.
+
+        Raises:
+            QueueUnavailable: Redis does not answer.
+        """
+        with redis_errors():
+            keys = self._ready_keys()
+            sizes = self._connection.mget(keys) if keys else []
+        return min((int(size) for size in sizes if size), default=BATCH_SIZE)
+
+    def _ready_keys(self) -> list[bytes]:
+        return list(self._connection.scan_iter(f"{READY_KEY}*", count=1000))
 
 
 def _final_result(job: Job, timeout: int = 0) -> Result | None:

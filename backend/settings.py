@@ -12,6 +12,7 @@ from typing import Any
 
 from backend.errors import SettingsError
 
+PRECISIONS = ("auto", "float16", "bfloat16", "float32")
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 
@@ -35,7 +36,8 @@ class Settings:
     basic_auth_pass: str = _setting("", "password that callers must give", secret=True)
     box_threshold: float = _setting(0.3, "lowest score of a box, where the labeling config says nothing", "0 to 1", 0)
     nms_iou: float = _setting(0.7, "of boxes that overlap more, only the best stays; 1 keeps all", "IoU, 0 to 1", 0)
-    batch_size: int = _setting(4, "pictures in one job and at most in one forward pass", minimum=1)
+    precision: str = _setting("auto", f"one of {', '.join(PRECISIONS)}; `auto` is float16 on a GPU")
+    batch_size: int = _setting(0, "pictures in a job and a forward pass; 0: what takes a second and fits", minimum=0)
     predict_deadline: int = _setting(90, "time after which /predict answers with what is finished", "seconds", 1)
     max_image_pixels: int = _setting(100_000_000, "largest picture", "pixels", 1)
     max_image_bytes: int = _setting(50_000_000, "largest picture file", "bytes", 1)
@@ -67,6 +69,8 @@ class Settings:
             raise SettingsError("PORT must be below 65536")
         if self.redis_url and not self.redis_url.startswith(("redis://", "rediss://", "unix://")):
             raise SettingsError("REDIS_URL must begin with redis://, rediss:// or unix://")
+        if self.precision not in PRECISIONS:
+            raise SettingsError(f"PRECISION must be one of {', '.join(PRECISIONS)}")
         if self.log_level not in LOG_LEVELS:
             raise SettingsError(f"LOG_LEVEL must be one of {', '.join(LOG_LEVELS)}")
         if bool(self.basic_auth_user) != bool(self.basic_auth_pass):

@@ -1,44 +1,92 @@
-"""The same numbers, sooner, on the CPU: parts of the model rewritten for inference, equal up to the rounding of floats.
+"""The same numbers, sooner: parts of the model rewritten for inference, equal up to the rounding of floats.
 
 `FoldedFusion`: the fusion layers join N picture tokens (thousands) with T text tokens (tens) in 1,024 columns. Matrix
 products associate, so the weights are multiplied onto the text instead, and a picture token meets heads x T columns.
 
-`GatheredAttention`: multi-scale deformable attention is a weighted sum of a few rows of the value map for each query
-and head: an `embedding_bag`, with bilinear weights and a zero weight for what lies outside. The weights are compiled.
+`GatheredAttention` (deformable.py): multi-scale deformable attention as a look-up of a few rows for each query.
 
-`PackedLinear`: weights laid out once as oneDNN wants them, with the activation fused in.
+On the CPU `PackedLinear`, weights laid out once as oneDNN wants them with the activation fused in; on a GPU
+`FullPrecision`, which keeps what half precision would blur out of it.
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import logging
+import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
+from backend.deformable import GatheredAttention, SlicedLayer, compiled_gather_plan, sample_rows
+
 log = logging.getLogger(__name__)
 
-LARGE = 20_000_000  # parameters; on a smaller model the rewritten parts cost more than they save
+LARGE = 20_000_000  # parameters; on a smaller model the parts rewritten for the CPU cost more than they save
 
-
-def is_worth_it(model: Any) -> bool:
-    """Whether `speed_up` makes this model faster."""
-    return bool(sum(weight.numel() for weight in model.parameters()) >= LARGE)
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def speed_up(model: Any) -> None:
-    """Replaces what can be replaced in a Grounding DINO of either class, in place; for inference on the CPU only."""
-    plan = compiled_gather_plan()
+    """Replaces what is worth it in a Grounding DINO of either class, in place, for inference where it now lies."""
+    if model.device.type == "cuda":
+        speed_up_gpu(model)
+    elif sum(weight.numel() for weight in model.parameters()) >= LARGE:
+        speed_up_cpu(model)
+
+
+def speed_up_cpu(model: Any) -> None:
+    """Exact up to the rounding of float32."""
+    _replace_attention(model, functools.partial(sample_rows, compiled_gather_plan()))
     for layer in model.model.encoder.layers:
-        layer.fusion_layer.attn = FoldedFusion(layer.fusion_layer.attn)
-        layer.deformable_layer.self_attn.attn = GatheredAttention(plan)
-    for layer in model.model.decoder.layers:
-        layer.encoder_attn.attn = GatheredAttention(plan)
+        layer.deformable_layer = SlicedLayer(layer.deformable_layer)
     if torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         for part in (model.model.backbone, model.model.encoder, model.model.decoder):
             _pack_linears(part)
+
+
+def speed_up_gpu(model: Any) -> None:
+    """Exact up to the rounding of the precision that autocast gives; boxes, scores and fusion stay in float32."""
+    try:
+        from backend.deformable_gpu import sample
+    except ImportError:
+        log.warning("no Triton: deformable attention runs as transformers has it, slower")
+        _replace_attention(model, None)
+    else:
+        _replace_attention(model, sample)
+    for layer in model.model.encoder.layers:
+        layer.fusion_layer.attn = FullPrecision(layer.fusion_layer.attn)
+    for heads in (model.bbox_embed, model.class_embed, model.model.decoder.bbox_embed):
+        for i, head in enumerate(heads):
+            heads[i] = FullPrecision(head)
+    model.model.encoder_output_bbox_embed = FullPrecision(model.model.encoder_output_bbox_embed)
+    model.model.encoder_output_class_embed = FullPrecision(model.model.encoder_output_class_embed)
+
+
+def _replace_attention(model: Any, sample: Callable[..., Tensor] | None) -> None:
+    for layer in model.model.encoder.layers:
+        layer.fusion_layer.attn = FoldedFusion(layer.fusion_layer.attn)
+        if sample:
+            layer.deformable_layer.self_attn = GatheredAttention(layer.deformable_layer.self_attn, sample)
+    for layer in model.model.decoder.layers:
+        layer.self_attn = FusedAttention(layer.self_attn)
+        layer.encoder_attn_text = FusedAttention(layer.encoder_attn_text)
+        if sample:
+            layer.encoder_attn = GatheredAttention(layer.encoder_attn, sample)
+
+
+def keep_freed_memory(keep: bool = True) -> None:
+    """Whether glibc keeps the memory of large tensors for the next ones; does nothing where there is no glibc.
+
+    Handed back, it comes again as pages that the kernel has to clear: a third of a forward pass.
+    """
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0 if keep else 65_536)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1 if keep else 131_072)
 
 
 def _pack_linears(part: nn.Module) -> None:
@@ -98,7 +146,7 @@ class FoldedFusion(nn.Module):
         return tensor.view(*tensor.shape[:-1], self.heads, self.width)
 
     def _to_vision(self, scores: Tensor, text_features: Tensor, padding: Tensor | None) -> Tensor:
-        if padding is not None:
+        if _matters(padding):
             scores = scores.masked_fill(padding[:, None, :, None], float("-inf"))
         values = self._heads(self.values_text_proj(text_features))
         by_head = self.out_vision_proj.weight.view(-1, self.heads, self.width)
@@ -107,7 +155,7 @@ class FoldedFusion(nn.Module):
         return torch.baddbmm(self.out_vision_proj.bias, weights, folded)
 
     def _to_text(self, scores: Tensor, vision_features: Tensor, padding: Tensor | None) -> Tensor:
-        if padding is not None:
+        if _matters(padding):
             scores = scores.masked_fill(padding[:, None, None, :], float("-inf"))
         seen = torch.bmm(scores.softmax(-1).flatten(1, 2), vision_features).view(*scores.shape[:3], -1)
         by_head = self.values_vision_proj.weight.view(self.heads, self.width, -1)
@@ -116,89 +164,58 @@ class FoldedFusion(nn.Module):
         return fused
 
 
-class GatheredAttention(nn.Module):
-    """Stands in for transformers' MultiScaleDeformableAttention; no weights of its own."""
+def _matters(padding: Tensor | None) -> TypeGuard[Tensor]:
+    """Whether anything is padded; to ask a GPU would be to wait for it."""
+    return padding is not None and (padding.is_cuda or bool(padding.any()))
 
-    def __init__(self, plan: Callable[..., tuple[Tensor, Tensor]]) -> None:
+
+class FusedAttention(nn.Module):
+    """Stands in for transformers' MultiheadAttention, in one kernel; returns no attention maps."""
+
+    query: nn.Linear
+    key: nn.Linear
+    value: nn.Linear
+    out_proj: nn.Linear
+
+    def __init__(self, attention: Any) -> None:
         super().__init__()
-        self.plan = plan
+        self.heads = attention.num_attention_heads
+        for name in ("query", "key", "value", "out_proj"):
+            setattr(self, name, getattr(attention, name))
 
     def forward(
         self,
-        value: Tensor,
-        value_spatial_shapes: Tensor,
-        value_spatial_shapes_list: list[tuple[int, int]],
-        level_start_index: Tensor,
-        sampling_locations: Tensor,
-        attention_weights: Tensor,
-        im2col_step: int,
-    ) -> Tensor:
-        """Sampled values (batch, queries, heads x width).
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        attention_mask: Tensor | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, None]:
+        """Queries (batch, Q, d), keys and values (batch, K, d), a mask to be added to the scores -> (batch, Q, d)."""
+        query, key, value = map(self._by_head, (self.query(queries), self.key(keys), self.value(values)))
+        seen = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
+        fused: Tensor = self.out_proj(seen.transpose(1, 2).flatten(2))
+        return fused, None
 
-        Args:
-            value: (batch, tokens, heads, width), levels one after the other, row by row.
-            value_spatial_shapes: (levels, 2), height and width.
-            value_spatial_shapes_list: the same as numbers; not needed.
-            level_start_index: (levels,), first token of each level.
-            sampling_locations: (batch, queries, heads, levels, points, 2), x and y in 0..1 of the level.
-            attention_weights: (batch, queries, heads, levels, points).
-            im2col_step: of the CUDA operator; not needed.
-        """
-        batch, tokens, heads, width = value.shape
-        rows, weights = self.plan(
-            value_spatial_shapes, level_start_index, sampling_locations, attention_weights, tokens
-        )
-        table = value.reshape(-1, width)
-        bags = nn.functional.embedding_bag(rows, table, per_sample_weights=weights, mode="sum")
-        return bags.view(batch, -1, heads * width)
+    def _by_head(self, tensor: Tensor) -> Tensor:
+        return tensor.view(*tensor.shape[:2], self.heads, -1).transpose(1, 2)
 
 
-def gather_plan(
-    shapes: Tensor, starts: Tensor, locations: Tensor, attention: Tensor, tokens: int
-) -> tuple[Tensor, Tensor]:
-    """Rows of the value table and their weights: (batch x queries x heads, levels x points x 4) each.
+class FullPrecision(nn.Module):
+    """Runs a part in float32 where autocast would not."""
 
-    Four neighbours of each sampled place, as bilinear `grid_sample` with zero padding has them (`align_corners=False`).
-    """
-    batch, _, heads, _, _, _ = locations.shape
-    height, width = shapes[:, 0, None], shapes[:, 1, None]  # (levels, 1), against (levels, points)
-    x = locations[..., 0] * width - 0.5
-    y = locations[..., 1] * height - 0.5
-    left, top = x.floor(), y.floor()
-    right_share, bottom_share = x - left, y - top
-    columns = torch.stack([left, left + 1, left, left + 1], -1)
-    lines = torch.stack([top, top, top + 1, top + 1], -1)
-    across = torch.stack([1 - right_share, right_share, 1 - right_share, right_share], -1)
-    down = torch.stack([1 - bottom_share, 1 - bottom_share, bottom_share, bottom_share], -1)
-    inside = (columns >= 0) & (columns < width[..., None]) & (lines >= 0) & (lines < height[..., None])
-    weights = attention[..., None] * across * down * inside
-    columns = torch.minimum(columns.clamp(min=0), width[..., None] - 1).int()
-    lines = torch.minimum(lines.clamp(min=0), height[..., None] - 1).int()
-    token = starts[:, None, None].int() + lines * width[..., None].int() + columns
-    first = torch.arange(batch, device=token.device, dtype=torch.int32).view(-1, 1, 1, 1, 1, 1) * tokens
-    head = torch.arange(heads, device=token.device, dtype=torch.int32).view(1, 1, -1, 1, 1, 1)
-    rows = (first + token) * heads + head
-    return rows.flatten(3).flatten(0, 2), weights.flatten(3).flatten(0, 2)
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the part."""
+        with torch.autocast(next(iter((*args, *kwargs.values()))).device.type, enabled=False):
+            return self.part(*map(_full, args), **{name: _full(value) for name, value in kwargs.items()})
 
 
-def compiled_gather_plan() -> Callable[..., tuple[Tensor, Tensor]]:
-    """`gather_plan`, compiled for any size; itself, with a line in the log, where there is no working compiler."""
-    compiled = torch.compile(gather_plan, dynamic=True)
-    try:
-        for height, width in ((3, 4), (5, 7)):  # two sizes, or the first would be taken for the only one
-            for batch in (1, 2):
-                compiled(*_example(height, width, batch))
-    except Exception as error:  # whatever a compiler that is missing or broken leads to
-        log.warning("no compiler that works (%s): predictions take about a tenth longer", type(error).__name__)
-        return gather_plan
-    return compiled
-
-
-def _example(height: int, width: int, batch: int) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
-    shapes = torch.tensor([[height, width], [height, width]])
-    starts, queries = torch.tensor([0, height * width]), height * width
-    locations = torch.rand(batch, queries, 8, 2, 4, 2)
-    return shapes, starts, locations, torch.rand(batch, queries, 8, 2, 4), 2 * height * width
+def _full(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 class PackedLinear(nn.Module):

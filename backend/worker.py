@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import threading
 
 from redis import Redis
@@ -14,6 +15,7 @@ from rq.serializers import JSONSerializer
 from backend import jobs
 from backend.queues import PREDICT, READY_KEY, READY_TTL, AllowedJob, connect, redis_errors, worker_name
 from backend.settings import Settings
+from backend.speed import keep_freed_memory
 
 log = logging.getLogger(__name__)
 
@@ -29,13 +31,16 @@ def run(settings: Settings) -> None:
         QueueUnavailable: Redis does not answer at the start.
     """
     name = worker_name()
+    keep_freed_memory()
+    # beside our other data, not in /tmp: kept for the next start, and nobody else's to write
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(settings.model_dir.resolve() / "compiled"))
     tools = jobs.set_up(settings)
     stop = threading.Event()
     beat = threading.Thread(
-        target=_stay_ready, args=(connect(settings.redis_url), name, stop, tools.detector.device), daemon=True
+        target=_stay_ready, args=(connect(settings.redis_url), name, stop, tools.batch_size), daemon=True
     )
     beat.start()
-    log.info("worker %s is ready on %s", name, tools.detector.device)
+    log.info("worker %s is ready on %s with %d pictures a batch", name, tools.detector.device, tools.batch_size)
     with redis_errors():
         _rq_worker(settings, name).work(logging_level="WARNING")
     stop.set()
@@ -55,11 +60,11 @@ def _rq_worker(settings: Settings, name: str) -> SimpleWorker:
     )
 
 
-def _stay_ready(connection: Redis, name: str, stop: threading.Event, device: str) -> None:
+def _stay_ready(connection: Redis, name: str, stop: threading.Event, batch_size: int) -> None:
     """Keeps the worker's key in Redis alive; a thread, because a job occupies the main one."""
     while True:
         try:
-            connection.set(READY_KEY + name, device, ex=READY_TTL)
+            connection.set(READY_KEY + name, batch_size, ex=READY_TTL)
         except RedisError:
             log.warning("Redis does not answer")
         if stop.wait(READY_TTL / 3):

@@ -1,7 +1,7 @@
-"""`make bench`: transformers as it comes against our detector, in turn in one process, on the CPU.
+"""`make bench`: transformers as it comes (float32, eager) against our detector, in turn in one process.
 
-Real size with random weights on one picture of 800x1066, and the bundled checkpoint at its own size: seconds (median),
-ratio, largest difference of probabilities; then where the time goes, and the peak memory of a process of its own.
+Real size with random weights on pictures of 1066x800, and the bundled checkpoint at its own size: seconds (median),
+ratios, largest differences; on the CPU, with one thread, also where the time goes, and the peak memory of a process.
 """
 
 import argparse
@@ -13,19 +13,24 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from transformers import GroundingDinoConfig, GroundingDinoForObjectDetection
 
-from backend.captions import build_caption
+from backend.captions import Caption, build_caption
 from backend.checkpoints import load_checkpoint
 from backend.demo.shapes import draw_scene
-from backend.detector import Detector, ImageFormat
+from backend.detector import Detector
 from backend.images import Images
 from backend.labeling import Label
+from backend.preprocess import ImageFormat
+from backend.speed import keep_freed_memory
 from backend.studio import Studio
 from backend.versions import DEMO
 
@@ -41,28 +46,74 @@ def random_real_size() -> GroundingDinoForObjectDetection:
     return model
 
 
-def compare(name: str, stock: torch.nn.Module, tokenizer: object, size: tuple[int, int], runs: int) -> None:
-    fast = Detector(copy.deepcopy(stock), tokenizer, ImageFormat()).model
+@dataclass
+class Side:
+    """One of those compared: how it runs, and what came out."""
+
+    name: str
+    forward: Callable[[Tensor], tuple[Tensor, Tensor]]  # pixel values -> logits, encoder states
+    keeps_memory: bool
+    seconds: list[float] = field(default_factory=list)
+    outputs: tuple[Tensor, Tensor] = (Tensor(), Tensor())
+
+    def run(self, pixels: Tensor) -> float:
+        keep_freed_memory(self.keeps_memory)
+        clock = time.perf_counter if pixels.is_cuda else time.process_time
+        pixels = pixels.clone()  # the same tensor again would be answered from SharedBackbone
+        start = clock()
+        logits, states = self.forward(pixels)
+        self.outputs = logits.float().cpu(), states.float().cpu()  # waits for a GPU
+        return clock() - start
+
+
+def stock_forward(model: Any, caption: Caption) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    @torch.inference_mode()
+    def forward(pixels: Tensor) -> tuple[Tensor, Tensor]:
+        ids = torch.tensor([caption.input_ids] * len(pixels), device=pixels.device)
+        output = model(pixel_values=pixels, input_ids=ids)
+        return output.logits, output.encoder_last_hidden_state_vision
+
+    return forward
+
+
+def our_forward(detector: Detector, caption: Caption) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    states: list[Tensor] = []
+    detector.model.model.encoder.register_forward_hook(lambda *args: states.append(args[2].last_hidden_state_vision))
+
+    def forward(pixels: Tensor) -> tuple[Tensor, Tensor]:
+        return detector._forward(pixels, caption)[0], states.pop()
+
+    return forward
+
+
+def compare(
+    name: str, model: torch.nn.Module, tokenizer: object, shape: tuple[int, ...], runs: int, device: str
+) -> None:
+    """Rows of the table; the first side, transformers as it comes, is what the others are compared with."""
     caption = build_caption(tokenizer, PHRASES)
-    inputs = {"pixel_values": torch.randn(1, 3, size[1], size[0]), "input_ids": torch.tensor([caption.input_ids])}
-    times: dict[str, list[float]] = defaultdict(list)
-    outputs = {}
-    with torch.inference_mode():
-        for number in range(runs + 1):
-            for kind, model in (("stock", stock), ("fast", fast)):
-                pixels = inputs["pixel_values"].clone()  # the same tensor again would be answered from SharedBackbone
-                start = time.process_time()
-                outputs[kind] = model(pixel_values=pixels, input_ids=inputs["input_ids"])
-                if number:
-                    times[kind].append(time.process_time() - start)
-    ratios = [a / b for a, b in zip(times["stock"], times["fast"], strict=True)]
-    encoder = [outputs[kind].encoder_last_hidden_state_vision for kind in ("stock", "fast")]
-    scores = [outputs[kind].logits.sigmoid().sort(1).values for kind in ("stock", "fast")]
-    print(
-        f"| {name} | {statistics.median(times['stock']):.3f} | {statistics.median(times['fast']):.3f} "
-        f"| {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) "
-        f"| {(encoder[0] - encoder[1]).abs().max():.0e} | {(scores[0] - scores[1]).abs().max():.0e} |",
-        flush=True,
+    precision = torch.float16 if device == "cuda" else torch.float32
+    stock = stock_forward(copy.deepcopy(model).to(device), caption)
+    ours = our_forward(Detector(copy.deepcopy(model), tokenizer, ImageFormat(), device, precision), caption)
+    sides = [Side("transformers", stock, False), Side("ours", ours, True)]
+    if device == "cpu":
+        sides.insert(1, Side("transformers, memory kept", stock, True))
+    pixels = torch.randn(shape, device=device)
+    for number in range(runs + 1):
+        for side in sides:
+            seconds = side.run(pixels)
+            if number:
+                side.seconds.append(seconds)
+    for side in sides:
+        print(f"| {name} | {side.name} | {_row(sides[0], side)} |", flush=True)
+
+
+def _row(stock: Side, side: Side) -> str:
+    ratios = [a / b for a, b in zip(stock.seconds, side.seconds, strict=True)]
+    states = (stock.outputs[1] - side.outputs[1]).abs().max()
+    scores = (stock.outputs[0].sigmoid().sort(1).values - side.outputs[0].sigmoid().sort(1).values).abs().max()
+    return (
+        f"{statistics.median(side.seconds):.3f} | {statistics.median(ratios):.2f} ({min(ratios):.2f} to "
+        f"{max(ratios):.2f}) | {states:.0e} | {scores:.0e}"
     )
 
 
@@ -91,9 +142,10 @@ def shares(detector: Detector, body: bytes) -> None:
     total: dict[str, float] = defaultdict(float)
     picture = timed(times, "decode", loader._decode, body, "")
     timed(times, "resize", detector.image_format.preprocess, picture.image)
-    timed(total, "detect", lambda: detector.detect([picture.image], labels, sizes=[picture.size]))
-    times["rest"] = total["detect"] - sum(times[name] for name in times if name != "decode")
-    whole = total["detect"] + times["decode"]
+    prepared = detector.prepare(picture.image, picture.size)
+    timed(total, "detect", lambda: detector.detect_prepared([prepared], labels))
+    times["rest"] = total["detect"] - sum(times[name] for name in times if name not in ("decode", "resize"))
+    whole = total["detect"] + times["decode"] + times["resize"]
     print(", ".join(f"{name} {seconds:.3f} s ({100 * seconds / whole:.1f}%)" for name, seconds in times.items()))
 
 
@@ -106,6 +158,7 @@ def photograph() -> bytes:
 
 def peak() -> None:
     _, tokenizer, _ = load_checkpoint(str(DEMO))
+    keep_freed_memory()
     detector = Detector(random_real_size(), tokenizer, ImageFormat())
     detector.detect([Image.new("RGB", (1066, 800))], [Label("a", ("red circle",), 0.3)])
     # getrusage would count the parent's peak too
@@ -116,6 +169,7 @@ def peak() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peak", action="store_true", help="only the peak memory")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="(default: %(default)s)")
     parser.add_argument("--runs", type=int, default=3, help="counted runs of each (default: %(default)s)")
     arguments = parser.parse_args()
     if arguments.peak:
@@ -123,11 +177,17 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     model, tokenizer, image_format = load_checkpoint(str(DEMO))
-    print("| one thread | transformers, s | ours, s | ratio | encoder differs | probability differs |")
+    print("| model and picture | side | s, median | transformers / this | encoder differs | probability differs |")
     print("|---|---|---|---|---|---|")
-    compare("bundled, 128x96", model.eval(), tokenizer, (128, 96), 20)
+    runs, device, batches = arguments.runs, arguments.device, (1,) if arguments.device == "cpu" else (1, 8, 16)
+    for batch in batches:
+        compare(f"bundled, {batch} of 128x96", model.eval(), tokenizer, (batch, 3, 96, 128), 5 * runs, device)
     real = random_real_size()
-    compare("real size, 1066x800", real, tokenizer, (1066, 800), arguments.runs)
+    for batch in batches:
+        compare(f"real size, {batch} of 1066x800", real, tokenizer, (batch, 3, 800, 1066), runs, device)
+    if device != "cpu":
+        return
+    keep_freed_memory()
     print("a 12-megapixel JPEG at real size: ", end="")
     shares(Detector(real, tokenizer, ImageFormat()), photograph())
     print("the same with the bundled checkpoint: ", end="")

@@ -32,7 +32,8 @@ from backend.captions import CLS, QUESTION, SEP, STOP, build_caption
 from backend.checkpoints import load_checkpoint
 from backend.demo import shapes
 from backend.demo.measure import figures, print_figures
-from backend.detector import Detector, ImageFormat
+from backend.detector import Detector
+from backend.preprocess import ImageFormat
 from backend.training import Batch, Target, moving_average, train_one_epoch
 from backend.versions import DEMO
 

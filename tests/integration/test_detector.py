@@ -1,3 +1,9 @@
+import os
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
 import pytest
 import torch
 from PIL import Image
@@ -5,10 +11,15 @@ from transformers import GroundingDinoImageProcessorPil
 
 from backend.captions import build_caption, build_captions
 from backend.checkpoints import load_checkpoint
-from backend.detector import Detector, ImageFormat, phrase_scores
-from backend.errors import CheckpointError, LabelingConfigError
+from backend.deformable import gather_plan, sample_rows
+from backend.demo.measure import TRAINING_SIZE, measure
+from backend.demo.shapes import TRAINING_BACKGROUNDS
+from backend.detector import Detector, phrase_scores
+from backend.errors import CheckpointError, ImageError, LabelingConfigError
 from backend.labeling import Label
+from backend.preprocess import ImageFormat
 from backend.regions import iou
+from backend.speed import speed_up_gpu
 from backend.versions import DEMO
 from tests.pictures import scenes
 
@@ -106,6 +117,15 @@ def test_a_folder_without_a_model_is_refused(tmp_path) -> None:
         load_checkpoint(str(tmp_path))
 
 
+def test_without_the_hub_one_line_names_the_ways_out() -> None:
+    code = "from backend.checkpoints import load_checkpoint; load_checkpoint('owner/never-cached')"
+    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    last = run.stderr.strip().splitlines()[-1]
+    assert "MODEL=owner/never-cached cannot be loaded" in last
+    assert "give a hub id that this machine can reach or has cached, a folder, an original .pth file, or demo" in last
+
+
 def test_another_kind_of_model_is_refused(tmp_path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(CheckpointError, match="'bert'; it must be one of"):
@@ -181,8 +201,94 @@ def test_boxes_of_a_reduced_copy_are_in_pixels_of_the_original(detector: Detecto
     scene = scenes(1, (640, 480), seed=5)[0]
     small = scene.image.resize((320, 240), Image.Resampling.BOX)
     full = detector.detect([scene.image], EVERYTHING, nms_iou=0.7)[0]
-    reduced = detector.detect([small], EVERYTHING, nms_iou=0.7, sizes=[(640, 480)])[0]
+    reduced = detector.detect_prepared([detector.prepare(small, (640, 480))], EVERYTHING, nms_iou=0.7)[0]
+    assert isinstance(reduced, list)
     assert len(full) == len(reduced) > 0
     for a, b in zip(full, reduced, strict=True):
         assert a.label == b.label
         assert iou(a.box_xyxy, b.box_xyxy) > 0.9
+
+
+def out_of_memory_above(detector: Detector, pictures: int) -> object:
+    def refuse(module: object, arguments: tuple, kwargs: dict) -> None:
+        if len(kwargs["pixel_values"]) > pictures:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    return detector.model.register_forward_pre_hook(refuse, with_kwargs=True)
+
+
+def test_out_of_memory_halves_the_batch(detector: Detector, caplog: pytest.LogCaptureFixture) -> None:
+    pictures = [scene.image for scene in scenes(5)]
+    expected = detector.detect(pictures, EVERYTHING)
+    handle = out_of_memory_above(detector, 2)
+    found = detector.detect(pictures, EVERYTHING)
+    handle.remove()
+    assert [rounded(d) for d in found] == [rounded(d) for d in expected]
+    assert "out of memory with 5 pictures; going on with half" in caplog.text
+
+
+def test_a_picture_that_does_not_fit_fails_alone(detector: Detector) -> None:
+    large = scenes(1, (160, 120))[0].image
+    small = scenes(1, (96, 96))[0].image
+
+    def refuse(module: object, arguments: tuple, kwargs: dict) -> None:
+        if kwargs["pixel_values"].shape[-1] > 96:
+            raise torch.OutOfMemoryError
+
+    handle = detector.model.register_forward_pre_hook(refuse, with_kwargs=True)
+    found = detector.detect_prepared([detector.prepare(large), detector.prepare(small)], EVERYTHING)
+    handle.remove()
+    assert isinstance(found[0], ImageError)
+    assert "needs more memory than cpu has" in str(found[0])
+    assert isinstance(found[1], list)
+
+
+def test_the_batch_is_what_takes_a_second(detector: Detector) -> None:
+    assert detector.fitting_batch() > 4
+    handle = detector.model.register_forward_pre_hook(lambda *_: time.sleep(0.6))
+    assert detector.fitting_batch() == 1
+    handle.remove()
+
+
+def half_precision(monkeypatch: pytest.MonkeyPatch) -> Detector:
+    """The path for GPUs, on the CPU: its Triton kernel has a test of its own."""
+
+    def sample(values: torch.Tensor, reference: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        offsets, logits, *levels = rest
+        return sample_rows(gather_plan, values.float(), reference, offsets.float(), logits.float(), *levels).to(
+            values.dtype
+        )
+
+    monkeypatch.setitem(sys.modules, "backend.deformable_gpu", SimpleNamespace(sample=sample))
+    model, tokenizer, image_format = load_checkpoint(str(DEMO))
+    speed_up_gpu(model)
+    return Detector(model, tokenizer, image_format, precision=torch.float16)
+
+
+def test_half_precision_finds_the_same(detector: Detector, monkeypatch: pytest.MonkeyPatch) -> None:
+    half = half_precision(monkeypatch)
+    expected, found = (measure(d, TRAINING_SIZE, TRAINING_BACKGROUNDS, 100).ap50 for d in (detector, half))
+    assert abs(expected - found) <= 0.002
+    assert half.precision is torch.float16
+    pixels = torch.stack([detector.prepare(scene.image).pixels for scene in scenes(8)])
+    caption = build_caption(detector.tokenizer, ["red object", "blue object", "green object"])
+    scores = [phrase_scores(d._forward(pixels.clone(), caption)[0], caption.spans) for d in (detector, half)]
+    difference = (scores[0].sort(1).values - scores[1].sort(1).values).abs()
+    assert difference.max() <= 0.02
+    assert difference.median() <= 0.001
+
+
+def test_a_checkpoint_that_half_precision_cannot_hold_goes_on_in_full(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    half = half_precision(monkeypatch)
+    layer = half.model.model.encoder.layers[0].deformable_layer
+    layer.fc1.weight.data *= 1e5  # beyond 65,504, and taken back again behind it
+    layer.fc1.bias.data *= 1e5
+    layer.fc2.weight.data /= 1e5
+    picture = scenes(1)[0].image
+    expected = Detector(*load_checkpoint(str(DEMO))).detect([picture], EVERYTHING)[0]
+    found = half.detect([picture], EVERYTHING)[0]
+    assert [d.label for d in found] == [d.label for d in expected]
+    assert "leaves the range of torch.float16" in caplog.text
+    assert half.precision is torch.float32

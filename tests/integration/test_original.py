@@ -13,10 +13,11 @@ from PIL import Image
 from transformers import GroundingDinoForObjectDetection
 
 from backend.checkpoints import load_model
-from backend.detector import ImageFormat, phrase_scores
+from backend.detector import phrase_scores
 from backend.errors import CheckpointError
 from backend.original import read_state_dict
-from backend.speed import speed_up
+from backend.preprocess import ImageFormat
+from backend.speed import speed_up_cpu
 
 pytestmark = [
     pytest.mark.timeout(300),
@@ -80,7 +81,7 @@ def found(stock: GroundingDinoForObjectDetection, request: pytest.FixtureRequest
     model = stock
     if request.param == "fast":
         model = copy.deepcopy(stock)
-        speed_up(model)
+        speed_up_cpu(model)
     image = Image.open(DATA / INPUT["image"]).convert("RGB")
     with torch.inference_mode():
         output = model(
@@ -150,3 +151,36 @@ def test_another_architecture_is_refused(tmp_path: Path) -> None:
     torch.save({"model": {"a": torch.zeros(3)}}, tmp_path / "other.pth")
     with pytest.raises(CheckpointError, match="is not a Grounding DINO checkpoint"):
         read_state_dict(tmp_path / "other.pth")
+
+
+def swin_b_name_and_shape(name: str, shape: list[int]) -> tuple[str, list[int]]:
+    """As SwinB_cogcoor has it: a third wider, windows of 12, 384 pixels."""
+    if not name.startswith(("backbone.0.", "input_proj.")):
+        return name, shape
+    if name.endswith("relative_position_bias_table"):
+        return name, [23 * 23, shape[1] * 4 // 3]
+    narrow = {96 * 2**i * factor: 128 * 2**i * factor for i in range(4) for factor in (1, 3, 4, 9)}
+    kept = (name.startswith("input_proj.") and (0,)) or ()  # the output width of a projection stays 256
+    return name, [size if i in kept else narrow.get(size, size) for i, size in enumerate(shape)]
+
+
+def test_swin_b_is_read_off_its_shapes(tmp_path: Path) -> None:
+    parameters = json.loads((DATA / "parameters.json").read_text())
+    state = {}
+    for name, shape in (swin_b_name_and_shape(*row) for row in parameters):
+        blocks = range(18) if name.startswith("backbone.0.layers.2.blocks.0.") else [None]
+        for block in blocks:
+            full = name if block is None else name.replace("blocks.0.", f"blocks.{block}.", 1)
+            state[full] = torch.zeros(1).expand(shape)  # one number on disk
+    torch.save({"model": state}, tmp_path / "swinb.pth")
+    swin = load_model(str(tmp_path / "swinb.pth")).config.backbone_config
+    assert (swin.embed_dim, swin.window_size, swin.depths) == (128, 12, [2, 2, 18, 2])
+    assert list(swin.num_heads) == [4, 8, 16, 32]
+
+
+def test_an_original_of_another_width_is_refused(pth: Path, tmp_path: Path) -> None:
+    state = torch.load(pth, weights_only=True)
+    state["model"]["module.transformer.level_embed"] = torch.zeros(4, 128)
+    torch.save(state, tmp_path / "narrow.pth")
+    with pytest.raises(CheckpointError, match="narrow.pth"):
+        load_model(str(tmp_path / "narrow.pth"))

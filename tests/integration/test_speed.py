@@ -1,18 +1,19 @@
 """The fast parts give the numbers of the parts that they stand in for."""
 
 import copy
-import logging
+import platform
+import resource
 
 import pytest
 import torch
 from transformers import GroundingDinoConfig
 from transformers.models.grounding_dino import modeling_grounding_dino as reference
 
-from backend import speed
 from backend.captions import build_caption
 from backend.checkpoints import load_model
+from backend.deformable import GatheredAttention
 from backend.demo.train import build_tokenizer
-from backend.speed import FoldedFusion, GatheredAttention, PackedLinear, gather_plan, speed_up
+from backend.speed import FoldedFusion, FusedAttention, PackedLinear, keep_freed_memory, speed_up_cpu
 from backend.versions import DEMO
 
 
@@ -35,17 +36,16 @@ def test_folded_fusion(padded: bool) -> None:
     assert (found_text - expected_text).abs().max() < 1e-5
 
 
-def test_gathered_attention_inside_and_outside_of_the_map() -> None:
+@pytest.mark.parametrize("masked", [False, True])
+def test_fused_attention(masked: bool) -> None:
     torch.manual_seed(0)
-    shapes = [(13, 17), (7, 9), (1, 5)]
-    tokens = sum(height * width for height, width in shapes)
-    value, sizes = torch.randn(2, tokens, 4, 8), torch.tensor(shapes)
-    starts = torch.cat([torch.zeros(1).long(), sizes.prod(1).cumsum(0)[:-1]])
-    locations, weights = torch.rand(2, 11, 4, 3, 4, 2) * 1.6 - 0.3, torch.rand(2, 11, 4, 3, 4)
-    locations[0, 0] = 1e6  # far outside
-    arguments = value, sizes, shapes, starts, locations, weights, 64
-    expected = reference.MultiScaleDeformableAttention()(*arguments)
-    assert (GatheredAttention(gather_plan)(*arguments) - expected).abs().max() < 1e-5
+    attention = reference.GroundingDinoMultiheadAttention(GroundingDinoConfig(), num_attention_heads=8).eval()
+    queries, keys, values = torch.randn(2, 30, 256), torch.randn(2, 9, 256), torch.randn(2, 9, 256)
+    mask = torch.zeros(2, 8, 30, 9).masked_fill(torch.rand(2, 8, 30, 9) < 0.3, -1e9) if masked else None
+    with torch.inference_mode():
+        (expected,) = attention(queries, keys, values, mask)
+        found, _ = FusedAttention(attention)(queries, keys, values, mask)
+    assert (found - expected).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("activation", ["none", "relu", "gelu"])
@@ -62,10 +62,11 @@ def test_packed_linear(activation: str) -> None:
 def test_the_whole_model_gives_the_same_detections() -> None:
     stock = load_model(str(DEMO)).eval()
     fast = copy.deepcopy(stock)
-    speed_up(fast)
+    speed_up_cpu(fast)
     kinds = [type(module) for module in fast.modules()]
     assert kinds.count(FoldedFusion) == 2
     assert kinds.count(GatheredAttention) == 5
+    assert kinds.count(FusedAttention) == 6
     assert kinds.count(PackedLinear) > 30
     torch.manual_seed(0)
     caption = build_caption(build_tokenizer(), ["red circle", "blue object", "star"])
@@ -76,26 +77,19 @@ def test_the_whole_model_gives_the_same_detections() -> None:
     assert (expected.pred_boxes - found.pred_boxes).abs().max() < 1e-4
 
 
-def test_without_a_compiler_it_goes_on_and_says_so(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def broken(*args: object, **kwargs: object) -> object:
-        def fail(*args: object) -> None:
-            raise RuntimeError("no g++")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is a matter of glibc")
+def test_kept_memory_comes_back_without_page_faults() -> None:
+    def faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.zeros(64, 1024, 1024)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-        return fail
-
-    monkeypatch.setattr(torch, "compile", broken)
-    caplog.set_level(logging.WARNING)
-    assert speed.compiled_gather_plan() is gather_plan
-    assert caplog.text.count("no compiler that works") == 1
-
-
-@pytest.mark.timeout(300)
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while its compiler is imported
-def test_compiled_weights_are_the_same_at_any_size() -> None:
-    compiled = speed.compiled_gather_plan()
-    for height, width, batch in [(6, 8, 1), (4, 9, 3)]:
-        example = speed._example(height, width, batch)
-        for found, expected in zip(compiled(*example), gather_plan(*example), strict=True):
-            assert (found - expected).abs().max() < 1e-5
+    faults()
+    lost = faults()
+    try:
+        keep_freed_memory()
+        faults()
+        kept = faults()
+    finally:
+        keep_freed_memory(False)
+    assert kept < 100 < lost

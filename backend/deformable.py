@@ -1,0 +1,186 @@
+"""Multi-scale deformable attention on the CPU: equal to transformers' up to the rounding of floats, and sooner.
+
+What a query sees is a weighted sum of a few rows of the value map for each head: an `embedding_bag`, with bilinear
+weights and a zero weight for what lies outside. Where the rows are and what they weigh is one compiled function, the
+plan. Queries go through the whole layer slice by slice, so that what lies between two steps stays in the cache.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
+
+SLICE = 2048  # queries; their 2,048 hidden columns take 16 MB
+
+Plan = Callable[..., tuple[Tensor, Tensor]]
+
+
+class GatheredAttention(nn.Module):
+    """Stands in for transformers' MultiscaleDeformableAttention; takes over its weights, returns no attention maps."""
+
+    sampling_offsets: nn.Linear
+    attention_weights: nn.Linear
+    value_proj: nn.Linear
+    output_proj: nn.Linear
+
+    def __init__(self, attention: Any, sample: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.heads, self.levels, self.points = attention.n_heads, attention.n_levels, attention.n_points
+        for name in ("sampling_offsets", "attention_weights", "value_proj", "output_proj"):
+            setattr(self, name, getattr(attention, name))
+        self.sample = sample
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        position_embeddings: Tensor | None = None,
+        reference_points: Tensor | None = None,
+        spatial_shapes: Tensor | None = None,
+        spatial_shapes_list: Any = None,
+        level_start_index: Tensor | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, None]:
+        """As transformers' MultiscaleDeformableAttention."""
+        queries = hidden_states if position_embeddings is None else hidden_states + position_embeddings
+        values = self.values(encoder_hidden_states, attention_mask)
+        return self.look_up(values, queries, reference_points, spatial_shapes, level_start_index), None
+
+    def values(self, features: Any, mask: Tensor | None) -> Tensor:
+        """What can be looked up: (batch, tokens, d); the mask (batch, tokens) is true where there is a picture."""
+        values: Tensor = self.value_proj(features)
+        if mask is not None and (mask.is_cuda or not mask.all()):  # to ask a GPU is to wait for it
+            values = values.masked_fill(~mask[..., None], 0.0)
+        return values
+
+    def look_up(self, values: Tensor, queries: Tensor, reference: Any, shapes: Any, starts: Any) -> Tensor:
+        """What queries (batch, queries, d) see of the values (batch, tokens, d): (batch, queries, d).
+
+        Args:
+            values: levels one after the other, each row by row.
+            queries: with their positions.
+            reference: (batch, queries, levels, 2), x and y in 0..1; or 4, with width and height.
+            shapes: (levels, 2), height and width of each level.
+            starts: (levels,), first token of each level.
+        """
+        by_point = (*queries.shape[:2], self.heads, self.levels, self.points)
+        offsets = self.sampling_offsets(queries).view(*by_point, 2)
+        logits = self.attention_weights(queries).view(*by_point[:3], -1)
+        if reference.shape[-1] == 4:
+            offsets = offsets / self.points * reference[:, :, None, :, None, 2:] * 0.5
+            offsets = offsets * shapes.flip(-1)[:, None]
+        seen: Tensor = self.output_proj(self.sample(values, reference[..., :2], offsets, logits, shapes, starts))
+        return seen
+
+
+def sample_rows(
+    plan: Plan, values: Tensor, reference: Tensor, offsets: Tensor, logits: Tensor, shapes: Tensor, starts: Tensor
+) -> Tensor:
+    """What queries see of the values (batch, tokens, d): (batch, queries, d); the rest as for `gather_plan`."""
+    batch, tokens, width = values.shape
+    rows, weights = plan(shapes, starts, reference, offsets, logits, tokens)
+    table = values.view(-1, width // offsets.shape[2])
+    bags = nn.functional.embedding_bag(rows, table, per_sample_weights=weights, mode="sum")
+    return bags.view(batch, -1, width)
+
+
+class SlicedLayer(nn.Module):
+    """Stands in for transformers' DeformableLayer, whose attention is a GatheredAttention; for inference."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor,
+        position_embeddings: Tensor,
+        reference_points: Tensor,
+        spatial_shapes: Tensor,
+        level_start_index: Tensor,
+        spatial_shapes_list: Any = None,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, None]:
+        """As transformers' DeformableLayer."""
+        values = self.layer.self_attn.values(hidden_states, attention_mask)
+        output = torch.empty_like(hidden_states)
+        for start in range(0, hidden_states.shape[1], SLICE):
+            part = slice(start, start + SLICE)
+            tokens, reference = hidden_states[:, part], reference_points[:, part]
+            queries = tokens + position_embeddings[:, part]
+            seen = self.layer.self_attn.look_up(values, queries, reference, spatial_shapes, level_start_index)
+            output[:, part] = self._feed_forward(tokens + seen)
+        return output, None
+
+    def _feed_forward(self, tokens: Tensor) -> Tensor:
+        normed = self.layer.self_attn_layer_norm(tokens)
+        hidden = self.layer.activation_fn(self.layer.fc1(normed))
+        output: Tensor = self.layer.final_layer_norm(normed + self.layer.fc2(hidden))
+        return output
+
+
+def gather_plan(
+    shapes: Tensor, starts: Tensor, reference: Tensor, offsets: Tensor, logits: Tensor, tokens: int
+) -> tuple[Tensor, Tensor]:
+    """Rows of the value table and their weights: (batch x queries x heads, levels x points x 4) each.
+
+    Four neighbours of each sampled place, as bilinear `grid_sample` with zero padding has them (`align_corners=False`).
+
+    Args:
+        shapes: (levels, 2), height and width.
+        starts: (levels,), first token of each level.
+        reference: (batch, queries, levels, 2), x and y in 0..1.
+        offsets: (batch, queries, heads, levels, points, 2), x and y in tokens of the level.
+        logits: (batch, queries, heads, levels x points), attention before its softmax.
+        tokens: of all levels of one picture.
+    """
+    batch, _, heads, _, _, _ = offsets.shape
+    height, width = shapes[:, 0, None], shapes[:, 1, None]  # (levels, 1), against (levels, points)
+    x = reference[:, :, None, :, None, 0] * width + offsets[..., 0] - 0.5
+    y = reference[:, :, None, :, None, 1] * height + offsets[..., 1] - 0.5
+    left, top = x.floor(), y.floor()
+    right_share, bottom_share = x - left, y - top
+    columns = torch.stack([left, left + 1, left, left + 1], -1)
+    lines = torch.stack([top, top, top + 1, top + 1], -1)
+    across = torch.stack([1 - right_share, right_share, 1 - right_share, right_share], -1)
+    down = torch.stack([1 - bottom_share, 1 - bottom_share, bottom_share, bottom_share], -1)
+    inside = (columns >= 0) & (columns < width[..., None]) & (lines >= 0) & (lines < height[..., None])
+    attention = logits.softmax(-1).view(x.shape)
+    weights = attention[..., None] * across * down * inside
+    columns = torch.minimum(columns.clamp(min=0), width[..., None] - 1).int()
+    lines = torch.minimum(lines.clamp(min=0), height[..., None] - 1).int()
+    token = starts[:, None, None].int() + lines * width[..., None].int() + columns
+    first = torch.arange(batch, device=token.device, dtype=torch.int32).view(-1, 1, 1, 1, 1, 1) * tokens
+    head = torch.arange(heads, device=token.device, dtype=torch.int32).view(1, 1, -1, 1, 1, 1)
+    rows = (first + token) * heads + head
+    return rows.flatten(3).flatten(0, 2), weights.flatten(3).flatten(0, 2)
+
+
+def compiled_gather_plan() -> Plan:
+    """`gather_plan`, compiled for any size; itself, with a line in the log, where there is no working compiler."""
+    compiled = torch.compile(gather_plan, dynamic=True)
+    try:
+        for height, width in ((3, 4), (5, 7)):  # two sizes, or the first would be taken for the only one
+            for batch in (1, 2):
+                compiled(*_example(height, width, batch))
+    except Exception as error:  # whatever a compiler that is missing or broken leads to
+        log.warning("no compiler that works (%s): predictions take about a tenth longer", type(error).__name__)
+        return gather_plan
+    return compiled
+
+
+def _example(height: int, width: int, batch: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int]:
+    shapes = torch.tensor([[height, width], [height, width]])
+    starts, queries = torch.tensor([0, height * width]), height * width
+    offsets = torch.rand(batch, queries, 8, 2, 4, 2)
+    reference, logits = torch.rand(batch, queries, 2, 2), torch.rand(batch, queries, 8, 8)
+    return shapes, starts, reference, offsets, logits, 2 * height * width

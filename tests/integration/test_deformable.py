@@ -1,0 +1,128 @@
+"""Deformable attention of our own gives the numbers of transformers'."""
+
+import logging
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from transformers import GroundingDinoConfig
+from transformers.models.grounding_dino import modeling_grounding_dino as reference
+
+from backend import deformable
+from backend.deformable import GatheredAttention, SlicedLayer, gather_plan, sample_rows
+
+SHAPES = [(13, 17), (7, 9), (1, 5), (1, 1)]
+TOKENS = sum(height * width for height, width in SHAPES)
+
+
+def sample_plainly(*arguments: Any) -> torch.Tensor:
+    return sample_rows(gather_plan, *arguments)
+
+
+def geometry(batch: int, queries: int, coordinates: int) -> dict[str, Any]:
+    shapes = torch.tensor(SHAPES)
+    return {
+        "reference_points": torch.rand(batch, queries, len(SHAPES), coordinates) * 1.6 - 0.3,  # outside as well
+        "spatial_shapes": shapes,
+        "spatial_shapes_list": SHAPES,
+        "level_start_index": torch.cat([torch.zeros(1).long(), shapes.prod(1).cumsum(0)[:-1]]),
+    }
+
+
+@pytest.fixture
+def layer() -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = GroundingDinoConfig(d_model=64, encoder_ffn_dim=96, encoder_attention_heads=4)
+    layer = reference.GroundingDinoDeformableLayer(config).eval()
+    for weight in layer.parameters():
+        weight.data = 0.2 * torch.randn_like(weight)
+    return layer
+
+
+@pytest.mark.parametrize("coordinates", [2, 4])
+@pytest.mark.parametrize("padded", [False, True])
+def test_attention(layer: Any, coordinates: int, padded: bool) -> None:
+    mask = torch.ones(2, TOKENS).bool()
+    if padded:
+        mask[1, 200:] = False
+    arguments = {
+        "hidden_states": torch.randn(2, 11, 64),
+        "attention_mask": mask,
+        "encoder_hidden_states": torch.randn(2, TOKENS, 64),
+        "position_embeddings": torch.randn(2, 11, 64),
+        **geometry(2, 11, coordinates),
+    }
+    arguments["reference_points"][0, 0] = 1e6  # far outside
+    with torch.inference_mode():
+        expected, _ = layer.self_attn(**arguments)
+        found, _ = GatheredAttention(layer.self_attn, sample_plainly)(**arguments)
+    assert (found - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("size", [7, 100, 10_000])
+def test_slices_of_any_size(layer: Any, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deformable, "SLICE", size)
+    arguments = {
+        "hidden_states": torch.randn(2, TOKENS, 64),
+        "attention_mask": torch.ones(2, TOKENS).bool(),
+        "position_embeddings": torch.randn(2, TOKENS, 64),
+        **geometry(2, TOKENS, 2),
+    }
+    with torch.inference_mode():
+        expected, _ = layer(**arguments)
+        layer.self_attn = GatheredAttention(layer.self_attn, sample_plainly)
+        found, _ = SlicedLayer(layer)(**arguments)
+    assert (found - expected).abs().max() < 1e-5
+
+
+def test_without_a_compiler_it_goes_on_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*args: object, **kwargs: object) -> object:
+        def fail(*args: object) -> None:
+            raise RuntimeError("no g++")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", broken)
+    caplog.set_level(logging.WARNING)
+    assert deformable.compiled_gather_plan() is gather_plan
+    assert caplog.text.count("no compiler that works") == 1
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while its compiler is imported
+def test_compiled_weights_are_the_same_at_any_size() -> None:
+    compiled = deformable.compiled_gather_plan()
+    for height, width, batch in [(6, 8, 1), (4, 9, 3)]:
+        example = deformable._example(height, width, batch)
+        for found, expected in zip(compiled(*example), gather_plan(*example), strict=True):
+            assert (found - expected).abs().max() < 1e-5
+
+
+IN_THE_INTERPRETER = """
+from tests.integration.test_deformable import *
+from backend.deformable_gpu import sample
+torch.manual_seed(0)
+for levels in 1, 3, 4:  # 4, 12 and 16 samples: one is no power of two
+    rest = geometry(2, 37, 2)
+    sizes, starts = rest["spatial_shapes"][:levels], rest["level_start_index"][:levels]
+    values, offsets = torch.randn(2, int(sizes.prod(1).sum()), 64), 3 * torch.randn(2, 37, 4, levels, 4, 2)
+    offsets[0, 0] = 1e6  # far outside
+    reference, logits = rest["reference_points"][:, :, :levels], torch.randn(2, 37, 4, levels * 4)
+    expected = sample_plainly(values, reference, offsets, logits, sizes, starts)
+    assert (sample(values, reference, offsets, logits, sizes, starts) - expected).abs().max() < 1e-5
+    half = sample(values.half(), reference, offsets.half(), logits.half(), sizes, starts)
+    assert half.dtype is torch.float16
+    assert (half - expected).abs().max() < 3e-2
+"""
+
+
+def test_the_gpu_kernel_in_tritons_interpreter() -> None:
+    pytest.importorskip("triton", reason="the GPU's kernel needs Triton, which is for Linux on x86-64 only")
+    command = [sys.executable, "-c", IN_THE_INTERPRETER]
+    found = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, stderr=subprocess.PIPE, check=False)
+    assert found.returncode == 0, found.stderr.decode()
