@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STUDIO_VENV ?= .venv-label-studio
 STUDIO_VERSION := 1.23.2
 
-.PHONY: help demo serve test e2e bench lint format install install-dev install-studio clean
+.PHONY: help demo serve test chaos e2e bench lint format install install-dev install-studio clean
 
 help:  ## Show this help
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -54,6 +54,9 @@ format: install-dev  ## Format the code
 
 test: install-dev  ## Run the tests, on the real Redis and the real small model
 	@$(BIN)/python -m pytest tests --ignore tests/e2e
+
+chaos: install-dev  ## Kill, hang and cut off its parts under load, the long form
+	@CHAOS=full $(BIN)/python -m pytest tests/chaos
 
 e2e: install-dev install-studio  ## Drive a real Label Studio and a real browser
 	@LABEL_STUDIO_VENV=$(STUDIO_VENV) $(BIN)/python -m pytest tests/e2e

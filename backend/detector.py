@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -76,6 +76,7 @@ class Detector:
         self.image_format = image_format
         self.device = torch.device(device)
         self.precision = precision
+        self.on_forward: Callable[[], object] = lambda: None  # called before every forward pass
         speed_up(self.model)
         self.backbone = SharedBackbone(model.model.backbone)
         self.model.model.backbone = self.backbone
@@ -200,6 +201,7 @@ class Detector:
     @torch.inference_mode()
     def _forward(self, pixel_values: Tensor, caption: Caption) -> tuple[Tensor, Tensor]:
         """Token logits (pictures, queries, tokens) and boxes_cxcywh (pictures, queries, 4) in 0..1, on the CPU."""
+        self.on_forward()
         input_ids = torch.tensor([caption.input_ids] * len(pixel_values), device=self.device)
         with torch.autocast(self.device.type, self.precision, enabled=self.precision is not torch.float32):
             output = self.model(pixel_values=pixel_values, input_ids=input_ids)

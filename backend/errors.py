@@ -12,6 +12,7 @@ BackendError                      500  internal
 ├── StudioError                   502  label_studio
 ├── QueueUnavailable              503  queue_unavailable
 ├── Overloaded                    503  overloaded
+├── WorkerDied                    500  worker_died
 └── NotReady                      503  not_ready
 
 Each class carries its HTTP status and its code. The text says what to do and never holds a secret: users read it.
@@ -97,6 +98,12 @@ class Overloaded(BackendError):
     """As many requests are waiting as may."""
 
     status, code = 503, "overloaded"
+
+
+class WorkerDied(BackendError):
+    """A worker process ended over one task, twice; fails that task only."""
+
+    code = "worker_died"
 
 
 class NotReady(BackendError):

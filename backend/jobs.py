@@ -21,10 +21,12 @@ from backend.errors import BackendError, CheckpointError, ImageError
 from backend.images import Images
 from backend.labeling import Control, Plan
 from backend.preprocess import Prepared, Size
+from backend.recovery import MOST_DEATHS, LostChunk, died, lost_chunk
 from backend.regions import to_prediction, to_regions
 from backend.settings import Settings
 from backend.studio import Studio
 from backend.versions import find_checkpoint
+from backend.watchdog import Watchdog
 
 DOWNLOADS = 8  # pictures of one chunk that are fetched at the same time
 LOAD_TIMEOUT = 60  # s for all pictures of a chunk; each has its own limits, but a server may trickle its headers
@@ -40,6 +42,7 @@ class Tools:
     images: Images
     fingerprint: str
     batch_size: int
+    watchdog: Watchdog
 
 
 _tools: Tools | None = None
@@ -54,22 +57,25 @@ def set_up(settings: Settings) -> Tools:
         CheckpointError: the model cannot be loaded.
     """
     global _tools
-    device = settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    precision = (
-        settings.precision if settings.precision != "auto" else "float16" if device.startswith("cuda") else "float32"
-    )
     checkpoint = find_checkpoint(settings.model)
-    detector = Detector(*load_checkpoint(checkpoint.source), device, getattr(torch, precision))
-    fitting = detector.fitting_batch()
+    detector = _detector(settings, checkpoint.source)
+    batch_size = settings.batch_size or detector.fitting_batch()
+    watchdog = Watchdog(settings.forward_timeout)
+    detector.on_forward = watchdog.beat
     studio = Studio(settings.label_studio_url, settings.label_studio_api_key)
     limits = settings.max_image_bytes, settings.max_image_pixels
-    _tools = Tools(
-        detector,
-        Images(studio, *limits, needed=detector.image_format.size),
-        checkpoint.fingerprint,
-        settings.batch_size or fitting,
-    )
+    images = Images(studio, *limits, needed=detector.image_format.size)
+    _tools = Tools(detector, images, checkpoint.fingerprint, batch_size, watchdog)
     return _tools
+
+
+def _detector(settings: Settings, source: str) -> Detector:
+    device, precision = settings.device, settings.precision
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if precision == "auto":
+        precision = "float16" if device.startswith("cuda") else "float32"
+    return Detector(*load_checkpoint(source), device, getattr(torch, precision))
 
 
 def predict(payload: Mapping[str, Any]) -> dict[str, Any]:
@@ -86,9 +92,26 @@ def predict(payload: Mapping[str, Any]) -> dict[str, Any]:
     if payload["fingerprint"] != _tools.fingerprint:
         return {"answers": [{"error": OTHER_CHECKPOINT.to_dict()}] * len(payload["tasks"])}
     plan, tasks, version = Plan.from_dict(payload["plan"]), payload["tasks"], payload["model_version"]
-    pictures = _load(_tools, {control.uri(task["data"]) for control in plan.controls for task in tasks})
-    per_control = [_predict_control(_tools.detector, control, tasks, pictures, version) for control in plan.controls]
-    return {"answers": [_answer(task, parts, version) for task, *parts in zip(tasks, *per_control, strict=True)]}
+    with _tools.watchdog.watching():
+        if lost := lost_chunk():
+            return {"answers": _one_by_one(_tools, lost, plan, tasks, version)}
+        return {"answers": _answers(_tools, plan, tasks, version)}
+
+
+def _one_by_one(tools: Tools, chunk: LostChunk, plan: Plan, tasks: Sequence[Any], version: str) -> list[dict[str, Any]]:
+    """Answers of a chunk over which a worker died; each is kept as soon as it is there."""
+    if chunk.deaths > MOST_DEATHS:
+        return [chunk.answers().get(number, died()) for number in range(len(tasks))]
+    for number in set(range(len(tasks))) - set(chunk.answers()):
+        chunk.begin(number)
+        chunk.keep(number, *_answers(tools, plan, tasks[number : number + 1], version))
+    return [answer for _, answer in sorted(chunk.answers().items())]
+
+
+def _answers(tools: Tools, plan: Plan, tasks: Sequence[Any], version: str) -> list[dict[str, Any]]:
+    pictures = _load(tools, {control.uri(task["data"]) for control in plan.controls for task in tasks})
+    per_control = [_predict_control(tools.detector, control, tasks, pictures, version) for control in plan.controls]
+    return [_answer(task, parts, version) for task, *parts in zip(tasks, *per_control, strict=True)]
 
 
 Loaded = Prepared | BackendError

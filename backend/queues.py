@@ -20,7 +20,7 @@ from redis.exceptions import RedisError
 from redis.retry import Retry as ConnectionRetry
 from rq import Queue, Retry
 from rq.exceptions import DuplicateJobError, NoSuchJobError
-from rq.job import Job, JobStatus
+from rq.job import Job
 from rq.results import Result
 from rq.serializers import JSONSerializer
 
@@ -31,7 +31,7 @@ PREDICT_FUNCTION = "backend.jobs.predict"
 ALLOWED = (PREDICT_FUNCTION,)
 
 READY_KEY = "gdino:ready:"  # + worker name -> its batch size; a worker with its model loaded keeps it alive
-READY_TTL = 15  # s; a killed worker counts as gone after this
+READY_TTL = 10  # s; a killed worker counts as gone after this
 BATCH_SIZE = 4  # pictures in one job while no worker has said what it wants
 EVENTS_KEY = "gdino:events"  # stream of annotation events, oldest first
 MAX_EVENTS = 1_000_000  # about 1 GB at 1 kB each; older ones are dropped
@@ -95,12 +95,17 @@ def redis_errors() -> Iterator[None]:
         raise QueueUnavailable(f"the queue does not answer ({type(error).__name__}); is Redis running?") from error
 
 
+def predict_queue(connection: Redis) -> Queue:
+    """RQ's queue of chunks to predict."""
+    return Queue(PREDICT, connection=connection, serializer=JSONSerializer, job_class=AllowedJob)
+
+
 class PredictQueue:
     """The queue "predict" as the web front sees it; safe to share between threads."""
 
     def __init__(self, connection: Redis) -> None:
         self._connection = connection
-        self._queue = Queue(PREDICT, connection=connection, serializer=JSONSerializer, job_class=AllowedJob)
+        self._queue = predict_queue(connection)
 
     def enqueue(self, payloads: Sequence[dict[str, Any]], at_front: bool = False) -> list[Job]:
         """One job for each payload, in order; those at the front run before all that wait.
@@ -125,21 +130,16 @@ class PredictQueue:
         raise QueueUnavailable("others keep taking the same job away; ask again")
 
     def _still_good(self, job_id: str) -> Job | None:
-        """The job of this id; one that failed, holds a task that did, or died with its worker makes room."""
+        """The job of this id; one that failed, or holds a task that did, makes room."""
         try:
             job = self._queue.job_class.fetch(job_id, connection=self._connection, serializer=JSONSerializer)
         except NoSuchJobError:
             return None
         result = _final_result(job)
-        if _is_well_answered(result) if result else self._is_under_way(job):
+        if result is None or _is_well_answered(result):
             return job
         job.delete()
         return None
-
-    def _is_under_way(self, job: Job) -> bool:
-        """Waiting, or at work on a worker that lives; RQ itself would take minutes to miss a dead one."""
-        at_work = job.get_status() is JobStatus.STARTED
-        return not at_work or bool(self._connection.exists(f"{READY_KEY}{job.worker_name}"))
 
     def _enqueue_new(self, job_id: str, payload: dict[str, Any], at_front: bool) -> Job:
         return self._queue.enqueue(

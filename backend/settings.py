@@ -39,6 +39,7 @@ class Settings:
     precision: str = _setting("auto", f"one of {', '.join(PRECISIONS)}; `auto` is float16 on a GPU")
     batch_size: int = _setting(0, "pictures in a job and a forward pass; 0: what takes a second and fits", minimum=0)
     predict_deadline: int = _setting(90, "time after which /predict answers with what is finished", "seconds", 1)
+    forward_timeout: int = _setting(120, "time after which a forward pass counts as hung", "seconds", 1)
     max_image_pixels: int = _setting(100_000_000, "largest picture", "pixels", 1)
     max_image_bytes: int = _setting(50_000_000, "largest picture file", "bytes", 1)
     port: int = _setting(9090, "port of the web front", minimum=1)

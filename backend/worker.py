@@ -14,13 +14,14 @@ from rq.serializers import JSONSerializer
 
 from backend import jobs
 from backend.queues import PREDICT, READY_KEY, READY_TTL, AllowedJob, connect, redis_errors, worker_name
+from backend.recovery import Recovery
 from backend.settings import Settings
 from backend.speed import keep_freed_memory
 
 log = logging.getLogger(__name__)
 
 WORKER_TTL = 20  # s; RQ's default of 420 would hide a dead worker for minutes
-MAINTENANCE_INTERVAL = 5  # s between looks for jobs of dead workers
+BEAT = 2  # s between signs of life, several of which may be late before a worker counts as gone
 
 
 def run(settings: Settings) -> None:
@@ -55,19 +56,20 @@ def _rq_worker(settings: Settings, name: str) -> SimpleWorker:
         serializer=JSONSerializer,
         job_class=AllowedJob,
         worker_ttl=WORKER_TTL,
-        maintenance_interval=MAINTENANCE_INTERVAL,
         log_job_description=False,
     )
 
 
 def _stay_ready(connection: Redis, name: str, stop: threading.Event, batch_size: int) -> None:
-    """Keeps the worker's key in Redis alive; a thread, because a job occupies the main one."""
+    """Keeps the worker's key in Redis alive and looks for lost jobs; a thread, because a job occupies the main one."""
+    recovery = Recovery(connection)
     while True:
         try:
             connection.set(READY_KEY + name, batch_size, ex=READY_TTL)
+            recovery.requeue_lost()
         except RedisError:
             log.warning("Redis does not answer")
-        if stop.wait(READY_TTL / 3):
+        if stop.wait(BEAT):
             break
     with contextlib.suppress(RedisError):  # it expires by itself
         connection.delete(READY_KEY + name)

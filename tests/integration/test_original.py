@@ -182,5 +182,5 @@ def test_an_original_of_another_width_is_refused(pth: Path, tmp_path: Path) -> N
     state = torch.load(pth, weights_only=True)
     state["model"]["module.transformer.level_embed"] = torch.zeros(4, 128)
     torch.save(state, tmp_path / "narrow.pth")
-    with pytest.raises(CheckpointError, match="narrow.pth"):
+    with pytest.raises(CheckpointError, match=r"narrow\.pth"):
         load_model(str(tmp_path / "narrow.pth"))

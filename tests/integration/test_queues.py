@@ -10,7 +10,7 @@ from rq.results import Result
 from rq.serializers import JSONSerializer
 
 from backend.errors import QueueUnavailable
-from backend.queues import EVENTS_KEY, PREDICT, READY_KEY, AllowedJob, PredictQueue, connect, record_event
+from backend.queues import EVENTS_KEY, PREDICT, AllowedJob, PredictQueue, connect, record_event
 
 PAYLOAD = {"tasks": [{"id": 1, "data": {"image": "http://x/?token=s3cret"}}], "plan": {"controls": []}}
 
@@ -107,20 +107,6 @@ def test_what_was_answered_well_is_reused_and_what_failed_is_made_anew(connectio
     (new,) = queue.enqueue([PAYLOAD])
     assert new.latest_result() is None
     assert Queue(PREDICT, connection=connection, serializer=JSONSerializer).job_ids == [new.id]
-
-
-@pytest.mark.parametrize("lives", [True, False])
-def test_a_job_at_work_counts_while_its_worker_lives(connection: Redis, lives: bool) -> None:
-    queue = PredictQueue(connection)
-    (job,) = queue.enqueue([PAYLOAD])
-    Queue(PREDICT, connection=connection, serializer=JSONSerializer, job_class=AllowedJob).remove(job)
-    job.prepare_for_execution("some-worker", connection.pipeline())
-    connection.hset(f"rq:job:{job.id}", mapping={"status": "started", "worker_name": "some-worker"})
-    if lives:
-        connection.set(READY_KEY + "some-worker", "cpu")
-    queue.enqueue([PAYLOAD])
-    waiting = Queue(PREDICT, connection=connection, serializer=JSONSerializer).job_ids
-    assert waiting == ([] if lives else [job.id])
 
 
 def test_a_redis_that_is_away_is_said_at_once() -> None:

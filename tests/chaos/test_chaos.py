@@ -1,0 +1,224 @@
+"""Things die, hang and go away under load; nothing is lost. `make chaos` runs the long form (CHAOS=full)."""
+
+import os
+import signal
+import statistics
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+from redis import Redis
+
+from backend import private_redis
+from backend.queues import connect
+from tests.chaos.saboteur.sitecustomize import HANGS, KILLS, SLOW
+from tests.pictures import config_for, data_uri, scenes
+from tests.running import Served, free_port, is_running, wait_for
+
+pytestmark = pytest.mark.timeout(400)
+
+FULL = os.environ.get("CHAOS") == "full"
+KILLINGS, CHUNKS, CLIENTS = (4, 60, 200) if FULL else (2, 16, 60)
+BATCH = 4
+SCENE = scenes(1)[0]
+CONFIG = config_for([SCENE])
+SABOTEUR = str(Path(__file__).parent / "saboteur")
+
+
+def tasks(count: int, start: int = 1, width: int = 96) -> list[dict[str, Any]]:
+    """Tasks that differ, so that no answer is used twice; their pictures are `width` pixels wide."""
+    picture = SCENE.image.resize((width, 96))
+    return [{"id": start + i, "data": {"image": data_uri(_marked(picture, start + i))}} for i in range(count)]
+
+
+def slow_bulk() -> list[dict[str, Any]]:
+    """CHUNKS chunks, half a second each."""
+    numbers = range(1, CHUNKS * BATCH, BATCH)
+    return [task for i in numbers for task in [*tasks(BATCH - 1, i), *tasks(1, i + BATCH - 1, SLOW)]]
+
+
+def _marked(picture: Any, number: int) -> Any:
+    picture = picture.copy()
+    picture.putpixel((0, 0), (number % 256, number // 256 % 256, 7))
+    return picture
+
+
+def ask(served: Served, wanted: list[dict[str, Any]], timeout: float = 300) -> requests.Response:
+    body = {"tasks": wanted, "label_config": CONFIG, "project": "1.1", "params": {}}
+    return requests.post(f"{served.url}/predict", json=body, timeout=timeout)
+
+
+def errors(response: requests.Response) -> list[str]:
+    """The codes of the errors among the answers."""
+    assert response.status_code == 200, response.text
+    return [result["error"]["code"] for result in response.json()["results"] if "error" in result]
+
+
+def part(served: Served, word: str) -> list[int]:
+    """Process ids of the parts one of whose arguments ends with `word`."""
+    return [pid for pid in served.children() if any(argument.endswith(word) for argument in _command(pid))]
+
+
+def _command(pid: int) -> list[str]:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+    except OSError:
+        return []
+
+
+def redis_of(served: Served) -> Redis:
+    return connect((served.model_dir / "redis.url").read_text())
+
+
+def finished(connection: Redis) -> int:
+    """Chunks, besides the one of the welcome."""
+    return int(connection.zcard("rq:finished:predict")) - 1
+
+
+def at_work(connection: Redis) -> int:
+    return int(connection.zcard("rq:wip:predict"))
+
+
+@pytest.fixture
+def sabotaged(start_server: Callable[..., Served]) -> Served:
+    served = start_server(
+        PYTHONPATH=SABOTEUR, PREDICT_DEADLINE="300", BATCH_SIZE=str(BATCH), FORWARD_TIMEOUT="4", WORKERS="2"
+    )
+    served.wait_until_ready()
+    wait_for(lambda: finished(redis_of(served)) == 0, 20, "the welcome")
+    return served
+
+
+def test_killed_workers_lose_nothing(sabotaged: Served) -> None:
+    connection = redis_of(sabotaged)
+    wanted = [
+        task for i in range(CHUNKS) for task in [*tasks(BATCH - 1, 1 + i * BATCH), *tasks(1, 4 + i * BATCH, SLOW)]
+    ]
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(ask, sabotaged, wanted)
+        for killing in range(KILLINGS):
+            mark = finished(connection)
+            wait_for(lambda mark=mark: finished(connection) > mark + 4 and at_work(connection), 60, "work")
+            workers = part(sabotaged, "worker")
+            os.kill(workers[killing % len(workers)], signal.SIGKILL)
+        last = time.monotonic()
+        assert errors(answer.result()) == []
+    assert time.monotonic() - last < 30 + CHUNKS / 4
+    assert connection.llen("rq:queue:predict") == at_work(connection) == 0
+
+
+def test_a_picture_that_kills_workers_fails_alone(sabotaged: Served) -> None:
+    wanted = tasks(BATCH * 2, 1)
+    wanted[2] = tasks(1, 3, KILLS)[0]
+    response = ask(sabotaged, wanted, 120)
+    assert errors(response) == ["worker_died"]
+    assert "error" in response.json()["results"][2]
+    assert "a task ended two workers" in sabotaged.text()
+
+
+def test_a_forward_pass_that_never_ends_is_noticed(sabotaged: Served) -> None:
+    wanted = [*tasks(1, 1), *tasks(1, 2, HANGS), *tasks(2, 3)]
+    assert errors(ask(sabotaged, wanted, 120)) == ["worker_died"]
+    assert "no sign of life for 4 s" in sabotaged.text()
+
+
+def test_a_killed_redis_loses_nothing(sabotaged: Served) -> None:
+    connection = redis_of(sabotaged)
+    wanted = slow_bulk()
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(ask, sabotaged, wanted)
+        wait_for(lambda: finished(connection) > 3, 60, "work")
+        os.kill(part(sabotaged, "redis.sock")[0], signal.SIGKILL)
+        assert answer.result().status_code == 503
+    connection = redis_of(sabotaged)
+    wait_for(lambda: part(sabotaged, "redis.sock"), 10, "Redis")
+    time.sleep(1)
+    done = finished(connection)
+    assert done > 3
+    wait_for(lambda: finished(connection) == CHUNKS, 120, "what was asked for")  # goes on though nobody waits
+    assert errors(ask(sabotaged, wanted)) == []
+    assert finished(connection) == CHUNKS
+
+
+def test_a_killed_web_front_loses_nothing(sabotaged: Served) -> None:
+    connection = redis_of(sabotaged)
+    wanted = slow_bulk()
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(ask, sabotaged, wanted)
+        wait_for(lambda: finished(connection) > 3, 60, "work")
+        os.kill(part(sabotaged, "_wsgi:app")[0], signal.SIGKILL)
+        with pytest.raises(requests.ConnectionError):
+            answer.result()
+    wait_for(lambda: requests.get(f"{sabotaged.url}/health", timeout=1).ok, 20, "the web front")
+    assert errors(ask(sabotaged, wanted)) == []
+    assert finished(connection) == CHUNKS
+
+
+def test_everything_killed_goes_on_when_started_again(start_server: Callable[..., Served], tmp_path: Path) -> None:
+    settings = {"BATCH_SIZE": str(BATCH), "PREDICT_DEADLINE": "300", "PYTHONPATH": SABOTEUR}
+    first = start_server(**settings)
+    first.wait_until_ready()
+    wait_for(lambda: finished(redis_of(first)) == 0, 20, "the welcome")
+    wanted = slow_bulk()
+    asking = ThreadPoolExecutor(1).submit(ask, first, wanted)
+    connection = redis_of(first)
+    wait_for(lambda: finished(connection) > 3, 60, "work")
+    children = first.children()
+    for pid in [first.process.pid, *children]:
+        os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: not any(map(is_running, children)), 10, "their end")
+    assert isinstance(asking.exception(10), requests.ConnectionError)
+    second = start_server(**settings)
+    second.wait_until_ready()
+    connection = redis_of(second)
+    wait_for(lambda: finished(connection) >= CHUNKS, 120, "what was asked for")
+    assert errors(ask(second, wanted)) == []
+
+
+def test_without_redis_the_front_says_so_and_recovers(tmp_path: Path, start_server: Callable[..., Served]) -> None:
+    port, folder = free_port(), tmp_path / "own"
+    folder.mkdir()
+    command = [*private_redis.command(private_redis.find_server(), folder / "r.sock", folder), "--port", str(port)]
+    own = subprocess.Popen(command)
+    served = start_server(REDIS_URL=f"redis://127.0.0.1:{port}/0")
+    try:
+        served.wait_until_ready()
+        own.kill()
+        own.wait()
+        start = time.monotonic()
+        assert ask(served, tasks(1), 10).status_code == 503
+        assert time.monotonic() - start < 3
+        health = [requests.get(f"{served.url}/health", timeout=5).elapsed.total_seconds() for _ in range(20)]
+        assert statistics.median(health) < 0.1
+        own = subprocess.Popen(command)
+        wait_for(lambda: requests.get(f"{served.url}/ready", timeout=5).ok, 60, "ready")
+        assert errors(ask(served, tasks(3))) == []
+    finally:
+        own.kill()
+        own.wait()
+
+
+def test_many_clients_at_once(served: Served) -> None:
+    slowest: list[float] = []
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.is_set():
+            slowest.append(requests.get(f"{served.url}/health", timeout=10).elapsed.total_seconds())
+            time.sleep(0.05)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    requested = [tasks(2, 1000 + 2 * i) for i in range(CLIENTS)]
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        answers = list(pool.map(lambda wanted: ask(served, wanted), requested))
+    done.set()
+    watcher.join()
+    assert [errors(answer) for answer in answers] == [[]] * CLIENTS
+    assert max(slowest) < 0.25, f"/health took {max(slowest):.2f} s"

@@ -1,0 +1,89 @@
+"""What RQ keeps of jobs in hand is what our recovery reads: a contract test for the pinned version."""
+
+import time
+from collections.abc import Iterator
+
+import pytest
+from redis import Redis
+from rq.executions import prepare_execution
+from rq.intermediate_queue import IntermediateQueue
+from rq.job import Job
+
+from backend import recovery
+from backend.queues import PREDICT_FUNCTION, READY_KEY, PredictQueue, connect, predict_queue
+from backend.recovery import LostChunk, Recovery
+from backend.settings import Settings
+from backend.worker import _rq_worker
+
+
+@pytest.fixture
+def connection(redis_url: str) -> Iterator[Redis]:
+    client = connect(redis_url)
+    client.flushdb()
+    yield client
+    client.flushdb()
+
+
+def begin(connection: Redis, redis_url: str, worker: str) -> Job:
+    """A job that a worker of this name has in hand."""
+    (job,) = PredictQueue(connection).enqueue([{"tasks": [{"id": 1}, {"id": 2}]}])
+    rq_worker = _rq_worker(Settings(redis_url=redis_url), worker)
+    taken, _ = rq_worker.dequeue_job_and_maintain_ttl(1)
+    assert taken.id == job.id
+    prepare_execution(rq_worker, taken)
+    with connection.pipeline() as pipeline:
+        taken.prepare_for_execution(worker, pipeline)
+        pipeline.execute()
+    return job
+
+
+def look(connection: Redis) -> None:
+    connection.delete(recovery.LOCK_KEY)
+    Recovery(connection).requeue_lost()
+
+
+def test_a_job_of_a_living_worker_stays(connection: Redis, redis_url: str) -> None:
+    begin(connection, redis_url, "living")
+    connection.set(READY_KEY + "living", 4)
+    look(connection)
+    assert predict_queue(connection).job_ids == []
+
+
+def test_a_job_of_a_dead_worker_goes_to_the_front_once(connection: Redis, redis_url: str) -> None:
+    job = begin(connection, redis_url, "dead")
+    PredictQueue(connection).enqueue([{"tasks": [{"id": 3}]}])
+    look(connection)
+    look(connection)
+    assert predict_queue(connection).job_ids[0] == job.id
+    assert len(predict_queue(connection).job_ids) == 2
+    assert predict_queue(connection).fetch_job(job.id).func_name == PREDICT_FUNCTION
+    assert LostChunk(connection, job.id).deaths == 1
+
+
+def test_a_job_taken_but_not_begun_comes_back(
+    connection: Redis, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (job,) = PredictQueue(connection).enqueue([{"tasks": [{"id": 1}]}])
+    queue = predict_queue(connection)
+    connection.lmove(queue.key, IntermediateQueue.get_intermediate_queue_key(queue.key), "LEFT", "RIGHT")
+    look(connection)
+    assert queue.job_ids == []  # it may be a living worker's
+    monkeypatch.setattr(recovery, "READY_TTL", 0.1)
+    time.sleep(0.2)
+    look(connection)
+    look(connection)
+    assert queue.job_ids == [job.id]
+    assert connection.llen(IntermediateQueue.get_intermediate_queue_key(queue.key)) == 0
+
+
+def test_the_task_in_hand_at_a_second_death_is_left_out(connection: Redis) -> None:
+    chunk = LostChunk(connection, "some-job")
+    chunk.record_death()
+    assert chunk.answers() == {}
+    chunk.begin(0)
+    chunk.keep(0, {"result": []})
+    chunk.begin(1)
+    chunk.record_death()
+    assert chunk.deaths == 2
+    assert chunk.answers()[0] == {"result": []}
+    assert chunk.answers()[1]["error"]["code"] == "worker_died"
