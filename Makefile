@@ -61,8 +61,9 @@ chaos: install-dev  ## Kill, hang and cut off its parts under load, the long for
 e2e: install-dev install-studio  ## Drive a real Label Studio and a real browser
 	@LABEL_STUDIO_VENV=$(STUDIO_VENV) $(BIN)/python -m pytest tests/e2e
 
-bench: install-dev  ## Measure start-up, latency, memory, and the detector against transformers
+bench: install-dev  ## Measure start-up, latency, memory, the queue, and the detector
 	@$(BIN)/python -m tests.bench
+	@$(BIN)/python -m tests.bench_queue
 	@$(BIN)/python -m tests.bench_detector
 
 clean:  ## Remove what was installed

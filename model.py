@@ -15,6 +15,7 @@ from redis import Redis
 
 from backend.errors import BackendError, LabelingConfigError, NotReady, QueueUnavailable
 from backend.labeling import Plan, read_plan
+from backend.outbox import PULL, Outbox
 from backend.queues import PredictQueue, connect, known_versions, record_event, remember_version
 from backend.settings import Settings
 from backend.versions import Checkpoint, find_checkpoint
@@ -31,6 +32,14 @@ EVIDENCE_FIELDS = (
     "parent_prediction",
     "updated_at",
 )
+
+LISTING = 60  # s that Label Studio may take from choosing the tasks of a request to sending it
+PUSHED_LATER = NotReady("the predictions of so many tasks are pushed into the project as they are made")
+PUSHED_NOW = NotReady("the prediction was pushed into the project a moment ago")
+
+
+def _are_late(answers: Sequence[Mapping[str, Any]]) -> bool:
+    return any("error" in answer and answer["error"]["code"] == NotReady.code for answer in answers)
 
 
 @functools.cache
@@ -85,20 +94,49 @@ class GroundingDINO:
             LabelingConfigError: the config cannot be served.
             QueueUnavailable: Redis does not answer.
         """
-        plan, deadline = self._plan(), time.monotonic() + self.settings.predict_deadline
-        version = self._checkpoint.model_version(plan)
+        plan, start = self._plan(), time.time()
+        deadline = time.monotonic() + self.settings.predict_deadline
+        chunks = self._chunks(tasks, plan)
+        jobs = self.queue.enqueue(chunks, at_front=len(tasks) == 1)
+        if len(tasks) > self.settings.push_above and self._can_push(tasks):
+            self._outbox.add(self._project, chunks, start)
+            return [{"error": PUSHED_LATER.to_dict()}] * len(tasks)
+        answers = [self._answers(job, chunk["tasks"], deadline) for job, chunk in zip(jobs, chunks, strict=True)]
+        if self._can_push(tasks):
+            self._push_late(chunks, answers, start)
+        return [answer for chunk in answers for answer in chunk]
+
+    def _chunks(self, tasks: Sequence[Mapping[str, Any]], plan: Plan) -> list[dict[str, Any]]:
+        """What the workers are given, one batch of tasks each."""
         rows = [{"id": task.get("id"), "data": plan.select(task.get("data") or {})} for task in tasks]
         size = self.settings.batch_size or self.queue.batch_size()
-        chunks = [rows[i : i + size] for i in range(0, len(rows), size)]
         common = {
             "plan": plan.to_dict(),
-            "model_version": version,
+            "model_version": self._checkpoint.model_version(plan),
             "fingerprint": self._checkpoint.fingerprint,
         }
-        payloads = [{"tasks": chunk, **common} for chunk in chunks]
-        jobs = self.queue.enqueue(payloads, at_front=len(tasks) == 1)
-        answers = [self._answers(job, chunk, deadline) for job, chunk in zip(jobs, chunks, strict=True)]
-        return [answer for chunk in answers for answer in chunk]
+        return [{"tasks": rows[i : i + size], **common} for i in range(0, len(rows), size)]
+
+    def _can_push(self, tasks: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether predictions of these tasks may be brought into Label Studio by its import."""
+        return (
+            bool(self.settings.label_studio_url and self.settings.label_studio_api_key and self._project)
+            and all(isinstance(task.get("id"), int) for task in tasks)
+            and not self._outbox.is_strange(self._project)
+        )
+
+    def _push_late(self, chunks: list[dict[str, Any]], answers: list[list[dict[str, Any]]], start: float) -> None:
+        """Leaves what is not finished to the pusher; takes back, in place, answers that it has delivered meanwhile."""
+        late = [chunk for chunk, parts in zip(chunks, answers, strict=True) if _are_late(parts)]
+        self._outbox.add(self._project, late, start)
+        for chunk, parts in zip(chunks, answers, strict=True):
+            ready = {task["id"]: i for i, task in enumerate(chunk["tasks"]) if "error" not in parts[i]}
+            ways = self._outbox.claim(
+                PULL, self._project, chunk["model_version"], list(ready), time.time(), start - LISTING
+            )
+            for task, way in ways.items():
+                if way:
+                    parts[ready[task]] = {"error": PUSHED_NOW.to_dict()}
 
     def _answers(self, job: Any, chunk: Sequence[Mapping[str, Any]], deadline: float) -> list[dict[str, Any]]:
         """The answers of one chunk of tasks; the same error for each where there are none."""
@@ -148,6 +186,14 @@ class GroundingDINO:
     @property
     def _checkpoint(self) -> Checkpoint:
         return _checkpoint(self.settings.model)
+
+    @property
+    def _project(self) -> str:
+        return self.project_id or ""
+
+    @property
+    def _outbox(self) -> Outbox:
+        return Outbox(self._connection)
 
     @property
     def _connection(self) -> Redis:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import hmac
+import json
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, wait
+from concurrent.futures import TimeoutError as FutureTimeout  # another class than the builtin in Python 3.10
 from typing import Any
 
 from flask import Flask, Response, jsonify, request
@@ -19,6 +21,8 @@ log = logging.getLogger(__name__)
 
 MAX_BODY = 250_000_000  # bytes; Label Studio's own limit for imports
 MOST_WAITING = 200  # below gunicorn's threads, so that /health always finds one
+SILENCE = 20.0  # s after which a waiting client gets a sign of life
+RETRY_AFTER = "30"  # s
 OPEN_ROUTES = ("/health", "/ready", "/webhook")  # Label Studio sends no credentials on webhooks; probes have none
 
 
@@ -63,8 +67,7 @@ def create_app(make_model: Callable[..., Any], settings: Settings) -> Flask:
         if not isinstance(params, Mapping):
             raise BadRequest("params must be an object")
         plugin = model(body.get("project"), body.get("label_config"))
-        with _place(waiting):
-            return jsonify(results=plugin.predict(tasks, context=params.get("context")))
+        return _kept_alive(lambda: plugin.predict(tasks, context=params.get("context")), waiting)
 
     @app.post("/webhook")
     def webhook() -> Response:
@@ -82,14 +85,36 @@ def create_app(make_model: Callable[..., Any], settings: Settings) -> Flask:
     return app
 
 
-@contextlib.contextmanager
-def _place(waiting: threading.BoundedSemaphore) -> Iterator[None]:
+def _kept_alive(predict: Callable[[], list[Any]], waiting: threading.BoundedSemaphore) -> Response:
+    """The answer; spaces come before one that takes long, which are legal JSON: Label Studio waits 100 s for a byte."""
+    outcome: Future[list[Any]] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(predict())
+        except Exception as error:  # raised where the answer is made
+            outcome.set_exception(error)
+        finally:
+            waiting.release()
+
     if not waiting.acquire(blocking=False):
         raise Overloaded(f"{MOST_WAITING} requests are waiting already; ask again in a minute")
+    threading.Thread(target=run, daemon=True).start()
     try:
-        yield
-    finally:
-        waiting.release()
+        return jsonify(results=outcome.result(SILENCE))
+    except FutureTimeout:
+        return Response(_spaces_and_answer(outcome), mimetype="application/json")
+
+
+def _spaces_and_answer(outcome: Future[list[Any]]) -> Iterator[str]:
+    while not outcome.done():
+        yield " "
+        wait([outcome], SILENCE)
+    try:
+        yield json.dumps({"results": outcome.result()})
+    except BackendError as error:  # too late for a status
+        log.warning("/predict: %s: %s", error.code, error)
+        yield json.dumps({"error": error.to_dict()})
 
 
 def _is_task(task: Any) -> bool:
@@ -127,7 +152,10 @@ def _map_errors(app: Flask) -> None:
     @app.errorhandler(BackendError)
     def on_purpose(error: BackendError) -> tuple[Response, int]:
         log.warning("%s %s: %s: %s", request.method, request.path, error.code, error)
-        return jsonify(error=error.to_dict()), error.status
+        answer = jsonify(error=error.to_dict())
+        if error.status == 503:
+            answer.headers["Retry-After"] = RETRY_AFTER
+        return answer, error.status
 
     @app.errorhandler(HTTPException)
     def http(error: HTTPException) -> tuple[Response, int]:

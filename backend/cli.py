@@ -13,9 +13,12 @@ import click
 from backend import __version__
 from backend.errors import BackendError, SettingsError
 from backend.private_redis import URL_FILE
-from backend.serve import gunicorn_command
+from backend.push import Pusher
+from backend.queues import connect, worker_name
+from backend.serve import gunicorn_command, stop_on_signals
 from backend.serve import serve as run_everything
 from backend.settings import Settings, set_up_logging
+from backend.studio import Studio
 
 # Turns that one of torch's threads waits for the others before it sleeps. The default is without end: two busy
 # processes on the same cores then hold each other up, fifty times over (docs/benchmarks.md).
@@ -84,6 +87,17 @@ def worker(**options: str | None) -> None:
     from backend.worker import run  # loads torch: only this command pays for it
 
     run(settings)
+
+
+@cli.command()
+@settings_options
+def push(**options: str | None) -> None:
+    """Run the pusher alone: it brings predictions of large requests into Label Studio."""
+    settings = _with_redis(_settings(options))
+    if not (settings.label_studio_url and settings.label_studio_api_key):
+        raise SettingsError("set LABEL_STUDIO_URL and LABEL_STUDIO_API_KEY: without them nothing can be pushed")
+    studio = Studio(settings.label_studio_url, settings.label_studio_api_key)
+    Pusher(connect(settings.redis_url), studio, worker_name()).run(stop_on_signals())
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ BackendError                      500  internal
 ├── ImageError                    422  image
 ├── CheckpointError               500  checkpoint
 ├── StudioError                   502  label_studio
+│   └── StudioAway                503  label_studio_away
 ├── QueueUnavailable              503  queue_unavailable
 ├── Overloaded                    503  overloaded
 ├── WorkerDied                    500  worker_died
@@ -88,6 +89,16 @@ class StudioError(BackendError):
     status, code = 502, "label_studio"
 
 
+class StudioAway(StudioError):
+    """Label Studio did not answer, or cannot now; where it was `reached`, it may have done what it was asked."""
+
+    status, code = 503, "label_studio_away"
+
+    def __init__(self, detail: str, reached: bool = True) -> None:
+        super().__init__(detail)
+        self.reached = reached
+
+
 class QueueUnavailable(BackendError):
     """Redis does not answer."""
 
@@ -95,7 +106,7 @@ class QueueUnavailable(BackendError):
 
 
 class Overloaded(BackendError):
-    """As many requests are waiting as may."""
+    """As many requests or chunks are waiting as may."""
 
     status, code = 503, "overloaded"
 

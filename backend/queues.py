@@ -11,7 +11,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from redis import Redis
@@ -24,7 +24,7 @@ from rq.job import Job
 from rq.results import Result
 from rq.serializers import JSONSerializer
 
-from backend.errors import QueueUnavailable
+from backend.errors import Overloaded, QueueUnavailable
 
 PREDICT = "predict"
 PREDICT_FUNCTION = "backend.jobs.predict"
@@ -38,6 +38,7 @@ MAX_EVENTS = 1_000_000  # about 1 GB at 1 kB each; older ones are dropped
 PROJECTS_KEY = "gdino:projects"  # hash: project id -> model version given at /setup
 
 JOB_TIMEOUT = 600  # s; a chunk is about a second of work, but a first download or a slow CPU may take long
+MOST_CHUNKS = 100_000  # waiting; about 300 MB of Redis
 RESULT_TTL = 3600  # s that the answers of a finished chunk are kept, for whoever asks for the same again
 ATTEMPTS = 3  # at putting a job in the place of one that others may be replacing too
 CONNECT_TIMEOUT, SOCKET_TIMEOUT = 0.5, 2.0  # s; together below the 3 s that Label Studio waits for /setup
@@ -95,6 +96,11 @@ def redis_errors() -> Iterator[None]:
         raise QueueUnavailable(f"the queue does not answer ({type(error).__name__}); is Redis running?") from error
 
 
+def chunk_id(payload: Mapping[str, Any]) -> str:
+    """The same for the same tasks asked the same way: the name of their job."""
+    return hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()
+
+
 def predict_queue(connection: Redis) -> Queue:
     """RQ's queue of chunks to predict."""
     return Queue(PREDICT, connection=connection, serializer=JSONSerializer, job_class=AllowedJob)
@@ -114,13 +120,16 @@ class PredictQueue:
         again goes on where the deadline cut in.
 
         Raises:
+            Overloaded: too much is waiting already; a single chunk at the front is always taken.
             QueueUnavailable: Redis does not answer.
         """
         with redis_errors():
+            if not at_front and len(self._queue) + len(payloads) > MOST_CHUNKS:
+                raise Overloaded(f"{len(self._queue)} chunks are waiting already; ask again later")
             return [self._enqueue(payload, at_front) for payload in payloads]
 
     def _enqueue(self, payload: dict[str, Any], at_front: bool) -> Job:
-        job_id = hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()
+        job_id = chunk_id(payload)
         for _ in range(ATTEMPTS):
             try:
                 return self._enqueue_new(job_id, payload, at_front)
@@ -131,15 +140,20 @@ class PredictQueue:
 
     def _still_good(self, job_id: str) -> Job | None:
         """The job of this id; one that failed, or holds a task that did, makes room."""
-        try:
-            job = self._queue.job_class.fetch(job_id, connection=self._connection, serializer=JSONSerializer)
-        except NoSuchJobError:
+        job = self._fetch(job_id)
+        if job is None:
             return None
         result = _final_result(job)
         if result is None or _is_well_answered(result):
             return job
         job.delete()
         return None
+
+    def _fetch(self, job_id: str) -> Job | None:
+        try:
+            return self._queue.job_class.fetch(job_id, connection=self._connection, serializer=JSONSerializer)
+        except NoSuchJobError:
+            return None
 
     def _enqueue_new(self, job_id: str, payload: dict[str, Any], at_front: bool) -> Job:
         return self._queue.enqueue(
@@ -172,6 +186,21 @@ class PredictQueue:
                     raise TimeoutError
                 if time.monotonic() - start < SOON:  # the result of an earlier attempt is there and does not block
                     time.sleep(SOON)
+
+    def answers(self, payload: dict[str, Any]) -> list[dict[str, Any]] | None:
+        """What a chunk was answered, None while it was not; one that failed or is gone is put into the queue again.
+
+        Raises:
+            QueueUnavailable: Redis does not answer.
+        """
+        with redis_errors():
+            job = self._fetch(chunk_id(payload))
+            result = _final_result(job) if job else None
+        if result and result.return_value:
+            return list(result.return_value["answers"])
+        if result or not job:
+            self.enqueue([payload])
+        return None
 
     def ready_workers(self) -> int:
         """How many workers have their model loaded.

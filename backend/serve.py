@@ -29,6 +29,7 @@ SOCKET_ROOT = "/tmp"  # noqa: S108 - a socket's path may have 108 bytes, and TMP
 CONFIGURED_REDIS_TIMEOUT = 10  # s; it may be starting beside us
 LONGEST_PAUSE = 30  # s before a part that keeps crashing is started again
 STEADY = 60  # s after which a crash counts as the first
+NVIDIA = Path("/proc/driver/nvidia/gpus")
 GRACE = 2  # s between SIGTERM and SIGKILL
 PR_SET_PDEATHSIG = 1  # prctl(2)
 LIBC = ctypes.CDLL(None)  # bound here: between fork and exec nothing may be loaded
@@ -98,7 +99,7 @@ def serve(settings: Settings) -> None:
         SettingsError: the port is taken, MODEL_DIR cannot be written, or Redis does not answer.
         CheckpointError: there is no such MODEL.
     """
-    stop = _stop_on_signals()
+    stop = stop_on_signals()
     _check_port(settings.port)
     find_checkpoint(settings.model)
     with _own_folder(settings.model_dir), tempfile.TemporaryDirectory(prefix="gdino-", dir=SOCKET_ROOT) as private:
@@ -114,7 +115,12 @@ def serve(settings: Settings) -> None:
 def _supervise(settings: Settings, redis: list[Part], stop: threading.Event) -> None:
     env = {**os.environ, **settings.to_env()}
     parts = [_part("web front", ["web"], env)]
-    parts += [_part(f"worker {number}", ["worker"], env) for number in range(1, settings.workers + 1)]
+    devices = _devices(settings.device)
+    for number in range(settings.workers or len(devices)):
+        own = {**env, "DEVICE": devices[number % len(devices)]}
+        parts.append(_part(f"worker {number + 1}", ["worker"], own))
+    if settings.label_studio_url and settings.label_studio_api_key:
+        parts.append(_part("pusher", ["push"], env))
     greeting = threading.Thread(target=welcome, args=(settings, say, stop), daemon=True)
     greeting.start()
     while not stop.is_set():
@@ -128,6 +134,15 @@ def _supervise(settings: Settings, redis: list[Part], stop: threading.Event) -> 
             part.process.terminate()
     for part in parts:
         part.stop(deadline)
+
+
+def _devices(device: str) -> list[str]:
+    """One for each worker; counted without torch, which would be a gigabyte of memory here."""
+    if device not in ("auto", "cuda"):
+        return [name.strip() for name in device.split(",")]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible is not None else list(NVIDIA.glob("*"))
+    return [f"cuda:{number}" for number in range(len(gpus))] if len(gpus) > 1 else [device]
 
 
 def _part(name: str, arguments: list[str], env: dict[str, str]) -> Part:
@@ -180,7 +195,8 @@ def _own_folder(folder: Path) -> Iterator[None]:
         yield
 
 
-def _stop_on_signals() -> threading.Event:
+def stop_on_signals() -> threading.Event:
+    """An event that SIGTERM and Ctrl-C set."""
     stop = threading.Event()
 
     def on_signal(number: int, frame: FrameType | None) -> None:

@@ -27,8 +27,8 @@ class Settings:
 
     model: str = _setting("IDEA-Research/grounding-dino-tiny", "hub id, folder, original `.pth` file, or `demo`")
     model_dir: Path = _setting(Path("data"), "folder for our data: the private Redis and its file")
-    device: str = _setting("auto", "torch device of the workers; `auto` takes a GPU where there is one")
-    workers: int = _setting(1, "predict workers that `serve` starts", minimum=1)
+    device: str = _setting("auto", "torch device of the workers, or several with commas; `auto`: all GPUs, or the CPU")
+    workers: int = _setting(0, "predict workers that `serve` starts; 0: one for each device", minimum=0)
     redis_url: str = _setting("", "the queue's Redis; empty: a private one is started", secret=True)
     label_studio_url: str = _setting("", "where this machine reaches Label Studio; needed for uploaded pictures")
     label_studio_api_key: str = _setting("", "legacy token or personal access token of Label Studio", secret=True)
@@ -39,6 +39,7 @@ class Settings:
     precision: str = _setting("auto", f"one of {', '.join(PRECISIONS)}; `auto` is float16 on a GPU")
     batch_size: int = _setting(0, "pictures in a job and a forward pass; 0: what takes a second and fits", minimum=0)
     predict_deadline: int = _setting(90, "time after which /predict answers with what is finished", "seconds", 1)
+    push_above: int = _setting(50, "tasks in a request above which predictions are pushed, with a key", minimum=0)
     forward_timeout: int = _setting(120, "time after which a forward pass counts as hung", "seconds", 1)
     max_image_pixels: int = _setting(100_000_000, "largest picture", "pixels", 1)
     max_image_bytes: int = _setting(50_000_000, "largest picture file", "bytes", 1)

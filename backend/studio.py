@@ -10,13 +10,17 @@ import base64
 import json
 import threading
 import time
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import requests
+from urllib3.exceptions import NewConnectionError
 from urllib3.util import parse_url
 
-from backend.errors import StudioError
+from backend.errors import StudioAway, StudioError
 
 TIMEOUT = (3, 10)  # seconds to connect, and between bytes
+IMPORT_TIMEOUT = (3, 60)
 RENEW_BEFORE = 60  # seconds before an access token ends
 
 
@@ -68,13 +72,7 @@ class Studio:
         return "{}://{}:{}".format(*origin(self.url))
 
     def _exchange(self) -> str:
-        try:
-            body = {"refresh": self._api_key}
-            reply = self._session.post(
-                f"{self.url}/api/token/refresh", json=body, timeout=TIMEOUT, allow_redirects=False
-            )
-        except requests.RequestException as error:
-            raise StudioError(f"Label Studio does not answer at {self._shown} ({type(error).__name__})") from None
+        reply = self._send("POST", "/api/token/refresh", {}, json={"refresh": self._api_key})
         if reply.status_code != 200:
             raise StudioError(
                 f"Label Studio refused LABEL_STUDIO_API_KEY (HTTP {reply.status_code}); "
@@ -84,6 +82,62 @@ class Studio:
             return str(reply.json()["access"])
         except (ValueError, KeyError, TypeError):
             raise StudioError(f"{self._shown} gave no token; is it Label Studio's address?") from None
+
+    def task_data(self, project: str, task: int) -> dict[str, Any] | None:
+        """A task's data as it was imported, which does not make Label Studio predict it; None if there is no such task.
+
+        Raises:
+            StudioError: Label Studio refused.
+            StudioAway: it did not answer.
+        """
+        is_task = {"filter": "filter:tasks:id", "operator": "equal", "type": "Number", "value": task}
+        query = {"filters": {"conjunction": "and", "items": [is_task]}}
+        options = {"project": project, "fields": "all", "resolve_uri": "false", "query": json.dumps(query)}
+        tasks = self._call("GET", "/api/tasks", params=options)["tasks"]
+        return tasks[0]["data"] if tasks else None
+
+    def versions_of(self, task: int) -> list[str]:
+        """The model versions of a task's predictions.
+
+        Raises:
+            StudioError: Label Studio refused.
+            StudioAway: it did not answer.
+        """
+        return [str(row["model_version"]) for row in self._call("GET", "/api/predictions", params={"task": task})]
+
+    def import_predictions(self, project: str, predictions: Sequence[Mapping[str, Any]]) -> int:
+        """Stores predictions, all or none, and says how many; whatever is there already stays as well.
+
+        Raises:
+            StudioError: Label Studio refused them.
+            StudioAway: it did not answer; they may be stored or not.
+        """
+        path = f"/api/projects/{project}/import/predictions"
+        return int(self._call("POST", path, json=predictions, timeout=IMPORT_TIMEOUT)["created"])
+
+    def _call(self, method: str, path: str, **options: Any) -> Any:
+        reply = self._send(method, path, self.headers(self.url), **options)
+        if reply.status_code >= 500 or reply.status_code == 429:
+            raise StudioAway(f"Label Studio cannot answer now (HTTP {reply.status_code})")
+        if not reply.ok:
+            raise StudioError(f"Label Studio refused {method} {path} (HTTP {reply.status_code}): {reply.text[:200]}")
+        try:
+            return reply.json()
+        except ValueError:
+            raise StudioAway(f"{self._shown} answered {path} with something else than JSON") from None
+
+    def _send(self, method: str, path: str, headers: dict[str, str], **options: Any) -> requests.Response:
+        options = {"timeout": TIMEOUT, "allow_redirects": False, "headers": headers, **options}
+        try:
+            return self._session.request(method, self.url + path, **options)
+        except requests.RequestException as error:
+            text = f"Label Studio does not answer at {self._shown} ({type(error).__name__})"
+            raise StudioAway(text, reached=not _never_connected(error)) from None
+
+
+def _never_connected(error: requests.RequestException) -> bool:
+    reason = getattr(error.args[0], "reason", None) if error.args else None
+    return isinstance(error, requests.ConnectTimeout) or isinstance(reason, NewConnectionError)
 
 
 def _expiry(token: str) -> float:

@@ -41,9 +41,10 @@ def front_memory(served: Served) -> float:
 
 def request_times(served: Served) -> list[float]:
     scene = scenes(1, (640, 480))[0]
-    body = {"tasks": [{"id": 1, "data": {"image": data_uri(scene.image)}}], "label_config": config_for([scene])}
+    body = {"label_config": config_for([scene])}
     times = []
-    for _ in range(REQUESTS + 5):
+    for number in range(REQUESTS + 5):
+        body["tasks"] = [{"id": number, "data": {"image": data_uri(scene.image)}}]  # the same again is remembered
         start = time.perf_counter()
         assert "result" in requests.post(f"{served.url}/predict", json=body, timeout=60).json()["results"][0]
         times.append(1000 * (time.perf_counter() - start))

@@ -50,7 +50,8 @@ class LabelStudio:
     def create_project(self, title: str, config: str, pictures: dict[str, bytes]) -> "Project":
         project = self.call("POST", "/api/projects", json={"title": title, "label_config": config})["id"]
         files = {f"file{i}": (name, body, "image/png") for i, (name, body) in enumerate(pictures.items())}
-        self.call("POST", f"/api/projects/{project}/import?return_task_ids=true", files=files)
+        if files:
+            self.call("POST", f"/api/projects/{project}/import?return_task_ids=true", files=files)
         return Project(self, project)
 
 
@@ -82,11 +83,12 @@ class Project:
 
 
 @contextlib.contextmanager
-def running_label_studio(folder: Path) -> Iterator[LabelStudio]:
-    port = free_port()
+def running_label_studio(folder: Path, port: int | None = None) -> Iterator[LabelStudio]:
+    """Label Studio with its data in `folder`, where it may have run before."""
+    port = port or free_port()
     url = f"http://127.0.0.1:{port}"
     data, log = folder / "data", folder / "label-studio.log"
-    data.mkdir()
+    data.mkdir(exist_ok=True)
     env = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")} | {
         "LABEL_STUDIO_BASE_DATA_DIR": str(data),
         "LABEL_STUDIO_USERNAME": USER,

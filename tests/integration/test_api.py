@@ -233,3 +233,27 @@ def test_more_than_may_wait_are_sent_away(redis_url: str, monkeypatch: pytest.Mo
     monkeypatch.setattr("backend.api.MOST_WAITING", 0)
     answer = client(redis_url=redis_url).post("/predict", json={"tasks": [], "label_config": CONFIG})
     assert (answer.status_code, answer.json["error"]["code"]) == (503, "overloaded")
+    assert int(answer.headers["Retry-After"]) > 0
+
+
+def test_a_full_queue_sends_large_requests_away_and_serves_an_annotator(
+    lonely: FlaskClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("backend.queues.MOST_CHUNKS", 2)
+    tasks = [{"id": i, "data": {"image": "x"}} for i in range(12)]
+    answer = lonely.post("/predict", json={"tasks": tasks, "label_config": CONFIG})
+    assert (answer.status_code, answer.json["error"]["code"]) == (503, "overloaded")
+    assert int(answer.headers["Retry-After"]) > 0
+    for number in range(3):
+        one = [{"id": 100 + number, "data": {"image": "x"}}]
+        assert lonely.post("/predict", json={"tasks": one, "label_config": CONFIG}).status_code == 200
+
+
+def test_a_long_wait_is_kept_alive_by_spaces(lonely: FlaskClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("backend.api.SILENCE", 0.2)
+    task = {"id": 7, "data": {"image": "y"}}
+    answer = lonely.post("/predict", json={"tasks": [task], "label_config": CONFIG})
+    assert answer.text.startswith("   ")
+    assert answer.json["results"][0]["error"]["code"] == "not_ready"
+    late = lonely.post("/predict", json={"tasks": [task], "label_config": EMPTY})
+    assert late.status_code == 422  # what is known at once keeps its status

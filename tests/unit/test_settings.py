@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from backend.errors import SettingsError
+from backend.serve import _devices
 from backend.settings import Settings
 
 
@@ -30,7 +31,7 @@ def test_a_child_process_reads_the_same() -> None:
         ("PORT", "http"),
         ("PORT", "0"),
         ("PORT", "70000"),
-        ("WORKERS", "0"),
+        ("WORKERS", "-1"),
         ("BOX_THRESHOLD", "2"),
         ("BOX_THRESHOLD", "nan"),
         ("LOG_LEVEL", "LOUD"),
@@ -45,3 +46,16 @@ def test_a_wrong_value_names_its_variable(name: str, value: str) -> None:
 def test_secrets_are_not_shown() -> None:
     shown = repr(Settings(label_studio_api_key="s3cret", basic_auth_user="me", basic_auth_pass="s3cret"))
     assert "s3cret" not in shown
+
+
+def test_a_worker_for_each_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("backend.serve.NVIDIA", tmp_path)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert _devices("auto") == ["auto"]
+    assert _devices("cuda:1, cuda:3") == ["cuda:1", "cuda:3"]
+    for number in range(3):
+        (tmp_path / f"0000:0{number}:00.0").mkdir()
+    assert _devices("auto") == ["cuda:0", "cuda:1", "cuda:2"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,0")
+    assert _devices("cuda") == ["cuda:0", "cuda:1"]
+    assert _devices("cpu") == ["cpu"]

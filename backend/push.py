@@ -1,0 +1,161 @@
+"""Brings predictions into Label Studio by its import, each exactly once a model version.
+
+Label Studio saves what it pulls one by one (0.14 s each) and gives up after 100 s; an import of 250 takes it 0.7 s.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from redis import Redis
+
+from backend.errors import QueueUnavailable, StudioAway, StudioError
+from backend.outbox import PULL, PUSHED, PUSHING, Entry, Outbox
+from backend.queues import PredictQueue, redis_errors
+from backend.studio import Studio
+
+log = logging.getLogger(__name__)
+
+LOOK_AT = 100  # chunks from the head of the outbox at a time
+BATCH = 500  # predictions in one import; Label Studio inserts as many at once
+PAUSE = 1.0  # s between looks
+LONGEST_PAUSE = 15  # s between attempts while Label Studio is away
+LONGEST = 3 * 24 * 3600  # s that a chunk may wait for its answers or for Label Studio
+SETTLE = 20  # s until we look what became of an import that Label Studio did not answer
+LEASE_KEY, LEASE = "gdino:pusher", 90  # s, longer than an import may take
+
+Prediction = dict[str, Any]  # task, result, score, model_version
+
+
+class Pusher:
+    """Empties the outbox; of several only one is at work."""
+
+    def __init__(self, connection: Redis, studio: Studio, name: str) -> None:
+        self._connection, self._studio, self._name = connection, studio, name
+        self._queue, self._outbox = PredictQueue(connection), Outbox(connection)
+        self._known: set[str] = set()  # projects that were compared with Label Studio's
+
+    def run(self, stop: threading.Event) -> None:
+        """Pushes until `stop` is set, whatever goes away meanwhile."""
+        failures, pause = 0, PAUSE
+        while not stop.wait(pause):
+            try:
+                if self._has_lease():
+                    self.step()
+                failures, pause = 0, PAUSE
+            except (StudioAway, QueueUnavailable) as error:
+                failures += 1
+                pause = SETTLE if isinstance(error, StudioAway) and error.reached else min(2**failures, LONGEST_PAUSE)
+                log.warning("%s; trying again in %g s", error, pause)
+
+    def _has_lease(self) -> bool:
+        with redis_errors():
+            taken = self._connection.set(LEASE_KEY, self._name, nx=True, ex=LEASE)
+            mine = taken or self._connection.get(LEASE_KEY) == self._name.encode()
+            if mine:
+                self._connection.expire(LEASE_KEY, LEASE)
+        return bool(mine)
+
+    def step(self) -> None:
+        """Pushes what is finished among the first chunks.
+
+        Raises:
+            StudioAway: Label Studio does not answer.
+            QueueUnavailable: Redis does not answer.
+        """
+        entries = self._outbox.first(LOOK_AT)
+        self._give_up([entry for entry in entries if time.time() - entry.since > LONGEST])
+        finished = [
+            (entry, answers) for entry in entries if (answers := self._queue.answers(entry.payload)) is not None
+        ]
+        by_target = itertools.groupby(sorted(finished, key=_target), key=_target)
+        for (project, version), rows in by_target:
+            for batch in _batches(list(rows)):
+                self._has_lease()
+                self._push_batch(project, version, batch)
+
+    def _give_up(self, entries: Sequence[Entry]) -> None:
+        for entry in entries:
+            log.error("project %s: a chunk of %d tasks is given up", entry.project, len(entry.payload["tasks"]))
+        self._outbox.remove(entries)
+
+    def _push_batch(self, project: str, version: str, batch: Sequence[tuple[Entry, list[Prediction]]]) -> None:
+        entries = [entry for entry, _ in batch]
+        try:
+            if self._is_known(entries[0]):
+                self._deliver(project, version, batch)
+        except StudioAway:
+            raise
+        except StudioError as error:
+            log.error("project %s: %s", project, error)
+        self._outbox.remove(entries)
+
+    def _is_known(self, entry: Entry) -> bool:
+        """Whether Label Studio's project of this number holds the very task that was sent to us."""
+        if entry.project not in self._known:
+            task = entry.payload["tasks"][0]
+            theirs = self._studio.task_data(entry.project, task["id"]) or {}
+            if any(theirs.get(field) != value for field, value in task["data"].items()):
+                log.error("project %s at LABEL_STUDIO_URL is not the one that asks; nothing is pushed", entry.project)
+                self._outbox.mark_strange(entry.project)
+                return False
+            self._known.add(entry.project)
+        return True
+
+    def _deliver(self, project: str, version: str, batch: Sequence[tuple[Entry, list[Prediction]]]) -> None:
+        since = min(entry.since for entry, _ in batch)
+        wanted = {row["task"]: row for entry, answers in batch for row in _predictions(entry, answers)}
+        ways = self._outbox.claim(PUSHING, project, version, list(wanted), time.time(), since)
+        begun = [task for task, way in ways.items() if way == PUSHING]  # an import of which we never heard the end
+        there = {task for task in begun if version in self._studio.versions_of(task)}
+        ours = [task for task, way in ways.items() if way not in (PULL, PUSHED)]
+        try:
+            self._import(project, [wanted[task] for task in ours if task not in there])
+        except StudioAway as error:
+            if not error.reached:
+                self._outbox.release(project, version, ours)
+            raise
+        self._outbox.settle(project, version, ours, time.time())
+
+    def _import(self, project: str, predictions: Sequence[Prediction]) -> None:
+        """Stores predictions; one that Label Studio refuses is left out, and the others are stored."""
+        if not predictions:
+            return
+        try:
+            created = self._studio.import_predictions(project, predictions)
+        except StudioAway:
+            raise
+        except StudioError as error:
+            if len(predictions) == 1:
+                log.error("task %s: %s", predictions[0]["task"], error)
+                return
+            half = len(predictions) // 2
+            self._import(project, predictions[:half])
+            self._import(project, predictions[half:])
+        else:
+            log.info("project %s: %d predictions pushed", project, created)
+            if created != len(predictions):
+                log.error("project %s: Label Studio left out %d of them", project, len(predictions) - created)
+
+
+def _target(row: tuple[Entry, object]) -> tuple[str, str]:
+    return row[0].project, row[0].payload["model_version"]
+
+
+def _batches(rows: list[tuple[Entry, list[Prediction]]]) -> Iterator[list[tuple[Entry, list[Prediction]]]]:
+    size = max(BATCH // max(len(rows[0][1]), 1), 1)
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
+
+
+def _predictions(entry: Entry, answers: Sequence[Mapping[str, Any]]) -> Iterator[Prediction]:
+    for task, answer in zip(entry.payload["tasks"], answers, strict=True):
+        if "error" in answer:
+            log.warning("project %s, task %s: %s", entry.project, task["id"], answer["error"]["detail"])
+        else:
+            yield {"task": task["id"], **answer}

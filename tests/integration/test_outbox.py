@@ -1,0 +1,68 @@
+"""Who may deliver a prediction, and what is kept until it is delivered."""
+
+from collections.abc import Iterator
+
+import pytest
+from redis import Redis
+
+from backend.outbox import PULL, PUSHED, PUSHING, Outbox
+from backend.queues import connect
+
+PAYLOADS = [{"tasks": [{"id": number}], "model_version": "v"} for number in range(3)]
+
+
+@pytest.fixture
+def connection(redis_url: str) -> Iterator[Redis]:
+    client = connect(redis_url)
+    client.flushdb()
+    yield client
+    client.flushdb()
+
+
+@pytest.fixture
+def outbox(connection: Redis) -> Outbox:
+    return Outbox(connection)
+
+
+def test_chunks_keep_their_order_and_place(outbox: Outbox) -> None:
+    outbox.add("1", PAYLOADS, since=10)
+    outbox.add("1", PAYLOADS[:1], since=20)
+    assert [entry.payload for entry in outbox.first(10)] == PAYLOADS
+    outbox.remove(outbox.first(1))
+    assert [entry.payload for entry in outbox.first(10)] == PAYLOADS[1:]
+    assert len(outbox) == 2
+
+
+@pytest.mark.parametrize(
+    ("before", "way", "granted"),
+    [
+        (PULL, PULL, True),  # two annotators open one task: both get their answer
+        (PULL, PUSHING, False),
+        (PUSHING, PULL, False),
+        (PUSHING, PUSHING, False),
+        (PUSHED, PULL, False),
+        (PUSHED, PUSHING, False),
+    ],
+)
+def test_a_task_is_delivered_by_one(outbox: Outbox, before: str, way: str, granted: bool) -> None:
+    if before == PUSHED:
+        outbox.claim(PUSHING, "1", "v", [5], now=100, since=90)
+        outbox.settle("1", "v", [5], now=100)
+    else:
+        outbox.claim(before, "1", "v", [5], now=100, since=90)
+    expected = {5: "" if granted else before, 6: ""}
+    assert outbox.claim(way, "1", "v", [5, 6], now=110, since=95) == expected
+
+
+def test_what_was_delivered_before_it_was_asked_for_may_be_delivered_again(outbox: Outbox) -> None:
+    outbox.claim(PUSHING, "1", "v", [5], now=100, since=90)
+    outbox.settle("1", "v", [5], now=100)
+    assert outbox.claim(PULL, "1", "v", [5], now=300, since=200) == {5: ""}  # deleted in Label Studio meanwhile
+
+
+def test_versions_and_projects_are_apart_and_a_claim_can_be_taken_back(outbox: Outbox) -> None:
+    outbox.claim(PUSHING, "1", "v", [5], now=100, since=90)
+    assert outbox.claim(PUSHING, "1", "w", [5], now=100, since=90) == {5: ""}
+    assert outbox.claim(PUSHING, "2", "v", [5], now=100, since=90) == {5: ""}
+    outbox.release("1", "v", [5])
+    assert outbox.claim(PUSHING, "1", "v", [5], now=101, since=90) == {5: ""}
