@@ -1,5 +1,6 @@
 """`make bench`: what the queue costs beside the detector, with the bundled checkpoint and one worker."""
 
+import io
 import statistics
 import tempfile
 import threading
@@ -10,20 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import requests
+from PIL import Image
 
-from backend.checkpoints import load_checkpoint
-from backend.detector import Detector
-from backend.labeling import Label, read_plan
+from backend import jobs
+from backend.labeling import read_plan
 from backend.queues import PredictQueue, connect
-from backend.versions import DEMO
+from backend.settings import Settings
 from tests.bench import front_memory, show
-from tests.pictures import config_for, data_uri, scenes
-from tests.running import Served
+from tests.pictures import config_for, encode, scenes
+from tests.running import Served, http_server, reply
 
 SINGLE, BULK, LARGE = 200, 1000, 10_000
 BATCH = 16
 SCENE = scenes(1, (640, 480))[0]
-URI, CONFIG = data_uri(SCENE.image), config_for([SCENE])
+CONFIG, JPEG = config_for([SCENE]), encode(SCENE.image, "JPEG")
 
 
 def seconds(function: Callable[[], object]) -> float:
@@ -32,53 +33,49 @@ def seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def ask(served: Served, first: int, count: int) -> list[dict[str, Any]]:
-    tasks = [{"id": first + i, "data": {"image": URI}} for i in range(count)]
+def ask(served: Served, uri: str, first: int, count: int) -> list[dict[str, Any]]:
+    tasks = [{"id": first + i, "data": {"image": uri}} for i in range(count)]
     body = {"tasks": tasks, "label_config": CONFIG, "project": "1.1", "params": {}}
     return requests.post(f"{served.url}/predict", json=body, timeout=1000).json()["results"]
 
 
-def labels() -> tuple[Label, ...]:
-    return read_plan(CONFIG, 0.3, 0.7).controls[0].labels
-
-
-def single(served: Served, detector: Detector) -> None:
-    """In turn: the detector in this process, a job through the queue, and a request."""
+def single(served: Served, uri: str, tools: jobs.Tools) -> None:
+    """In turn: the picture fetched and predicted in this process, as a job through the queue, and by a request."""
     queue = PredictQueue(connect((served.model_dir / "redis.url").read_text()))
-    plan = read_plan(CONFIG, 0.3, 0.7)
-    common = {"plan": plan.to_dict(), "model_version": "bench", "fingerprint": fingerprint(served)}
+    common = {"plan": read_plan(CONFIG, 0.3, 0.7).to_dict(), "model_version": "bench", "fingerprint": tools.fingerprint}
+
+    def payload(number: int) -> dict[str, Any]:
+        return {"tasks": [{"id": -number, "data": {"image": uri}}], **common}
 
     def through_queue(number: int) -> None:
-        (job,) = queue.enqueue([{"tasks": [{"id": -number, "data": {"image": URI}}], **common}], at_front=True)
+        (job,) = queue.enqueue([payload(number)], at_front=True)
         assert "result" in queue.wait(job, time.monotonic() + 60)["answers"][0]
 
     direct, queued, asked = [], [], []
     for number in range(SINGLE + 10):
         rows = [
-            seconds(lambda: detector.detect([SCENE.image], plan.controls[0].labels, nms_iou=0.7)),
+            seconds(lambda number=number: jobs.predict(payload(number))),
             seconds(lambda number=number: through_queue(number)),
-            seconds(lambda number=number: ask(served, 10**6 + number, 1)),
+            seconds(lambda number=number: ask(served, uri, 10**6 + number, 1)),
         ]
         if number >= 10:
             for values, value in zip((direct, queued, asked), rows, strict=True):
                 values.append(1000 * value)
-    show("one 640x480 picture, detector in the process", "ms", direct)
-    show("the same as a job (decodes the picture too)", "ms", queued)
+    show("one 640x480 JPEG, fetched and predicted in-process", "ms", direct)
+    show("the same as a job", "ms", queued)
     show("the same through /predict", "ms", asked)
+    show("the queue adds", "ms", [b - a for a, b in zip(direct, queued, strict=True)])
 
 
-def fingerprint(served: Served) -> str:
-    from backend.versions import find_checkpoint
-
-    return find_checkpoint("demo").fingerprint
-
-
-def bulk(served: Served, detector: Detector) -> None:
+def bulk(served: Served, uri: str, tools: jobs.Tools) -> None:
     """1,000 tasks in one request, while an annotator opens one after the other."""
-    batches = [[SCENE.image] * BATCH] * (BULK // BATCH)
-    alone = seconds(lambda: [detector.detect(batch, labels(), nms_iou=0.7) for batch in batches])
-    rate = BATCH * len(batches) / alone
-    through = BULK / seconds(lambda: ask(served, 1, BULK))
+    batch, labels = (
+        [Image.open(io.BytesIO(JPEG)).convert("RGB")] * BATCH,
+        read_plan(CONFIG, 0.3, 0.7).controls[0].labels,
+    )
+    alone = seconds(lambda: [tools.detector.detect(batch, labels, nms_iou=0.7) for _ in range(BULK // BATCH)])
+    rate = BATCH * (BULK // BATCH) / alone
+    through = BULK / seconds(lambda: ask(served, uri, 1, BULK))
     print(f"1,000 tasks: detector alone {rate:.1f}/s, through /predict {through:.1f}/s, {through / rate:.2f} of it")
     waits: list[float] = []
     done = threading.Event()
@@ -87,12 +84,12 @@ def bulk(served: Served, detector: Detector) -> None:
         number = 2 * 10**6
         while not done.is_set():
             number += 1
-            waits.append(1000 * seconds(lambda number=number: ask(served, number, 1)))
+            waits.append(1000 * seconds(lambda number=number: ask(served, uri, number, 1)))
             time.sleep(0.2)
 
     with ThreadPoolExecutor(1) as pool:
         annotating = pool.submit(annotate)
-        ask(served, 10**5, BULK)
+        ask(served, uri, 10**5, BULK)
         done.set()
         annotating.result()
     show("one task opened during a bulk of 1,000", "ms", waits)
@@ -122,13 +119,13 @@ def memory(served: Served) -> None:
 
 
 def main() -> None:
-    detector = Detector(*load_checkpoint(str(DEMO)))
-    with tempfile.TemporaryDirectory() as folder:
+    tools = jobs.set_up(Settings(model="demo", batch_size=BATCH))
+    with tempfile.TemporaryDirectory() as folder, http_server(lambda request: reply(request, JPEG)) as url:
         served = Served(Path(folder), PREDICT_DEADLINE="900", BATCH_SIZE=str(BATCH), LOG_LEVEL="ERROR")
         try:
             served.wait_until_ready()
-            single(served, detector)
-            bulk(served, detector)
+            single(served, f"{url}/a.jpg", tools)
+            bulk(served, f"{url}/a.jpg", tools)
             memory(served)
         finally:
             served.stop()
