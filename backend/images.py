@@ -10,7 +10,7 @@ import base64
 import binascii
 import io
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from http.cookiejar import DefaultCookiePolicy
 from typing import Any
@@ -22,7 +22,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from urllib3.exceptions import HTTPError
 
 from backend.errors import ImageError
-from backend.studio import Studio
+from backend.network import Allowed, BlockedAddress, guarded_session
+from backend.studio import Studio, origin
 
 TIMEOUT = (3, 10)  # seconds to connect, and between bytes
 TOTAL_TIMEOUT = 30  # seconds for one picture, redirects included
@@ -51,15 +52,27 @@ class Images:
     """Loads pictures within limits; safe to share between threads."""
 
     def __init__(
-        self, studio: Studio, max_bytes: int, max_pixels: int, needed: Callable[[int, int], Size] | None = None
+        self,
+        studio: Studio,
+        max_bytes: int,
+        max_pixels: int,
+        needed: Callable[[int, int], Size] | None = None,
+        allowed_hosts: Sequence[str] = (),
     ) -> None:
-        """`needed` tells the size at which a picture of a given width and height is enough; all of it by default."""
+        """Sets the limits.
+
+        Args:
+            studio: whose pictures are fetched with its key, wherever it is.
+            max_bytes: of a picture's file.
+            max_pixels: of a picture.
+            needed: the size at which a picture of a given width and height is enough; all of it by default.
+            allowed_hosts: those that may be at private addresses, as `network.Allowed` reads them.
+        """
         self._studio = studio
         self._max_bytes = max_bytes
         self._max_pixels = max_pixels
         self._needed = needed or (lambda width, height: (width, height))
-        self._session = requests.Session()
-        self._session.trust_env = False  # a .netrc must not add credentials of its own
+        self._session = guarded_session(Allowed([*allowed_hosts, *_host_and_port(studio.url)]))
         self._session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))  # cookies know hosts, but no ports
 
     def load(self, uri: str) -> Picture:
@@ -103,6 +116,8 @@ class Images:
                     url = urljoin(url, reply.headers["Location"])
                     if urlsplit(url).scheme not in ("http", "https"):
                         raise ImageError("the picture's address redirects to something that is not http(s)")
+        except BlockedAddress as error:
+            raise ImageError(f"{error}; if it is yours, add it to ALLOWED_IMAGE_HOSTS") from None
         except (requests.RequestException, HTTPError, ValueError) as error:
             raise ImageError(f"the picture could not be fetched ({type(error).__name__})") from None
         raise ImageError(f"the picture's address redirects more than {MAX_REDIRECTS} times")
@@ -137,6 +152,10 @@ class Images:
             raise
         except Exception as error:  # decoders raise whatever a damaged file leads them to
             raise ImageError(f"the picture is damaged ({type(error).__name__}: {error})") from None
+
+
+def _host_and_port(url: str) -> list[str]:
+    return ["{1}:{2}".format(*origin(url))] if url else []
 
 
 def _refusal(reply: requests.Response, with_key: bool) -> str:

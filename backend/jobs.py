@@ -64,7 +64,8 @@ def set_up(settings: Settings) -> Tools:
     detector.on_forward = watchdog.beat
     studio = Studio(settings.label_studio_url, settings.label_studio_api_key)
     limits = settings.max_image_bytes, settings.max_image_pixels
-    images = Images(studio, *limits, needed=detector.image_format.size)
+    hosts = [host for host in settings.allowed_image_hosts.split(",") if host.strip()]
+    images = Images(studio, *limits, needed=detector.image_format.size, allowed_hosts=hosts)
     _tools = Tools(detector, images, checkpoint.fingerprint, batch_size, watchdog)
     return _tools
 

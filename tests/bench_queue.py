@@ -119,7 +119,7 @@ def memory(served: Served) -> None:
 
 
 def main() -> None:
-    tools = jobs.set_up(Settings(model="demo", batch_size=BATCH))
+    tools = jobs.set_up(Settings(model="demo", batch_size=BATCH, allowed_image_hosts="127.0.0.1"))
     with tempfile.TemporaryDirectory() as folder, http_server(lambda request: reply(request, JPEG)) as url:
         served = Served(Path(folder), PREDICT_DEADLINE="900", BATCH_SIZE=str(BATCH), LOG_LEVEL="ERROR")
         try:

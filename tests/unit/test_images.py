@@ -21,7 +21,13 @@ TOKEN = "0123456789abcdef0123456789abcdef01234567"
 
 
 def images(url: str = "", key: str = TOKEN, max_bytes: int = 1_000_000, max_pixels: int = 10_000_000) -> Images:
-    return Images(Studio(url, key), max_bytes, max_pixels, needed=lambda width, height: (100, 100))
+    return Images(
+        Studio(url, key),
+        max_bytes,
+        max_pixels,
+        needed=lambda width, height: (100, 100),
+        allowed_hosts=["127.0.0.0/8", "::1"],
+    )
 
 
 def b64(body: bytes) -> str:

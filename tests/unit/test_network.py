@@ -1,0 +1,106 @@
+import ipaddress
+import socket
+from http.server import BaseHTTPRequestHandler
+
+import pytest
+
+from backend.errors import ImageError, SettingsError
+from backend.images import Images
+from backend.network import Allowed, BlockedAddress, guarded_session, is_public
+from backend.studio import Studio
+from tests.running import http_server, reply
+
+
+@pytest.mark.parametrize(
+    ("address", "public"),
+    [
+        ("8.8.8.8", True),
+        ("2606:4700::1111", True),
+        ("127.0.0.1", False),
+        ("0.0.0.0", False),
+        ("10.1.2.3", False),
+        ("172.20.0.1", False),
+        ("192.168.1.1", False),
+        ("169.254.169.254", False),
+        ("100.64.0.1", False),
+        ("224.0.0.1", False),
+        ("255.255.255.255", False),
+        ("::1", False),
+        ("fe80::1", False),
+        ("fd00::1", False),
+        ("::ffff:127.0.0.1", False),
+        ("::ffff:8.8.8.8", True),
+        ("64:ff9b::a9fe:a9fe", False),  # NAT64 of 169.254.169.254
+        ("2002:7f00:1::", False),  # 6to4 of 127.0.0.1
+    ],
+)
+def test_what_is_public(address: str, public: bool) -> None:
+    assert is_public(ipaddress.ip_address(address)) is public
+
+
+@pytest.mark.parametrize(
+    ("entry", "host", "port", "address", "inside"),
+    [
+        ("images.lan", "images.lan", 80, "10.0.0.5", True),
+        ("images.lan", "Images.LAN", 8080, "10.0.0.5", True),
+        ("images.lan:8080", "images.lan", 8080, "10.0.0.5", True),
+        ("images.lan:8080", "images.lan", 6379, "10.0.0.5", False),
+        ("10.1.0.0/16", "whatever", 80, "10.1.2.3", True),
+        ("10.1.0.0/16", "whatever", 80, "10.2.2.3", False),
+        ("10.1.2.3", "whatever", 80, "10.1.2.3", True),
+        ("[fd00::5]:80", "fd00::5", 80, "fd00::5", True),
+        ("fd00::/8", "x", 80, "fd00::5", True),
+        ("images.lan", "evil.example", 80, "10.0.0.5", False),
+    ],
+)
+def test_allowed_hosts(entry: str, host: str, port: int, address: str, inside: bool) -> None:
+    assert ((host, port, ipaddress.ip_address(address)) in Allowed([entry])) is inside
+
+
+@pytest.mark.parametrize("entry", ["10.0.0.0/99", "a/b", "host:http", ""])
+def test_an_entry_that_means_nothing_is_refused(entry: str) -> None:
+    with pytest.raises(SettingsError, match="ALLOWED_IMAGE_HOSTS"):
+        Allowed([entry])
+
+
+def test_not_a_byte_is_sent_to_a_private_address() -> None:
+    seen: list[str] = []
+
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        seen.append(handler.path)
+        reply(handler, b"secret")
+
+    with http_server(answer) as url:
+        for address in (url, url.replace("127.0.0.1", "localhost")):
+            with pytest.raises(BlockedAddress):
+                guarded_session(Allowed([])).get(f"{address}/metadata", timeout=5)
+        with pytest.raises(ImageError, match="ALLOWED_IMAGE_HOSTS"):
+            Images(Studio("", ""), 10**6, 10**6).load(f"{url}/a.png")
+    assert seen == []
+
+
+def test_a_name_that_changes_its_address_gains_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    port = 0
+
+    def rebinding(host: str, *args: object, **kwargs: object) -> list:
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
+
+    with http_server(lambda handler: reply(handler, b"secret")) as url:
+        port = int(url.rsplit(":", 1)[1])
+        monkeypatch.setattr(socket, "getaddrinfo", rebinding)
+        with pytest.raises(BlockedAddress):
+            guarded_session(Allowed([])).get(f"http://rebind.example:{port}/", timeout=5)
+
+
+def test_each_redirect_is_judged() -> None:
+    seen: list[str] = []
+
+    def inner(handler: BaseHTTPRequestHandler) -> None:
+        seen.append(handler.path)
+        reply(handler, b"secret")
+
+    with http_server(inner) as forbidden:
+        outer = http_server(lambda handler: reply(handler, b"", 302, Location=f"{forbidden}/metadata"))
+        with outer as allowed, pytest.raises(ImageError, match="private address"):
+            Images(Studio(allowed, ""), 10**6, 10**6).load(f"{allowed}/a.png")
+    assert seen == []
