@@ -6,29 +6,17 @@ percent on what it shows. Whatever is wrong with a picture is an `ImageError` th
 
 from __future__ import annotations
 
-import base64
-import binascii
 import io
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from http.cookiejar import DefaultCookiePolicy
 from typing import Any
-from urllib.parse import unquote_to_bytes, urljoin, urlsplit
 
 import numpy as np
-import requests
 from PIL import Image, ImageOps, UnidentifiedImageError
-from urllib3.exceptions import HTTPError
 
 from backend.errors import ImageError
-from backend.network import Allowed, BlockedAddress, guarded_session
-from backend.studio import Studio, origin
+from backend.sources import Sources
 
-TIMEOUT = (3, 10)  # seconds to connect, and between bytes
-TOTAL_TIMEOUT = 30  # seconds for one picture, redirects included
-MAX_REDIRECTS = 5
-PIECE = 64 * 1024  # bytes
 SAFE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO")  # none runs a program
 ORIENTATION, SIDEWAYS = 0x0112, (5, 6, 7, 8)  # EXIF tag, and its values that swap width and height
 
@@ -51,32 +39,14 @@ class Picture:
 class Images:
     """Loads pictures within limits; safe to share between threads."""
 
-    def __init__(
-        self,
-        studio: Studio,
-        max_bytes: int,
-        max_pixels: int,
-        needed: Callable[[int, int], Size] | None = None,
-        allowed_hosts: Sequence[str] = (),
-    ) -> None:
-        """Sets the limits.
-
-        Args:
-            studio: whose pictures are fetched with its key, wherever it is.
-            max_bytes: of a picture's file.
-            max_pixels: of a picture.
-            needed: the size at which a picture of a given width and height is enough; all of it by default.
-            allowed_hosts: those that may be at private addresses, as `network.Allowed` reads them.
-        """
-        self._studio = studio
-        self._max_bytes = max_bytes
+    def __init__(self, sources: Sources, max_pixels: int, needed: Callable[[int, int], Size] | None = None) -> None:
+        """`needed` tells the size at which a picture of a given width and height is enough; all of it by default."""
+        self._sources = sources
         self._max_pixels = max_pixels
         self._needed = needed or (lambda width, height: (width, height))
-        self._session = guarded_session(Allowed([*allowed_hosts, *_host_and_port(studio.url)]))
-        self._session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))  # cookies know hosts, but no ports
 
-    def load(self, uri: str) -> Picture:
-        """The picture behind `http(s)://`, `data:` or a path on Label Studio such as `/data/upload/1/a.png`.
+    def load(self, uri: str, task: int | None = None) -> Picture:
+        """The picture at an address, as `Sources.read` knows them.
 
         Raises:
             ImageError: it cannot be fetched, is too large, or is not a picture.
@@ -84,58 +54,7 @@ class Images:
         """
         if not uri:
             raise ImageError("the task has no picture where the labeling config looks for it")
-        body, content_type = self._read(uri)
-        if len(body) > self._max_bytes:
-            raise self._too_large()
-        return self._decode(body, content_type)
-
-    def _read(self, uri: str) -> tuple[bytes, str]:
-        scheme = uri.split(":", 1)[0].lower() if ":" in uri else ""
-        if scheme == "data":
-            return _read_data_uri(uri)
-        if scheme in ("http", "https"):
-            return self._fetch(uri)
-        if uri.startswith("/") and not uri.startswith("//"):
-            if not self._studio.url:
-                raise ImageError("the picture lies in Label Studio: set LABEL_STUDIO_URL and LABEL_STUDIO_API_KEY")
-            return self._fetch(self._studio.url + uri)
-        raise ImageError("the picture's address must be http(s)://, data: or a path on Label Studio")
-
-    def _fetch(self, url: str) -> tuple[bytes, str]:
-        """The body and its content type; redirects are followed by hand, so that each hop gets its own headers."""
-        deadline = time.monotonic() + TOTAL_TIMEOUT
-        try:
-            for _ in range(MAX_REDIRECTS + 1):
-                url = requests.Request("GET", url).prepare().url or ""  # judge the very address that is connected to
-                headers = self._studio.headers(url)
-                with self._session.get(
-                    url, headers=headers, timeout=TIMEOUT, stream=True, allow_redirects=False
-                ) as reply:
-                    if not reply.is_redirect:
-                        return self._body(reply, deadline), reply.headers.get("Content-Type", "")
-                    url = urljoin(url, reply.headers["Location"])
-                    if urlsplit(url).scheme not in ("http", "https"):
-                        raise ImageError("the picture's address redirects to something that is not http(s)")
-        except BlockedAddress as error:
-            raise ImageError(f"{error}; if it is yours, add it to ALLOWED_IMAGE_HOSTS") from None
-        except (requests.RequestException, HTTPError, ValueError) as error:
-            raise ImageError(f"the picture could not be fetched ({type(error).__name__})") from None
-        raise ImageError(f"the picture's address redirects more than {MAX_REDIRECTS} times")
-
-    def _body(self, reply: requests.Response, deadline: float) -> bytes:
-        if reply.status_code != 200:
-            raise ImageError(_refusal(reply, bool(reply.request.headers.get("Authorization"))))
-        body = bytearray()
-        while piece := reply.raw.read1(PIECE, decode_content=True):  # unlike read, it does not wait for a full piece
-            body += piece
-            if len(body) > self._max_bytes:
-                raise self._too_large()
-            if time.monotonic() > deadline:
-                raise ImageError(f"the picture did not arrive within {TOTAL_TIMEOUT} s")
-        return bytes(body)
-
-    def _too_large(self) -> ImageError:
-        return ImageError(f"the picture's file is larger than MAX_IMAGE_BYTES ({self._max_bytes})")
+        return self._decode(*self._sources.read(uri, task))
 
     def _decode(self, body: bytes, content_type: str) -> Picture:
         try:
@@ -154,35 +73,12 @@ class Images:
             raise ImageError(f"the picture is damaged ({type(error).__name__}: {error})") from None
 
 
-def _host_and_port(url: str) -> list[str]:
-    return ["{1}:{2}".format(*origin(url))] if url else []
-
-
-def _refusal(reply: requests.Response, with_key: bool) -> str:
-    host = urlsplit(reply.url).hostname
-    if reply.status_code in (401, 403):
-        hint = "check LABEL_STUDIO_API_KEY" if with_key else "set LABEL_STUDIO_URL and LABEL_STUDIO_API_KEY"
-        return f"{host} refused the picture (HTTP {reply.status_code}); if that is Label Studio, {hint}"
-    return f"{host} answered HTTP {reply.status_code} instead of the picture"
-
-
 def _not_a_picture(body: bytes, content_type: str) -> str:
     if not body:
         return "the picture's file is empty"
     if b"<html" in body[:1000].lower():
         return "the address gave a web page instead of a picture; if it is a login page, check LABEL_STUDIO_API_KEY"
     return f"the file is not a picture that can be read (content type {content_type or 'unknown'})"
-
-
-def _read_data_uri(uri: str) -> tuple[bytes, str]:
-    head, comma, body = uri.removeprefix("data:").partition(",")
-    if not comma:
-        raise ImageError("the data: address has no comma")
-    raw = unquote_to_bytes(body.encode(errors="replace"))
-    try:
-        return (base64.b64decode(raw, validate=True) if head.endswith(";base64") else raw), head.split(";")[0]
-    except binascii.Error:
-        raise ImageError("the data: address is not valid base64") from None
 
 
 def _reduce(image: Image.Image, needed: Size) -> None:

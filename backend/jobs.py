@@ -24,6 +24,7 @@ from backend.preprocess import Prepared, Size
 from backend.recovery import MOST_DEATHS, LostChunk, died, lost_chunk
 from backend.regions import to_prediction, to_regions
 from backend.settings import Settings
+from backend.sources import Sources
 from backend.studio import Studio
 from backend.versions import find_checkpoint
 from backend.watchdog import Watchdog
@@ -62,12 +63,15 @@ def set_up(settings: Settings) -> Tools:
     batch_size = settings.batch_size or detector.fitting_batch()
     watchdog = Watchdog(settings.forward_timeout)
     detector.on_forward = watchdog.beat
-    studio = Studio(settings.label_studio_url, settings.label_studio_api_key)
-    limits = settings.max_image_bytes, settings.max_image_pixels
-    hosts = [host for host in settings.allowed_image_hosts.split(",") if host.strip()]
-    images = Images(studio, *limits, needed=detector.image_format.size, allowed_hosts=hosts)
+    images = Images(_sources(settings), settings.max_image_pixels, needed=detector.image_format.size)
     _tools = Tools(detector, images, checkpoint.fingerprint, batch_size, watchdog)
     return _tools
+
+
+def _sources(settings: Settings) -> Sources:
+    studio = Studio(settings.label_studio_url, settings.label_studio_api_key)
+    hosts = [host for host in settings.allowed_image_hosts.split(",") if host.strip()]
+    return Sources(studio, settings.max_image_bytes, hosts, settings.local_files_document_root)
 
 
 def _detector(settings: Settings, source: str) -> Detector:
@@ -110,7 +114,7 @@ def _one_by_one(tools: Tools, chunk: LostChunk, plan: Plan, tasks: Sequence[Any]
 
 
 def _answers(tools: Tools, plan: Plan, tasks: Sequence[Any], version: str) -> list[dict[str, Any]]:
-    pictures = _load(tools, {control.uri(task["data"]) for control in plan.controls for task in tasks})
+    pictures = _load(tools, {control.uri(task["data"]): task["id"] for control in plan.controls for task in tasks})
     per_control = [_predict_control(tools.detector, control, tasks, pictures, version) for control in plan.controls]
     return [_answer(task, parts, version) for task, *parts in zip(tasks, *per_control, strict=True)]
 
@@ -119,11 +123,11 @@ Loaded = Prepared | BackendError
 Part = list[dict[str, object]] | BackendError
 
 
-def _load(tools: Tools, uris: set[str]) -> dict[str, Loaded]:
-    """Each address with its picture as the model reads it, or with what is wrong with it."""
+def _load(tools: Tools, uris: Mapping[str, int]) -> dict[str, Loaded]:
+    """Each address, and a task that has it, with its picture as the model reads it, or what is wrong with it."""
 
     def load(uri: str) -> Prepared:
-        picture = tools.images.load(uri)
+        picture = tools.images.load(uri, uris[uri])
         return tools.detector.prepare(picture.image, picture.size)
 
     pool, deadline = ThreadPoolExecutor(DOWNLOADS), time.monotonic() + LOAD_TIMEOUT

@@ -42,6 +42,7 @@ class Settings:
     push_above: int = _setting(50, "tasks in a request above which predictions are pushed, with a key", minimum=0)
     forward_timeout: int = _setting(120, "time after which a forward pass counts as hung", "seconds", 1)
     allowed_image_hosts: str = _setting("", "hosts or networks at private addresses with pictures, with commas")
+    local_files_document_root: str = _setting("", "Label Studio's folder of local files, where it is mounted here too")
     max_image_pixels: int = _setting(100_000_000, "largest picture", "pixels", 1)
     max_image_bytes: int = _setting(50_000_000, "largest picture file", "bytes", 1)
     port: int = _setting(9090, "port of the web front", minimum=1)

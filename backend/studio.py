@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 import requests
 from urllib3.exceptions import NewConnectionError
@@ -46,6 +47,11 @@ class Studio:
         self._lock = threading.Lock()
         self._session = requests.Session()
         self._session.trust_env = False  # as for pictures: no proxy and no .netrc of the shell
+
+    def address(self, path: str) -> str:
+        """The URL of a path on Label Studio; behind a prefix Label Studio writes some paths with it, some without."""
+        prefix = urlsplit(self.url).path
+        return self.url.removesuffix(prefix) + path if prefix and path.startswith(f"{prefix}/") else self.url + path
 
     def headers(self, url: str) -> dict[str, str]:
         """The headers for a request to `url`: credentials for Label Studio's own origin, none for any other.
@@ -132,10 +138,11 @@ class Studio:
             return self._session.request(method, self.url + path, **options)
         except requests.RequestException as error:
             text = f"Label Studio does not answer at {self._shown} ({type(error).__name__})"
-            raise StudioAway(text, reached=not _never_connected(error)) from None
+            raise StudioAway(text, reached=not never_connected(error)) from None
 
 
-def _never_connected(error: requests.RequestException) -> bool:
+def never_connected(error: Exception) -> bool:
+    """Whether a request failed before anything was sent."""
     reason = getattr(error.args[0], "reason", None) if error.args else None
     return isinstance(error, requests.ConnectTimeout) or isinstance(reason, NewConnectionError)
 

@@ -30,6 +30,7 @@ from backend.detector import Detector
 from backend.images import Images
 from backend.labeling import Label
 from backend.preprocess import ImageFormat
+from backend.sources import Sources
 from backend.speed import keep_freed_memory
 from backend.studio import Studio
 from backend.versions import DEMO
@@ -136,7 +137,7 @@ def shares(detector: Detector, body: bytes) -> None:
             lambda *_, name=name: times.update({name: times[name] + time.perf_counter() - starts[name]})
         )
     labels = [Label(phrase, (phrase,), 0.3) for phrase in PHRASES]
-    loader = Images(Studio("", ""), 10**9, 10**9, detector.image_format.size)
+    loader = Images(Sources(Studio("", ""), 10**9), 10**9, detector.image_format.size)
     detector.detect([loader._decode(body, "").image], labels)  # warm
     times.clear()
     total: dict[str, float] = defaultdict(float)

@@ -9,6 +9,7 @@ import pytest
 
 from backend.demo import samples
 from backend.images import Images
+from backend.sources import Sources
 from backend.studio import Studio
 from tests.e2e.studio import LEGACY_TOKEN, PASSWORD, USER, LabelStudio, Project, find_chromium, running_label_studio
 from tests.pictures import config_for, encode, recall, scenes
@@ -100,7 +101,7 @@ def test_uploaded_pictures_open_with_either_key(studio: LabelStudio, project: Pr
     key = LEGACY_TOKEN if kind == "legacy token" else studio.personal_access_token
     uri = project.tasks()[0]["data"]["image"]
     assert uri.startswith("/data/upload/")
-    assert Images(Studio(studio.url, key), 10**7, 10**7).load(uri).size == (640, 480)
+    assert Images(Sources(Studio(studio.url, key), 10**7), 10**7).load(uri).size == (640, 480)
 
 
 def test_the_boxes_are_seen_in_the_browser(studio: LabelStudio, backend: Served) -> None:

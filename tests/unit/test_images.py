@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from backend import images as images_module
+from backend import sources as sources_module
 from backend.errors import ImageError
 from backend.images import Images, to_rgb
+from backend.sources import Sources
 from backend.studio import Studio
 from tests.pictures import data_uri, encode
 from tests.running import http_server, reply
@@ -21,13 +22,8 @@ TOKEN = "0123456789abcdef0123456789abcdef01234567"
 
 
 def images(url: str = "", key: str = TOKEN, max_bytes: int = 1_000_000, max_pixels: int = 10_000_000) -> Images:
-    return Images(
-        Studio(url, key),
-        max_bytes,
-        max_pixels,
-        needed=lambda width, height: (100, 100),
-        allowed_hosts=["127.0.0.0/8", "::1"],
-    )
+    sources = Sources(Studio(url, key), max_bytes, allowed_hosts=["127.0.0.0/8", "::1"])
+    return Images(sources, max_pixels, needed=lambda width, height: (100, 100))
 
 
 def b64(body: bytes) -> str:
@@ -177,7 +173,7 @@ def test_a_large_data_uri_is_refused() -> None:
 
 
 def test_a_slow_body_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images_module, "TOTAL_TIMEOUT", 1)
+    monkeypatch.setattr(sources_module, "TOTAL_TIMEOUT", 1)
 
     def trickle(handler: BaseHTTPRequestHandler) -> None:
         handler.send_response(200)

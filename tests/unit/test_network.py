@@ -5,8 +5,8 @@ from http.server import BaseHTTPRequestHandler
 import pytest
 
 from backend.errors import ImageError, SettingsError
-from backend.images import Images
 from backend.network import Allowed, BlockedAddress, guarded_session, is_public
+from backend.sources import Sources
 from backend.studio import Studio
 from tests.running import http_server, reply
 
@@ -75,7 +75,7 @@ def test_not_a_byte_is_sent_to_a_private_address() -> None:
             with pytest.raises(BlockedAddress):
                 guarded_session(Allowed([])).get(f"{address}/metadata", timeout=5)
         with pytest.raises(ImageError, match="ALLOWED_IMAGE_HOSTS"):
-            Images(Studio("", ""), 10**6, 10**6).load(f"{url}/a.png")
+            Sources(Studio("", ""), 10**6).read(f"{url}/a.png")
     assert seen == []
 
 
@@ -102,5 +102,5 @@ def test_each_redirect_is_judged() -> None:
     with http_server(inner) as forbidden:
         outer = http_server(lambda handler: reply(handler, b"", 302, Location=f"{forbidden}/metadata"))
         with outer as allowed, pytest.raises(ImageError, match="private address"):
-            Images(Studio(allowed, ""), 10**6, 10**6).load(f"{allowed}/a.png")
+            Sources(Studio(allowed, ""), 10**6).read(f"{allowed}/a.png")
     assert seen == []

@@ -1,0 +1,127 @@
+import base64
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+
+from backend import sources as sources_module
+from backend.errors import ImageError
+from backend.sources import Sources
+from backend.studio import Studio
+from tests.running import http_server, reply
+
+TOKEN = "0123456789abcdef0123456789abcdef01234567"
+
+
+def sources(url: str = "", root: str = "") -> Sources:
+    return Sources(Studio(url, TOKEN if url else ""), 1000, ["127.0.0.0/8"], root)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    folder = tmp_path / "files"
+    (folder / "a b").mkdir(parents=True)
+    (folder / "a b" / "ü.png").write_bytes(b"inside")
+    (tmp_path / "secret").write_bytes(b"outside")
+    (folder / "link").symlink_to(tmp_path / "secret")
+    (folder / "inner").symlink_to(folder / "a b" / "ü.png")
+    (folder / "large").write_bytes(bytes(1001))
+    return folder
+
+
+@pytest.mark.parametrize("path", ["a b/ü.png", "a%20b/%C3%BC.png", "/a b/ü.png", "inner"])
+def test_a_mounted_local_file_is_read_from_disk(root: Path, path: str) -> None:
+    assert sources("http://ls", str(root)).read(f"/data/local-files/?d={path}")[0] == b"inside"
+
+
+@pytest.mark.parametrize("path", ["../secret", "link", "%2e%2e/secret", "a b", "", "a b/../../secret", "none", "\0"])
+def test_nothing_outside_of_the_mounted_folder_is_read(root: Path, path: str) -> None:
+    with pytest.raises(ImageError, match=r"not a file inside of LOCAL_FILES|cannot be read"):
+        sources("http://ls", str(root)).read(f"/data/local-files/?d={path}")
+
+
+def test_a_large_local_file_is_refused(root: Path) -> None:
+    with pytest.raises(ImageError, match="MAX_IMAGE_BYTES"):
+        sources("http://ls", str(root)).read("/data/local-files/?d=large")
+
+
+def test_a_local_file_that_is_not_mounted_comes_from_label_studio() -> None:
+    seen: list[tuple[str, str | None]] = []
+
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        seen.append((handler.path, handler.headers["Authorization"]))
+        reply(handler, b"body")
+
+    with http_server(answer) as url:
+        sources(url).read("/data/local-files/?d=a/b.png")
+    assert seen == [("/data/local-files/?d=a/b.png", f"Token {TOKEN}")]
+
+
+@pytest.mark.parametrize("uri", ["s3://bucket/a b.png", "gs://bucket/ü.png", "azure-blob://box/a.png"])
+def test_a_cloud_address_is_signed_by_label_studio_and_fetched_without_its_key(uri: str) -> None:
+    seen: list[tuple[str, str | None]] = []
+
+    def storage(handler: BaseHTTPRequestHandler) -> None:
+        seen.append((handler.path, handler.headers["Authorization"]))
+        reply(handler, b"body")
+
+    with http_server(storage) as cloud:
+
+        def label_studio(handler: BaseHTTPRequestHandler) -> None:
+            asked = urlsplit(handler.path)
+            seen.append((asked.path, handler.headers["Authorization"]))
+            assert base64.urlsafe_b64decode(parse_qs(asked.query)["fileuri"][0]).decode() == uri
+            reply(handler, b"", 303, Location=f"{cloud}/signed?key=1")
+
+        with http_server(label_studio) as url:
+            assert sources(url).read(uri, task=7)[0] == b"body"
+    assert seen == [("/tasks/7/presign/", f"Token {TOKEN}"), ("/signed?key=1", None)]
+
+
+@pytest.mark.parametrize("uri", ["/data/upload/1/a.png", "/ls/data/upload/1/a.png"])
+def test_label_studio_behind_a_path_prefix(uri: str) -> None:
+    seen: list[str] = []
+
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        seen.append(handler.path)
+        reply(handler, b"body")
+
+    with http_server(answer) as url:
+        sources(f"{url}/ls/").read(uri)
+    assert seen == ["/ls/data/upload/1/a.png"]
+
+
+@pytest.mark.parametrize(("first", "asked"), [(503, 2), (500, 2), (404, 1), (403, 1), (0, 2)])
+def test_only_what_may_pass_is_asked_for_again(first: int, asked: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources_module, "PAUSES", (0.01, 0.01))
+    seen: list[str] = []
+
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        seen.append(handler.path)
+        if len(seen) > 1:
+            reply(handler, b"body")
+        elif first:
+            reply(handler, b"", first)
+        else:
+            handler.connection.close()  # a connection that is lost
+
+    with http_server(answer) as url:
+        if asked == 2:
+            assert sources().read(f"{url}/a.png")[0] == b"body"
+        else:
+            with pytest.raises(ImageError):
+                sources().read(f"{url}/a.png")
+    assert len(seen) == asked
+
+
+def test_what_stays_broken_is_an_error_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources_module, "PAUSES", (0.01, 0.01))
+    with http_server(lambda handler: reply(handler, b"", 502)) as url, pytest.raises(ImageError, match="HTTP 502"):
+        sources().read(f"{url}/a.png")
+
+
+@pytest.mark.parametrize("uri", ["file:///etc/passwd", "ftp://x/a.png", "s3://bucket/a.png", "//host/a.png", "a.png"])
+def test_other_addresses_are_refused(uri: str) -> None:
+    with pytest.raises(ImageError, match="address must be"):
+        sources().read(uri)
