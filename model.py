@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import functools
 import logging
+import threading
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from redis import Redis
@@ -19,6 +21,7 @@ from backend.outbox import PULL, Outbox
 from backend.queues import PredictQueue, connect, known_versions, record_event, remember_version
 from backend.settings import Settings
 from backend.versions import Checkpoint, find_checkpoint
+from backend.views import read_prompt
 
 log = logging.getLogger(__name__)
 
@@ -33,9 +36,17 @@ EVIDENCE_FIELDS = (
     "updated_at",
 )
 
+DESK = threading.BoundedSemaphore(2)  # requests whose tasks are put into the queue at a time: /health wants a turn too
 LISTING = 60  # s that Label Studio may take from choosing the tasks of a request to sending it
 PUSHED_LATER = NotReady("the predictions of so many tasks are pushed into the project as they are made")
 PUSHED_NOW = NotReady("the prediction was pushed into the project a moment ago")
+
+
+def _row(task: Mapping[str, Any], plan: Plan, context: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What a worker needs of a task."""
+    row = {"id": task.get("id"), "data": plan.select(task.get("data") or {})}
+    prompt = read_prompt(plan, task, context)
+    return {**row, "prompt": asdict(prompt)} if prompt else row
 
 
 def _are_late(answers: Sequence[Mapping[str, Any]]) -> bool:
@@ -94,10 +105,10 @@ class GroundingDINO:
             LabelingConfigError: the config cannot be served.
             QueueUnavailable: Redis does not answer.
         """
-        plan, start = self._plan(), time.time()
-        deadline = time.monotonic() + self.settings.predict_deadline
-        chunks = self._chunks(tasks, plan)
-        jobs = self.queue.enqueue(chunks, at_front=len(tasks) == 1)
+        start, deadline = time.time(), time.monotonic() + self.settings.predict_deadline
+        with DESK:
+            chunks = self._chunks(tasks, self._plan(), context)
+            jobs = self.queue.enqueue(chunks, at_front=len(tasks) == 1)
         if len(tasks) > self.settings.push_above and self._can_push(tasks):
             self._outbox.add(self._project, chunks, start)
             return [{"error": PUSHED_LATER.to_dict()}] * len(tasks)
@@ -106,9 +117,11 @@ class GroundingDINO:
             self._push_late(chunks, answers, start)
         return [answer for chunk in answers for answer in chunk]
 
-    def _chunks(self, tasks: Sequence[Mapping[str, Any]], plan: Plan) -> list[dict[str, Any]]:
+    def _chunks(
+        self, tasks: Sequence[Mapping[str, Any]], plan: Plan, context: Mapping[str, Any] | None
+    ) -> list[dict[str, Any]]:
         """What the workers are given, one batch of tasks each."""
-        rows = [{"id": task.get("id"), "data": plan.select(task.get("data") or {})} for task in tasks]
+        rows = [_row(task, plan, context) for task in tasks]
         size = self.settings.batch_size or self.queue.batch_size()
         common = {
             "plan": plan.to_dict(),

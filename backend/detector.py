@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 LARGEST_BATCH = 16  # pictures; more keep an annotator waiting without being much faster each
 BATCH_SECONDS = 1.0  # that a batch may take, for the same reason
 
+NEGATIVE = "\0"  # the name of what is looked for only to be dropped; no label's
 Found = list[Detection] | ImageError  # what is in one picture, or why it could not be looked at
 
 
@@ -145,7 +146,7 @@ class Detector:
             LabelingConfigError: a phrase is longer than the model reads.
         """
         lowest = min((label.threshold for label in labels), default=1.0)
-        asked = [*labels, *(Label("", (phrase,), lowest) for phrase in negatives)]
+        asked = [*labels, *(Label(NEGATIVE, (phrase,), lowest) for phrase in negatives)]
         owners = {phrase: label for label in reversed(asked) for phrase in label.phrases}
         captions = self._captions(list(dict.fromkeys(phrase for label in asked for phrase in label.phrases)))
         found: list[Found] = [[] for _ in pictures]
@@ -232,7 +233,7 @@ def _equal_sized(pictures: Sequence[Prepared]) -> Iterator[list[int]]:
 
 
 def _best(detections: Sequence[Detection], nms_iou: float) -> list[Detection]:
-    return [detection for detection in best_of_overlapping(detections, nms_iou) if detection.label]
+    return [detection for detection in best_of_overlapping(detections, nms_iou) if detection.label != NEGATIVE]
 
 
 def _detections(

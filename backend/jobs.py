@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout  # another class than the builtin in Python 3.10
@@ -19,14 +20,15 @@ from backend.checkpoints import load_checkpoint
 from backend.detector import Detector, Found
 from backend.errors import BackendError, CheckpointError, ImageError
 from backend.images import Images
-from backend.labeling import Control, Plan
-from backend.preprocess import Prepared, Size
+from backend.labeling import Plan
+from backend.preprocess import Prepared
 from backend.recovery import MOST_DEATHS, LostChunk, died, lost_chunk
 from backend.regions import to_prediction, to_regions
 from backend.settings import Settings
 from backend.sources import Sources
 from backend.studio import Studio
 from backend.versions import find_checkpoint
+from backend.views import Asked, Prompt, View, views
 from backend.watchdog import Watchdog
 
 DOWNLOADS = 8  # pictures of one chunk that are fetched at the same time
@@ -114,9 +116,24 @@ def _one_by_one(tools: Tools, chunk: LostChunk, plan: Plan, tasks: Sequence[Any]
 
 
 def _answers(tools: Tools, plan: Plan, tasks: Sequence[Any], version: str) -> list[dict[str, Any]]:
-    pictures = _load(tools, {control.uri(task["data"]): task["id"] for control in plan.controls for task in tasks})
-    per_control = [_predict_control(tools.detector, control, tasks, pictures, version) for control in plan.controls]
-    return [_answer(task, parts, version) for task, *parts in zip(tasks, *per_control, strict=True)]
+    of_task = [_views(plan, task) for task in tasks]
+    wanted = [(task["id"], view) for task, seen in zip(tasks, of_task, strict=True) for view in _listed(seen)]
+    pictures = _load(tools, {view.uri: task for task, view in wanted})
+    parts = iter(_detect(tools.detector, wanted, pictures, version))
+    answers = [seen if isinstance(seen, BackendError) else [next(parts) for _ in seen] for seen in of_task]
+    return [_answer(task, answer, version) for task, answer in zip(tasks, answers, strict=True)]
+
+
+def _views(plan: Plan, task: Mapping[str, Any]) -> list[View] | BackendError:
+    prompt = Prompt.from_dict(task["prompt"]) if task.get("prompt") else None
+    try:
+        return views(plan, task["data"], prompt) or ImageError("the task's list of pictures is empty or missing")
+    except BackendError as error:
+        return error
+
+
+def _listed(seen: list[View] | BackendError) -> list[View]:
+    return [] if isinstance(seen, BackendError) else seen
 
 
 Loaded = Prepared | BackendError
@@ -149,34 +166,41 @@ def _outcome(future: Future[Prepared], deadline: float) -> Loaded:
         return ImageError(f"the picture cannot be read ({type(error).__name__})")
 
 
-def _predict_control(
-    detector: Detector, control: Control, tasks: Sequence[Any], pictures: Mapping[str, Loaded], version: str
+def _detect(
+    detector: Detector, wanted: Sequence[tuple[int, View]], pictures: Mapping[str, Loaded], version: str
 ) -> list[Part]:
-    """For each task the regions of one control, or why there are none."""
-    of_task = [pictures[control.uri(task["data"])] for task in tasks]
-    shown = [picture for picture in of_task if isinstance(picture, Prepared)]
+    """For each view its regions, or why there are none; views that ask the same are looked at together."""
+    parts: list[Part] = []
+    for _, view in wanted:
+        picture = pictures[view.uri]
+        parts.append(picture if isinstance(picture, BackendError) else [])
+    by_asked: dict[Asked, list[int]] = defaultdict(list)
+    for i, (_, view) in enumerate(wanted):
+        if not isinstance(parts[i], BackendError):
+            by_asked[view.asked].append(i)
+    for asked, places in by_asked.items():
+        shown = [picture for i in places if isinstance(picture := pictures[wanted[i][1].uri], Prepared)]
+        for i, picture, found in zip(places, shown, _found(detector, asked, shown), strict=True):
+            task, view = wanted[i]
+            parts[i] = (
+                found
+                if isinstance(found, BackendError)
+                else to_regions(found, view, *picture.size, f"{task}/{version}")
+            )
+    return parts
+
+
+def _found(detector: Detector, asked: Asked, pictures: Sequence[Prepared]) -> Sequence[Found | BackendError]:
     try:
-        found = iter(detector.detect_prepared(shown, control.labels, control.negatives, control.nms_iou))
+        return detector.detect_prepared(pictures, asked.labels, asked.negatives, asked.nms_iou)
     except BackendError as error:
-        return [error] * len(tasks)
-    return [
-        _part(next(found), control, picture.size, f"{task['id']}/{version}")
-        if isinstance(picture, Prepared)
-        else picture
-        for task, picture in zip(tasks, of_task, strict=True)
-    ]
+        return [error] * len(pictures)
 
 
-def _part(found: Found, control: Control, size: Size, seed: str) -> Part:
-    if isinstance(found, BackendError):
-        return found
-    return to_regions(found, control.from_name, control.to_name, *size, seed)
-
-
-def _answer(task: Mapping[str, Any], parts: Sequence[Part], version: str) -> dict[str, Any]:
-    """One task: its prediction, unless any of its controls failed."""
-    errors = [part for part in parts if isinstance(part, BackendError)]
-    if errors:
+def _answer(task: Mapping[str, Any], parts: Sequence[Part] | BackendError, version: str) -> dict[str, Any]:
+    """One task: its prediction, unless any of its views failed."""
+    errors = [parts] if isinstance(parts, BackendError) else [part for part in parts if isinstance(part, BackendError)]
+    if isinstance(parts, BackendError) or errors:
         log.warning("task %s: %s", task["id"], errors[0])
         return {"error": errors[0].to_dict()}
     return to_prediction([part for part in parts if not isinstance(part, BackendError)], version)

@@ -27,36 +27,38 @@ class Label:
 
 @dataclass(frozen=True)
 class Control:
-    """A RectangleLabels tag: its names, where a task keeps the URI of its picture, and what to look for.
+    """A control for boxes on one Image tag: its names, where a task keeps the picture, and what to look for.
 
-    A box that fits one of the phrases in `negatives` best is dropped; of boxes whose IoU is above `nms_iou` only the
-    best stays.
+    `image`, `dynamic` and `repeat` are values as the config has them, such as `$photo.url`. A box that fits one of the
+    phrases in `negatives` best is dropped; of boxes whose IoU is above `nms_iou` only the best stays.
     """
 
     from_name: str
     to_name: str
-    path: tuple[str, ...]
+    image: str
     labels: tuple[Label, ...]
     negatives: tuple[str, ...]
     nms_iou: float
-
-    def uri(self, data: Mapping[str, Any]) -> str:
-        """The picture's address in a task's data; empty where the data holds none."""
-        value: Any = data
-        for key in self.path:
-            value = value.get(key) if isinstance(value, Mapping) else None
-        return value if isinstance(value, str) else ""
+    threshold: float
+    labels_name: str = ""  # of the Labels beside a Rectangle; empty for RectangleLabels
+    has_pages: bool = False  # the picture is a list of pages
+    dynamic: str = ""  # where a task keeps more labels
+    repeat: str = ""  # the list for whose items a Repeater makes the control
+    flag: str = ""  # what stands for the item's number in names and values
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What one labeling config asks of the detector."""
+    """What one labeling config asks of the detector; annotators may type into `prompts` and `thresholds`."""
 
     controls: tuple[Control, ...]
+    prompts: tuple[str, ...] = ()
+    thresholds: tuple[str, ...] = ()
 
     def select(self, data: Mapping[str, Any]) -> dict[str, Any]:
         """The fields of a task's data that the plan reads; the others need not leave the web front."""
-        wanted = {control.path[0] for control in self.controls}
+        values = [value for c in self.controls for value in (c.image, c.dynamic, c.repeat)]
+        wanted = {field for value in values for field in re.findall(r"\$(\w+)", value)}
         return {key: value for key, value in data.items() if key in wanted}
 
     def to_dict(self) -> dict[str, Any]:
@@ -66,19 +68,13 @@ class Plan:
     @classmethod
     def from_dict(cls, plan: Mapping[str, Any]) -> Plan:
         """The inverse of `to_dict`, also after a round trip through JSON."""
-        return cls(tuple(_control_from_dict(control) for control in plan["controls"]))
+        controls = tuple(_control_from_dict(control) for control in plan["controls"])
+        return cls(controls, tuple(plan["prompts"]), tuple(plan["thresholds"]))
 
 
 def _control_from_dict(control: Mapping[str, Any]) -> Control:
     labels = tuple(Label(row["name"], tuple(row["phrases"]), row["threshold"]) for row in control["labels"])
-    return Control(
-        control["from_name"],
-        control["to_name"],
-        tuple(control["path"]),
-        labels,
-        tuple(control["negatives"]),
-        control["nms_iou"],
-    )
+    return Control(**{**control, "labels": labels, "negatives": tuple(control["negatives"])})
 
 
 def read_plan(label_config: str, box_threshold: float, nms_iou: float) -> Plan:
@@ -89,13 +85,44 @@ def read_plan(label_config: str, box_threshold: float, nms_iou: float) -> Plan:
     """
     root = _parse(label_config)
     images = {tag.get("name"): tag for tag in root.iter("Image")}
-    tags = [tag for tag in root.iter("RectangleLabels") if not _is_true(tag.get("model_skip"))]
-    controls = tuple(control for tag in tags if (control := _control(tag, images, box_threshold, nms_iou)))
-    if not controls:
+    if not images:
+        raise LabelingConfigError("the labeling config has no Image; this backend finds boxes on pictures")
+    prompts = _names(root, "TextArea", "prompt")
+    controls = [
+        _control(tag, labels, images[name], box_threshold, nms_iou, _repeater_of(root, tag))
+        for tag, labels in _box_tags(root)
+        if not _is_true(tag.get("model_skip"))
+        for name in _targets(tag)
+        if name in images
+    ]
+    usable = tuple(control for control in controls if control.labels or control.dynamic or prompts)
+    if not usable:
         raise LabelingConfigError(
-            "the labeling config has no RectangleLabels with labels on an Image; add one, or remove model_skip"
+            "the labeling config has no RectangleLabels (or Rectangle and Labels) with labels on an Image; "
+            "add one, or remove model_skip"
         )
-    return Plan(controls)
+    return Plan(usable, prompts, _names(root, "Number", "box_threshold"))
+
+
+def _box_tags(root: Element) -> Iterator[tuple[Element, Element]]:
+    """Each control for boxes, with the tag that holds its labels."""
+    for tag in root.iter("RectangleLabels"):
+        yield tag, tag
+    for tag in root.iter("Rectangle"):
+        beside = [labels for labels in root.iter("Labels") if set(_targets(labels)) & set(_targets(tag))]
+        yield tag, beside[0] if beside else tag
+
+
+def _targets(tag: Element) -> list[str]:
+    return [name.strip() for name in (tag.get("toName") or "").split(",")]
+
+
+def _names(root: Element, kind: str, prefix: str) -> tuple[str, ...]:
+    return tuple(name for tag in root.iter(kind) if (name := tag.get("name") or "").startswith(prefix))
+
+
+def _repeater_of(root: Element, tag: Element) -> Element | None:
+    return next((repeater for repeater in root.iter("Repeater") if tag in repeater.iter()), None)
 
 
 def _parse(label_config: str) -> Element:
@@ -113,16 +140,23 @@ def _parse(label_config: str) -> Element:
 
 
 def _control(
-    tag: Element, images: Mapping[str | None, Element], box_threshold: float, nms_iou: float
-) -> Control | None:
-    image = images.get(tag.get("toName"))
-    threshold = _threshold(tag, box_threshold)
-    labels = tuple(_label(label, threshold) for label in _labels(tag))
-    if image is None or not labels:
-        return None
-    negatives = tuple(_listed(tag.get("model_negative_values")))
-    path = (image.get("value") or "").removeprefix("$").split(".")
-    return Control(tag.get("name") or "", image.get("name") or "", tuple(path), labels, negatives, nms_iou)
+    tag: Element, holder: Element, image: Element, box_threshold: float, nms_iou: float, repeater: Element | None
+) -> Control:
+    threshold = _threshold(tag, _threshold(holder, box_threshold))
+    return Control(
+        from_name=tag.get("name") or "",
+        to_name=image.get("name") or "",
+        image=image.get("valueList") or image.get("value") or "",
+        labels=tuple(_label(label, threshold) for label in _labels(holder)),
+        negatives=tuple(_listed(holder.get("model_negative_values"))),
+        nms_iou=nms_iou,
+        threshold=threshold,
+        labels_name=(holder.get("name") or "") if holder.tag == "Labels" else "",
+        has_pages=bool(image.get("valueList")),
+        dynamic=holder.get("value") or "",
+        repeat=(repeater.get("on") or "") if repeater is not None else "",
+        flag=(repeater.get("indexFlag") or "{{idx}}") if repeater is not None else "",
+    )
 
 
 def _labels(tag: Element) -> Iterator[Element]:

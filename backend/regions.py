@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from backend.views import View
+
 Box = tuple[float, float, float, float]
 Region = dict[str, Any]  # as Label Studio stores it
 
@@ -60,29 +62,39 @@ def to_prediction(results: Sequence[Sequence[Region]], model_version: str) -> di
     }
 
 
-def to_regions(
-    detections: Sequence[Detection], from_name: str, to_name: str, width: int, height: int, seed: str
-) -> list[Region]:
+def to_regions(detections: Sequence[Detection], view: View, width: int, height: int, seed: str) -> list[Region]:
     """Detections on a picture of `width` x `height` pixels -> Label Studio regions, in percent of the picture.
 
-    Ids are made from `seed` (task and model version), so that the same prediction made twice has the same ids. Boxes
-    without area are left out: Label Studio cannot show them.
+    A Rectangle with Labels beside it makes two of each, which share an id. Ids are made from `seed` (task and model
+    version), so that the same prediction made twice has the same ids. Boxes without area are left out: Label Studio
+    cannot show them.
     """
     drawable = [d for d in detections if d.box_xyxy[2] > d.box_xyxy[0] and d.box_xyxy[3] > d.box_xyxy[1]]
     return [
-        {
-            "id": hashlib.sha256(f"{seed}/{from_name}/{to_name}/{number}".encode(errors="replace")).hexdigest()[:12],
-            "from_name": from_name,
-            "to_name": to_name,
-            "type": "rectanglelabels",
-            "original_width": width,
-            "original_height": height,
-            "image_rotation": 0,
-            "score": round(detection.score, 4),
-            "value": {**_percent(detection.box_xyxy, width, height), "rectanglelabels": [detection.label]},
-        }
+        region
         for number, detection in enumerate(drawable)
+        for region in _regions(detection, view, (width, height), f"{seed}/{number}")
     ]
+
+
+def _regions(detection: Detection, view: View, size: tuple[int, int], seed: str) -> list[Region]:
+    box, labels = _percent(detection.box_xyxy, *size), [detection.label] if detection.label else []
+    page = "" if view.page is None else f"/{view.page}"
+    common = {
+        "id": hashlib.sha256(f"{seed}/{view.from_name}/{view.to_name}{page}".encode(errors="replace")).hexdigest()[:12],
+        "to_name": view.to_name,
+        "original_width": size[0],
+        "original_height": size[1],
+        "image_rotation": 0,
+        "score": round(detection.score, 4),
+        **({} if view.page is None else {"item_index": view.page}),
+    }
+    if not view.labels_name:
+        value = {**box, "rectanglelabels": labels}
+        return [{**common, "from_name": view.from_name, "type": "rectanglelabels", "value": value}]
+    shape = {**common, "from_name": view.from_name, "type": "rectangle", "value": box}
+    label = {**common, "from_name": view.labels_name, "type": "labels", "value": {**box, "labels": labels}}
+    return [shape, label] if labels else [shape]
 
 
 def _percent(box_xyxy: Box, width: int, height: int) -> dict[str, float]:

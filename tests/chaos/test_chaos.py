@@ -215,6 +215,7 @@ while True:
 
 
 def test_many_clients_at_once(served: Served) -> None:
+    assert errors(ask(served, tasks(1, 999))) == []  # whatever the first request sets up is there
     # a process of its own: 200 threads of this one would hold it up
     command = [sys.executable, "-c", WATCH, f"{served.url}/health"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as watcher:

@@ -102,3 +102,45 @@ def test_health_and_setup_are_quick_while_the_worker_is_busy(served: Served) -> 
         slowest = max(slowest, time.monotonic() - start)
     bulk.join()
     assert slowest < 0.5
+
+
+def test_every_form_of_config_gets_its_regions(served: Served) -> None:
+    drawn = scenes(2, (320, 240), seed=3)
+    uris = [data_uri(scene.image) for scene in drawn]
+    label_tags = "".join(f'<Label value="{s.colour} {s.shape}"/>' for scene in drawn for s in scene.shapes)
+    pages = (
+        '<View><Image name="i" valueList="$pages"/>'
+        f'<RectangleLabels name="l" toName="i">{label_tags}</RectangleLabels></View>'
+    )
+    (paged,) = predict(served, [{"id": 1, "data": {"pages": uris}}], pages)
+    for number, scene in enumerate(drawn):
+        assert recall([r for r in paged["result"] if r["item_index"] == number], scene) > 0.6
+    pair = (
+        '<View><Image name="i" value="$image"/><Rectangle name="r" toName="i"/>'
+        f'<Labels name="l" toName="i">{label_tags}</Labels></View>'
+    )
+    (paired,) = predict(served, [{"id": 2, "data": {"image": uris[0]}}], pair)
+    assert [r["type"] for r in paired["result"]] == ["rectangle", "labels"] * (len(paired["result"]) // 2)
+    dynamic = '<View><Image name="i" value="$image"/><RectangleLabels name="l" toName="i" value="$kinds"/></View>'
+    tasks = [
+        {"id": 3 + i, "data": {"image": uri, "kinds": [{"value": f"{s.colour} {s.shape}"} for s in scene.shapes]}}
+        for i, (uri, scene) in enumerate(zip(uris, drawn, strict=True))
+    ]
+    results = predict(served, [*tasks, {"id": 9, "data": {"image": uris[0]}}], dynamic)
+    assert all(recall(r["result"], scene) > 0.6 for r, scene in zip(results, drawn, strict=False))
+    assert results[2]["error"]["code"] == "labeling_config"
+
+
+def test_an_annotator_types_what_to_look_for(served: Served) -> None:
+    scene = scenes(1, (320, 240), seed=3)[0]
+    config = (
+        '<View><Image name="i" value="$image"/><RectangleLabels name="l" toName="i"><Label value="Thing"/>'
+        '</RectangleLabels><TextArea name="prompt" toName="i"/></View>'
+    )
+    phrases = ", ".join(f"{s.colour} {s.shape}" for s in scene.shapes)
+    typed = {"from_name": "prompt", "to_name": "i", "type": "textarea", "value": {"text": [phrases]}}
+    body = {"tasks": [{"id": 1, "data": {"image": data_uri(scene.image)}}], "label_config": config, "project": "1.1"}
+    body["params"] = {"context": {"result": [typed]}}
+    (result,) = requests.post(f"{served.url}/predict", json=body, timeout=60).json()["results"]
+    assert len(result["result"]) >= len(scene.shapes) - 1 > 0
+    assert {tuple(region["value"]["rectanglelabels"]) for region in result["result"]} == {("Thing",)}
