@@ -112,7 +112,7 @@ def test_a_config_that_cannot_be_served_is_422_with_the_reason(lonely: FlaskClie
     answer = lonely.post("/predict", json={"tasks": [], "label_config": EMPTY})
     assert answer.status_code == 422
     assert answer.json["error"]["code"] == "labeling_config"
-    assert "RectangleLabels" in answer.json["error"]["detail"]
+    assert "no Image" in answer.json["error"]["detail"]
 
 
 @pytest.mark.parametrize(

@@ -37,12 +37,12 @@ def typed(text: list[str], number: float | None = None) -> dict[str, Any]:
         ("$a.b[7]", None),
         ("$none.b", None),
         ("$a.b.c", None),
-        ("http://host/$a.b[0].jpg", "http://host/x.jpg"),
+        ("http://host/$n.jpg", "http://host/12.jpg"),
         ("plain", "plain"),
     ],
 )
 def test_values_as_configs_have_them(template: str, value: Any) -> None:
-    assert value_of(template, {"a": {"b": ["x", {"c": "y"}]}}) == value
+    assert value_of(template, {"a": {"b": ["x", {"c": "y"}]}, "n": 12}) == value
 
 
 def test_one_control_on_two_pictures() -> None:
