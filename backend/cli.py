@@ -100,6 +100,22 @@ def push(**options: str | None) -> None:
     Pusher(connect(settings.redis_url), studio, worker_name()).run(stop_on_signals())
 
 
+@cli.command()
+@click.option("--project", default="", metavar="NUMBER", help="project whose config and one picture are tried")
+@settings_options
+def check(project: str, **options: str | None) -> None:
+    """Try everything that must work, and say what does not; exit code 1 if anything fails."""
+    from backend.check import check as try_everything  # loads numpy: the supervisor and the front do without
+
+    settings = _with_redis(_settings({**options, "log_level": "ERROR"}))
+    lines = []
+    for line in try_everything(settings, project):
+        print(line, flush=True)
+        lines.append(line)
+    if not all(line.is_well for line in lines):
+        sys.exit(1)
+
+
 def main() -> None:
     """The program; an error that the user can mend ends it with one line and exit code 2."""
     try:

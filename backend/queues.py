@@ -202,6 +202,15 @@ class PredictQueue:
             self.enqueue([payload])
         return None
 
+    def waiting(self) -> int:
+        """How many chunks wait.
+
+        Raises:
+            QueueUnavailable: Redis does not answer.
+        """
+        with redis_errors():
+            return len(self._queue)
+
     def ready_workers(self) -> int:
         """How many workers have their model loaded.
 

@@ -102,6 +102,33 @@ class Studio:
         tasks = self._call("GET", "/api/tasks", params=options)["tasks"]
         return tasks[0]["data"] if tasks else None
 
+    def first_task(self, project: str) -> dict[str, Any] | None:
+        """Id and data of a task of the project, if it has any; raises as `task_data`."""
+        options = {"project": project, "fields": "all", "resolve_uri": "false", "page_size": 1}
+        tasks = self._call("GET", "/api/tasks", params=options)["tasks"]
+        return {"id": int(tasks[0]["id"]), "data": tasks[0]["data"]} if tasks else None
+
+    def label_config(self, project: str) -> str:
+        """The labeling config of a project; raises as `task_data`."""
+        return str(self._call("GET", f"/api/projects/{project}")["label_config"])
+
+    def backends(self, project: str) -> list[dict[str, Any]]:
+        """The models that are connected to a project; raises as `task_data`."""
+        return list(self._call("GET", "/api/ml", params={"project": project}))
+
+    def release(self) -> str:
+        """Label Studio's version; raises as `task_data`."""
+        return str(self._call("GET", "/api/version")["release"])
+
+    def user(self) -> str:
+        """Whose key it is; raises as `task_data`."""
+        return str(self._call("GET", "/api/current-user/whoami")["email"])
+
+    def kind_of_key(self) -> str:
+        """In Label Studio's words."""
+        kind = "personal access token" if self._is_refresh_token else "legacy token"
+        return kind if self._api_key else "no key"
+
     def versions_of(self, task: int) -> list[str]:
         """The model versions of a task's predictions.
 

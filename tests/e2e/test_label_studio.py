@@ -2,6 +2,8 @@
 
 import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 
@@ -102,6 +104,28 @@ def test_uploaded_pictures_open_with_either_key(studio: LabelStudio, project: Pr
     uri = project.tasks()[0]["data"]["image"]
     assert uri.startswith("/data/upload/")
     assert Images(Sources(Studio(studio.url, key), 10**7), 10**7).load(uri).size == (640, 480)
+
+
+def check(backend: Served, project: str, **env: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "backend", "check", "--project", project]
+    given = {**os.environ, "MODEL": "demo", "MODEL_DIR": str(backend.model_dir), **env}
+    return subprocess.run(command, cwd=ROOT, env=given, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_check_says_what_works_and_what_does_not(studio: LabelStudio, backend: Served, project: Project) -> None:
+    keys = {"LABEL_STUDIO_URL": studio.url, "LABEL_STUDIO_API_KEY": studio.personal_access_token}
+    good = check(backend, str(project.number), **keys)
+    assert good.returncode == 0, good.stdout + good.stderr
+    assert "personal access token of e2e@example.com" in good.stdout
+    assert "640 x 480 pixels" in good.stdout
+    assert "Connected" in good.stdout
+    wrong = check(backend, "12345", **{**keys, "LABEL_STUDIO_API_KEY": LEGACY_TOKEN[::-1]})
+    assert wrong.returncode == 1
+    assert "FAIL  LABEL_STUDIO_API_KEY" in wrong.stdout
+    assert "Traceback" not in wrong.stdout + wrong.stderr
+    assert LEGACY_TOKEN[::-1] not in wrong.stdout + wrong.stderr
+    away = check(backend, "1", **{**keys, "LABEL_STUDIO_URL": "http://127.0.0.1:1"})
+    assert "does not answer at http://127.0.0.1:1" in away.stdout
 
 
 def test_the_boxes_are_seen_in_the_browser(studio: LabelStudio, backend: Served) -> None:
