@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hmac
 import json
 import logging
 import threading
@@ -14,7 +13,8 @@ from typing import Any
 from flask import Flask, Response, jsonify, request
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
-from backend.errors import BackendError, BadRequest, NotFound, Overloaded, RequestTooLarge, Unauthorized
+from backend.door import SecretPath, check_login
+from backend.errors import BackendError, BadRequest, NotFound, Overloaded, RequestTooLarge
 from backend.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -23,7 +23,6 @@ MAX_BODY = 250_000_000  # bytes; Label Studio's own limit for imports
 MOST_WAITING = 200  # below gunicorn's threads, so that /health always finds one
 SILENCE = 20.0  # s after which a waiting client gets a sign of life
 RETRY_AFTER = "30"  # s
-OPEN_ROUTES = ("/health", "/ready", "/webhook")  # Label Studio sends no credentials on webhooks; probes have none
 
 
 def create_app(make_model: Callable[..., Any], settings: Settings) -> Flask:
@@ -35,7 +34,8 @@ def create_app(make_model: Callable[..., Any], settings: Settings) -> Flask:
     """
     app = Flask(__name__)
     app.config["MAX_CONTENT_LENGTH"] = MAX_BODY
-    app.before_request(lambda: _check_login(settings))
+    app.before_request(lambda: check_login(settings))
+    app.wsgi_app = SecretPath(app.wsgi_app, settings.path_secret)  # type: ignore[method-assign]
     _map_errors(app)
     waiting = threading.BoundedSemaphore(MOST_WAITING)
 
@@ -135,17 +135,6 @@ def _body() -> dict[str, Any]:
     if not isinstance(body, dict):
         raise BadRequest("the body must be a JSON object")
     return body
-
-
-def _check_login(settings: Settings) -> None:
-    if not settings.basic_auth_user or request.path in OPEN_ROUTES:
-        return
-    given = request.authorization
-    user, password = (given.username or "", given.password or "") if given and given.type == "basic" else ("", "")
-    right_user = hmac.compare_digest(user.encode(), settings.basic_auth_user.encode())
-    right_password = hmac.compare_digest(password.encode(), settings.basic_auth_pass.encode())
-    if not (right_user and right_password):
-        raise Unauthorized("give BASIC_AUTH_USER and BASIC_AUTH_PASS, in Label Studio under the model's settings")
 
 
 def _map_errors(app: Flask) -> None:

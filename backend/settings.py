@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 from backend.errors import SettingsError
 
 PRECISIONS = ("auto", "float16", "bfloat16", "float32")
+SECRET = re.compile(r"[A-Za-z0-9_-]{16,}")
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 
@@ -34,6 +36,7 @@ class Settings:
     label_studio_api_key: str = _setting("", "legacy token or personal access token of Label Studio", secret=True)
     basic_auth_user: str = _setting("", "user that callers must give; empty: no login asked")
     basic_auth_pass: str = _setting("", "password that callers must give", secret=True)
+    path_secret: str = _setting("", "the backend is then reached below `/s/<secret>` only", secret=True)
     box_threshold: float = _setting(0.3, "lowest score of a box, where the labeling config says nothing", "0 to 1", 0)
     nms_iou: float = _setting(0.7, "of boxes that overlap more, only the best stays; 1 keeps all", "IoU, 0 to 1", 0)
     precision: str = _setting("auto", f"one of {', '.join(PRECISIONS)}; `auto` is float16 on a GPU")
@@ -77,6 +80,8 @@ class Settings:
             raise SettingsError(f"PRECISION must be one of {', '.join(PRECISIONS)}")
         if self.log_level not in LOG_LEVELS:
             raise SettingsError(f"LOG_LEVEL must be one of {', '.join(LOG_LEVELS)}")
+        if self.path_secret and not SECRET.fullmatch(self.path_secret):
+            raise SettingsError("PATH_SECRET must be at least 16 letters, digits, '-' and '_'")
         if bool(self.basic_auth_user) != bool(self.basic_auth_pass):
             raise SettingsError("set both BASIC_AUTH_USER and BASIC_AUTH_PASS, or neither")
 

@@ -32,7 +32,7 @@ Ctrl-C stops everything."""
 
 def welcome(settings: Settings, say: Callable[[str], None], stop: threading.Event) -> None:
     """Waits until a worker is ready, then shows a prediction made through the HTTP route like any other."""
-    url = f"http://localhost:{settings.port}"
+    url = f"http://localhost:{settings.port}" + (f"/s/{settings.path_secret}" if settings.path_secret else "")
     say(f"starting on {url}; loading {settings.model}")
     start = time.monotonic()
     while not _is_ready(url):

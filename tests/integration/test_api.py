@@ -257,3 +257,24 @@ def test_a_long_wait_is_kept_alive_by_spaces(lonely: FlaskClient, monkeypatch: p
     assert answer.json["results"][0]["error"]["code"] == "not_ready"
     late = lonely.post("/predict", json={"tasks": [task], "label_config": EMPTY})
     assert late.status_code == 422  # what is known at once keeps its status
+
+
+SECRET = "a-secret-of-20-chars"
+
+
+def test_behind_a_secret_path_nothing_else_exists(redis_url: str) -> None:
+    front = client(redis_url=redis_url, path_secret=SECRET, predict_deadline=1)
+    assert front.get(f"/s/{SECRET}/health").status_code == front.get("/health").status_code == 200
+    assert front.post(f"/s/{SECRET}/setup", json=setup_body(CONFIG)).status_code == 200
+    webhook = {"action": "PROJECT_UPDATED", "project": {"id": 1}}
+    assert front.post(f"/s/{SECRET}/webhook", json=webhook).status_code == 200
+    for path in ("/setup", "/webhook", f"/s/{SECRET}x/setup", f"/s/{SECRET[:-1]}/setup", "/s//setup", "/s/%FF/setup"):
+        answer = front.post(path, json=setup_body(CONFIG))
+        assert (answer.status_code, answer.json["error"]["code"]) == (404, "not_found")
+
+
+def test_a_secret_path_and_basic_auth_go_together(redis_url: str) -> None:
+    both = client(redis_url=redis_url, path_secret=SECRET, basic_auth_user="u", basic_auth_pass="p")
+    assert both.post(f"/s/{SECRET}/setup", json=setup_body(CONFIG)).status_code == 401
+    assert both.post(f"/s/{SECRET}/setup", json=setup_body(CONFIG), auth=("u", "p")).status_code == 200
+    assert both.post("/setup", json=setup_body(CONFIG), auth=("u", "p")).status_code == 404
