@@ -109,11 +109,12 @@ class GroundingDINO:
         with DESK:
             chunks = self._chunks(tasks, self._plan(), context)
             jobs = self.queue.enqueue(chunks, at_front=len(tasks) == 1)
-        if len(tasks) > self.settings.push_above and self._can_push(tasks):
+        stored = context is None and self._can_push(tasks)  # Label Studio keeps no answer to interactive work
+        if stored and len(tasks) > self.settings.push_above:
             self._outbox.add(self._project, chunks, start)
             return [{"error": PUSHED_LATER.to_dict()}] * len(tasks)
         answers = [self._answers(job, chunk["tasks"], deadline) for job, chunk in zip(jobs, chunks, strict=True)]
-        if self._can_push(tasks):
+        if stored:
             self._push_late(chunks, answers, start)
         return [answer for chunk in answers for answer in chunk]
 

@@ -87,7 +87,9 @@ def _picture(settings: Settings, studio: Studio, project: str, plan: Plan) -> st
         raise BackendError("the project has no tasks")
     hosts = [host for host in settings.allowed_image_hosts.split(",") if host.strip()]
     sources = Sources(studio, settings.max_image_bytes, hosts, settings.local_files_document_root)
-    view = views(plan, task["data"])[0]
+    view = next(iter(views(plan, task["data"])), None)
+    if view is None:
+        raise BackendError("the task's list of pictures is empty or missing")
     picture = Images(sources, settings.max_image_pixels).load(view.uri, task["id"])
     return f"task {task['id']}: {picture.size[0]} x {picture.size[1]} pixels"
 

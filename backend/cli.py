@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -86,7 +87,14 @@ def worker(**options: str | None) -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # read when torch is loaded
     from backend.worker import run  # loads torch: only this command pays for it
 
-    run(settings)
+    code = 0
+    try:
+        run(settings)
+    except BackendError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        code = 2
+    logging.shutdown()
+    os._exit(code)  # Python would wait for a download that hangs
 
 
 @cli.command()

@@ -76,7 +76,10 @@ class Detector:
         self.tokenizer = tokenizer
         self.image_format = image_format
         self.device = torch.device(device)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # where Triton and pinned memory go
         self.precision = precision
+        self.batch_size = LARGEST_BATCH  # pictures in one forward pass, at most
         self.on_forward: Callable[[], object] = lambda: None  # called before every forward pass
         speed_up(self.model)
         self.backbone = SharedBackbone(model.model.backbone)
@@ -150,7 +153,7 @@ class Detector:
         owners = {phrase: label for label in reversed(asked) for phrase in label.phrases}
         captions = self._captions(list(dict.fromkeys(phrase for label in asked for phrase in label.phrases)))
         found: list[Found] = [[] for _ in pictures]
-        for indices in _equal_sized(pictures):
+        for indices in _equal_sized(pictures, self.batch_size):
             answers = self._detect_batch([pictures[i] for i in indices], captions, owners)
             for i, answer in zip(indices, answers, strict=True):
                 found[i] = answer if isinstance(answer, ImageError) else _best(answer, nms_iou)
@@ -224,12 +227,13 @@ def _strides(config: Any) -> list[int]:
     return strides
 
 
-def _equal_sized(pictures: Sequence[Prepared]) -> Iterator[list[int]]:
-    """Places of pictures that are equally large as the model reads them."""
+def _equal_sized(pictures: Sequence[Prepared], most: int) -> Iterator[list[int]]:
+    """Places of pictures that are equally large as the model reads them, up to `most` at a time."""
     groups: dict[torch.Size, list[int]] = defaultdict(list)
     for i, prepared in enumerate(pictures):
         groups[prepared.pixels.shape].append(i)
-    yield from groups.values()
+    for places in groups.values():
+        yield from (places[i : i + most] for i in range(0, len(places), most))
 
 
 def _best(detections: Sequence[Detection], nms_iou: float) -> list[Detection]:

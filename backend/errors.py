@@ -10,6 +10,7 @@ BackendError                      500  internal
 ├── ImageError                    422  image
 ├── CheckpointError               500  checkpoint
 ├── StudioError                   502  label_studio
+│   ├── StudioRefused             502  label_studio_key
 │   └── StudioAway                503  label_studio_away
 ├── QueueUnavailable              503  queue_unavailable
 ├── Overloaded                    503  overloaded
@@ -87,6 +88,12 @@ class StudioError(BackendError):
     """Label Studio refused us or did not answer."""
 
     status, code = 502, "label_studio"
+
+
+class StudioRefused(StudioError):
+    """Label Studio refused our key; another one may open what waits for it."""
+
+    code = "label_studio_key"
 
 
 class StudioAway(StudioError):

@@ -5,6 +5,7 @@ Expected errors travel as data, one for each task: only a string would survive t
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections import defaultdict
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from rq.timeouts import JobTimeoutException
 
 from backend.checkpoints import load_checkpoint
 from backend.detector import Detector, Found
@@ -33,6 +35,9 @@ from backend.watchdog import Watchdog
 
 DOWNLOADS = 8  # pictures of one chunk that are fetched at the same time
 LOAD_TIMEOUT = 60  # s for all pictures of a chunk; each has its own limits, but a server may trickle its headers
+
+LEAST_SLICE = 8  # pictures loaded at a time, at least
+MOST_VIEWS = 500  # pictures of one task, all controls together
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +68,7 @@ def set_up(settings: Settings) -> Tools:
     checkpoint = find_checkpoint(settings.model)
     detector = _detector(settings, checkpoint.source)
     batch_size = settings.batch_size or detector.fitting_batch()
+    detector.batch_size = batch_size
     watchdog = Watchdog(settings.forward_timeout)
     detector.on_forward = watchdog.beat
     images = Images(_sources(settings), settings.max_image_pixels, needed=detector.image_format.size)
@@ -107,19 +113,26 @@ def predict(payload: Mapping[str, Any]) -> dict[str, Any]:
 
 def _one_by_one(tools: Tools, chunk: LostChunk, plan: Plan, tasks: Sequence[Any], version: str) -> list[dict[str, Any]]:
     """Answers of a chunk over which a worker died; each is kept as soon as it is there."""
-    if chunk.deaths > MOST_DEATHS:
-        return [chunk.answers().get(number, died()) for number in range(len(tasks))]
-    for number in set(range(len(tasks))) - set(chunk.answers()):
+    answers = chunk.answers()
+    for number, task in enumerate(tasks):
+        if number in answers:
+            continue
+        if chunk.deaths > MOST_DEATHS:
+            answers[number] = died()
+            continue
         chunk.begin(number)
-        chunk.keep(number, *_answers(tools, plan, tasks[number : number + 1], version))
-    return [answer for _, answer in sorted(chunk.answers().items())]
+        (answers[number],) = _answers(tools, plan, [task], version)
+        chunk.keep(number, answers[number])
+    chunk.forget()
+    return [answers[number] for number in range(len(tasks))]
 
 
 def _answers(tools: Tools, plan: Plan, tasks: Sequence[Any], version: str) -> list[dict[str, Any]]:
     of_task = [_views(plan, task) for task in tasks]
     wanted = [(task["id"], view) for task, seen in zip(tasks, of_task, strict=True) for view in _listed(seen)]
-    pictures = _load(tools, {view.uri: task for task, view in wanted})
-    parts = iter(_detect(tools.detector, wanted, pictures, version))
+    size = max(tools.batch_size, LEAST_SLICE)  # pages make more pictures than tasks: not all lie in memory at once
+    slices = [wanted[i : i + size] for i in range(0, len(wanted), size)]
+    parts = iter([part for piece in slices for part in _detect(tools, piece, version)])
     answers = [seen if isinstance(seen, BackendError) else [next(parts) for _ in seen] for seen in of_task]
     return [_answer(task, answer, version) for task, answer in zip(tasks, answers, strict=True)]
 
@@ -127,9 +140,15 @@ def _answers(tools: Tools, plan: Plan, tasks: Sequence[Any], version: str) -> li
 def _views(plan: Plan, task: Mapping[str, Any]) -> list[View] | BackendError:
     prompt = Prompt.from_dict(task["prompt"]) if task.get("prompt") else None
     try:
-        return views(plan, task["data"], prompt) or ImageError("the task's list of pictures is empty or missing")
+        seen = list(itertools.islice(views(plan, task["data"], prompt), MOST_VIEWS + 1))
     except BackendError as error:
         return error
+    except Exception as error:  # one odd task fails alone
+        log.error("a task's data raised %s", type(error).__name__)
+        return ImageError(f"the task's data cannot be read ({type(error).__name__})")
+    if len(seen) > MOST_VIEWS:
+        return ImageError(f"the task has more than {MOST_VIEWS} pictures; split it")
+    return seen or ImageError("the task's list of pictures is empty or missing")
 
 
 def _listed(seen: list[View] | BackendError) -> list[View]:
@@ -161,15 +180,17 @@ def _outcome(future: Future[Prepared], deadline: float) -> Loaded:
         return error
     except FutureTimeout:
         return ImageError(f"the picture did not arrive within {LOAD_TIMEOUT} s")
+    except JobTimeoutException:
+        raise
     except Exception as error:  # one odd picture fails alone, whatever it made a library do
         log.error("a picture raised %s", type(error).__name__)
         return ImageError(f"the picture cannot be read ({type(error).__name__})")
 
 
-def _detect(
-    detector: Detector, wanted: Sequence[tuple[int, View]], pictures: Mapping[str, Loaded], version: str
-) -> list[Part]:
-    """For each view its regions, or why there are none; views that ask the same are looked at together."""
+def _detect(tools: Tools, wanted: Sequence[tuple[int, View]], version: str) -> list[Part]:
+    """For each view of a task its regions, or why there are none; views that ask the same are looked at together."""
+    with tools.watchdog.paused():
+        pictures = _load(tools, {view.uri: task for task, view in wanted})
     parts: list[Part] = []
     for _, view in wanted:
         picture = pictures[view.uri]
@@ -180,7 +201,7 @@ def _detect(
             by_asked[view.asked].append(i)
     for asked, places in by_asked.items():
         shown = [picture for i in places if isinstance(picture := pictures[wanted[i][1].uri], Prepared)]
-        for i, picture, found in zip(places, shown, _found(detector, asked, shown), strict=True):
+        for i, picture, found in zip(places, shown, _found(tools.detector, asked, shown), strict=True):
             task, view = wanted[i]
             parts[i] = (
                 found

@@ -14,6 +14,7 @@ from defusedxml.ElementTree import fromstring
 from backend.errors import LabelingConfigError
 
 MAX_CONFIG_CHARS = 1_000_000
+MOST_LABELS = 20_000  # all controls and pictures together
 
 
 @dataclass(frozen=True)
@@ -87,13 +88,18 @@ def read_plan(label_config: str, box_threshold: float, nms_iou: float) -> Plan:
     images = {tag.get("name"): tag for tag in root.iter("Image")}
     if not images:
         raise LabelingConfigError("the labeling config has no Image; this backend finds boxes on pictures")
-    prompts = _names(root, "TextArea", "prompt")
-    controls = [
-        _control(tag, labels, images[name], box_threshold, nms_iou, _repeater_of(root, tag))
-        for tag, labels in _box_tags(root)
+    prompts, repeaters = _names(root, "TextArea", "prompt"), _repeaters(root)
+    pairs = [
+        (tag, holder, images[name])
+        for tag, holder in _box_tags(root)
         if not _is_true(tag.get("model_skip"))
         for name in _targets(tag)
         if name in images
+    ]
+    if len(pairs) * len(list(root.iter("Label"))) > MOST_LABELS:
+        raise LabelingConfigError(f"the labeling config has more than {MOST_LABELS} labels on its pictures")
+    controls = [
+        _control(tag, holder, image, box_threshold, nms_iou, repeaters.get(tag)) for tag, holder, image in pairs
     ]
     usable = tuple(control for control in controls if control.labels or control.dynamic or prompts)
     if not usable:
@@ -108,21 +114,22 @@ def _box_tags(root: Element) -> Iterator[tuple[Element, Element]]:
     """Each control for boxes, with the tag that holds its labels."""
     for tag in root.iter("RectangleLabels"):
         yield tag, tag
+    beside = {name: labels for labels in root.iter("Labels") for name in _targets(labels)}
     for tag in root.iter("Rectangle"):
-        beside = [labels for labels in root.iter("Labels") if set(_targets(labels)) & set(_targets(tag))]
-        yield tag, beside[0] if beside else tag
+        yield tag, next((beside[name] for name in _targets(tag) if name in beside), tag)
 
 
 def _targets(tag: Element) -> list[str]:
-    return [name.strip() for name in (tag.get("toName") or "").split(",")]
+    return list(dict.fromkeys(name.strip() for name in (tag.get("toName") or "").split(",")))
 
 
 def _names(root: Element, kind: str, prefix: str) -> tuple[str, ...]:
     return tuple(name for tag in root.iter(kind) if (name := tag.get("name") or "").startswith(prefix))
 
 
-def _repeater_of(root: Element, tag: Element) -> Element | None:
-    return next((repeater for repeater in root.iter("Repeater") if tag in repeater.iter()), None)
+def _repeaters(root: Element) -> dict[Element, Element]:
+    """The Repeater around each tag that has one."""
+    return {tag: repeater for repeater in root.iter("Repeater") for tag in repeater.iter()}
 
 
 def _parse(label_config: str) -> Element:

@@ -20,6 +20,7 @@ from urllib3.exceptions import HTTPError
 from backend.errors import SettingsError
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+UNICAST = ipaddress.ip_network("2000::/3")  # all that is given out of IPv6; other forms may carry an IPv4 address
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
@@ -35,6 +36,7 @@ def is_public(address: Address) -> bool:
             carried = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
         if carried:
             return is_public(carried)
+        return address.is_global and address in UNICAST
     return address.is_global and not address.is_multicast
 
 

@@ -30,7 +30,8 @@ for i = 4, #ARGV do
   local old = redis.call('HGET', KEYS[1], ARGV[i])
   local way, at = '', '-1'
   if old then way, at = string.match(old, '(%a+) (.+)') end
-  if tonumber(at) >= tonumber(ARGV[3]) and (ARGV[1] == 'pushing' or way ~= 'pull') then
+  local recent = tonumber(at) >= tonumber(ARGV[3])
+  if (recent and (ARGV[1] == 'pushing' or way ~= 'pull')) or (way == 'pushing' and ARGV[1] == 'pushing') then
     answers[i - 3] = way
   else
     redis.call('HSET', KEYS[1], ARGV[i], ARGV[1] .. ' ' .. ARGV[2])

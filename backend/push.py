@@ -9,12 +9,13 @@ import itertools
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from redis import Redis
 
-from backend.errors import QueueUnavailable, StudioAway, StudioError
+from backend.errors import QueueUnavailable, StudioAway, StudioError, StudioRefused
 from backend.outbox import PULL, PUSHED, PUSHING, Entry, Outbox
 from backend.queues import PredictQueue, redis_errors
 from backend.studio import Studio
@@ -25,6 +26,7 @@ LOOK_AT = 100  # chunks from the head of the outbox at a time
 BATCH = 500  # predictions in one import; Label Studio inserts as many at once
 PAUSE = 1.0  # s between looks
 LONGEST_PAUSE = 15  # s between attempts while Label Studio is away
+MOST_ATTEMPTS = 3  # at a chunk that fails as a whole
 LONGEST = 3 * 24 * 3600  # s that a chunk may wait for its answers or for Label Studio
 SETTLE = 20  # s until we look what became of an import that Label Studio did not answer
 LEASE_KEY, LEASE = "gdino:pusher", 90  # s, longer than an import may take
@@ -39,16 +41,16 @@ class Pusher:
         self._connection, self._studio, self._name = connection, studio, name
         self._queue, self._outbox = PredictQueue(connection), Outbox(connection)
         self._known: set[str] = set()  # projects that were compared with Label Studio's
+        self._attempts: Counter[str] = Counter()  # at chunks that failed
 
     def run(self, stop: threading.Event) -> None:
         """Pushes until `stop` is set, whatever goes away meanwhile."""
         failures, pause = 0, PAUSE
         while not stop.wait(pause):
             try:
-                if self._has_lease():
-                    self.step()
+                self.step()
                 failures, pause = 0, PAUSE
-            except (StudioAway, QueueUnavailable) as error:
+            except (StudioAway, StudioRefused, QueueUnavailable) as error:
                 failures += 1
                 pause = SETTLE if isinstance(error, StudioAway) and error.reached else min(2**failures, LONGEST_PAUSE)
                 log.warning("%s; trying again in %g s", error, pause)
@@ -66,46 +68,57 @@ class Pusher:
 
         Raises:
             StudioAway: Label Studio does not answer.
+            StudioRefused: it refuses the key.
             QueueUnavailable: Redis does not answer.
         """
-        entries = self._outbox.first(LOOK_AT)
-        self._give_up([entry for entry in entries if time.time() - entry.since > LONGEST])
-        finished = [
-            (entry, answers) for entry in entries if (answers := self._queue.answers(entry.payload)) is not None
-        ]
-        by_target = itertools.groupby(sorted(finished, key=_target), key=_target)
-        for (project, version), rows in by_target:
+        if not self._has_lease():
+            return
+        finished = []
+        for entry in self._outbox.first(LOOK_AT):
+            if (answers := self._answers(entry)) is not None:
+                finished.append((entry, answers))
+        for (project, version), rows in itertools.groupby(sorted(finished, key=_target), key=_target):
             for batch in _batches(list(rows)):
-                self._has_lease()
-                self._push_batch(project, version, batch)
+                if self._has_lease():
+                    self._push_batch(project, version, batch)
 
-    def _give_up(self, entries: Sequence[Entry]) -> None:
-        for entry in entries:
-            log.error("project %s: a chunk of %d tasks is given up", entry.project, len(entry.payload["tasks"]))
-        self._outbox.remove(entries)
+    def _answers(self, entry: Entry) -> list[Prediction] | None:
+        """What the chunk was answered; None while it was not, or if it never will be."""
+        answers = self._queue.answers(entry.payload)
+        if answers is None and self._queue.has_failed(entry.payload):
+            self._attempts[entry.chunk] += 1
+            if self._attempts[entry.chunk] >= MOST_ATTEMPTS or time.time() - entry.since > LONGEST:
+                log.error("project %s: %d tasks fail in the worker", entry.project, len(entry.payload["tasks"]))
+                self._outbox.remove([entry])
+            else:
+                self._queue.enqueue([entry.payload])
+        return answers
 
     def _push_batch(self, project: str, version: str, batch: Sequence[tuple[Entry, list[Prediction]]]) -> None:
         entries = [entry for entry, _ in batch]
         try:
             if self._is_known(entries[0]):
                 self._deliver(project, version, batch)
-        except StudioAway:
+        except (StudioAway, StudioRefused, QueueUnavailable):
             raise
-        except StudioError as error:
-            log.error("project %s: %s", project, error)
+        except Exception as error:  # one odd batch must not hold up the others
+            log.error("project %s: %d chunks cannot be pushed: %s", project, len(entries), error)
         self._outbox.remove(entries)
 
     def _is_known(self, entry: Entry) -> bool:
         """Whether Label Studio's project of this number holds the very task that was sent to us."""
-        if entry.project not in self._known:
-            task = entry.payload["tasks"][0]
-            theirs = self._studio.task_data(entry.project, task["id"]) or {}
-            if any(theirs.get(field) != value for field, value in task["data"].items()):
-                log.error("project %s at LABEL_STUDIO_URL is not the one that asks; nothing is pushed", entry.project)
-                self._outbox.mark_strange(entry.project)
-                return False
-            self._known.add(entry.project)
-        return True
+        if entry.project in self._known:
+            return True
+        for task in entry.payload["tasks"]:
+            theirs = self._studio.task_data(entry.project, task["id"])
+            if theirs is None:
+                continue  # deleted meanwhile, or another Label Studio: the next one tells
+            if all(theirs.get(field) == value for field, value in task["data"].items()):
+                self._known.add(entry.project)
+                return True
+        log.error("project %s at LABEL_STUDIO_URL is not the one that asks; nothing is pushed", entry.project)
+        self._outbox.mark_strange(entry.project)
+        return False
 
     def _deliver(self, project: str, version: str, batch: Sequence[tuple[Entry, list[Prediction]]]) -> None:
         since = min(entry.since for entry, _ in batch)
@@ -116,8 +129,8 @@ class Pusher:
         ours = [task for task, way in ways.items() if way not in (PULL, PUSHED)]
         try:
             self._import(project, [wanted[task] for task in ours if task not in there])
-        except StudioAway as error:
-            if not error.reached:
+        except (StudioAway, StudioRefused) as error:
+            if not getattr(error, "reached", False):
                 self._outbox.release(project, version, ours)
             raise
         self._outbox.settle(project, version, ours, time.time())
@@ -126,9 +139,11 @@ class Pusher:
         """Stores predictions; one that Label Studio refuses is left out, and the others are stored."""
         if not predictions:
             return
+        if not self._has_lease():
+            raise StudioAway("another pusher has taken over")
         try:
             created = self._studio.import_predictions(project, predictions)
-        except StudioAway:
+        except (StudioAway, StudioRefused):
             raise
         except StudioError as error:
             if len(predictions) == 1:

@@ -30,6 +30,8 @@ PREDICT = "predict"
 PREDICT_FUNCTION = "backend.jobs.predict"
 ALLOWED = (PREDICT_FUNCTION,)
 
+CHUNK_KEY = "gdino:chunk:"  # + job id -> hash of a chunk over which a worker died: deaths, at, and answers by number
+TO_FRONT = "if redis.call('LREM', KEYS[1], 1, ARGV[1]) == 1 then redis.call('LPUSH', KEYS[1], ARGV[1]) end"
 READY_KEY = "gdino:ready:"  # + worker name -> its batch size; a worker with its model loaded keeps it alive
 READY_TTL = 10  # s; a killed worker counts as gone after this
 BATCH_SIZE = 4  # pictures in one job while no worker has said what it wants
@@ -135,6 +137,8 @@ class PredictQueue:
                 return self._enqueue_new(job_id, payload, at_front)
             except DuplicateJobError:
                 if job := self._still_good(job_id):
+                    if at_front:
+                        self._to_front(job_id)
                     return job
         raise QueueUnavailable("others keep taking the same job away; ask again")
 
@@ -147,7 +151,12 @@ class PredictQueue:
         if result is None or _is_well_answered(result):
             return job
         job.delete()
+        self._connection.delete(CHUNK_KEY + job_id)  # what a worker kept of it before it died
         return None
+
+    def _to_front(self, job_id: str) -> None:
+        """An annotator does not wait behind the bulk that asked for the same before."""
+        self._connection.eval(TO_FRONT, 1, self._queue.key, job_id)
 
     def _fetch(self, job_id: str) -> Job | None:
         try:
@@ -188,7 +197,7 @@ class PredictQueue:
                     time.sleep(SOON)
 
     def answers(self, payload: dict[str, Any]) -> list[dict[str, Any]] | None:
-        """What a chunk was answered, None while it was not; one that failed or is gone is put into the queue again.
+        """What a chunk was answered, errors of its tasks included; None while it was not.
 
         Raises:
             QueueUnavailable: Redis does not answer.
@@ -196,11 +205,18 @@ class PredictQueue:
         with redis_errors():
             job = self._fetch(chunk_id(payload))
             result = _final_result(job) if job else None
-        if result and result.return_value:
-            return list(result.return_value["answers"])
-        if result or not job:
-            self.enqueue([payload])
-        return None
+        return list(result.return_value["answers"]) if result and result.return_value else None
+
+    def has_failed(self, payload: dict[str, Any]) -> bool:
+        """Whether a chunk failed as a whole, or is not there.
+
+        Raises:
+            QueueUnavailable: Redis does not answer.
+        """
+        with redis_errors():
+            job = self._fetch(chunk_id(payload))
+            result = _final_result(job) if job else None
+        return job is None or (result is not None and not result.return_value)
 
     def waiting(self) -> int:
         """How many chunks wait.

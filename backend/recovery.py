@@ -20,11 +20,10 @@ from rq.job import Job, JobStatus
 from rq.registry import StartedJobRegistry
 
 from backend.errors import WorkerDied
-from backend.queues import READY_KEY, READY_TTL, RESULT_TTL, predict_queue
+from backend.queues import CHUNK_KEY, READY_KEY, READY_TTL, RESULT_TTL, predict_queue
 
 log = logging.getLogger(__name__)
 
-CHUNK_KEY = "gdino:chunk:"  # + job id -> hash of a chunk that was lost: deaths, at, and answers by number
 LOCK_KEY, LOCK_MS = "gdino:recovery", 1500
 MOST_DEATHS = 20  # of workers over one chunk, before what is left of it fails
 
@@ -42,19 +41,27 @@ class LostChunk:
 
     def begin(self, number: int) -> None:
         """Notes that the task of this number is in hand."""
-        self._connection.hset(self._key, "at", number)
+        with self._connection.pipeline() as pipeline:
+            pipeline.hset(self._key, "at", number)
+            pipeline.expire(self._key, RESULT_TTL)
+            pipeline.execute()
 
     def keep(self, number: int, answer: Mapping[str, Any]) -> None:
         """Keeps the task's answer for the next worker, should this one die."""
         with self._connection.pipeline() as pipeline:
             pipeline.hset(self._key, str(number), json.dumps(answer))
             pipeline.hdel(self._key, "at")
+            pipeline.expire(self._key, RESULT_TTL)
             pipeline.execute()
 
     def answers(self) -> dict[int, dict[str, Any]]:
         """Answers by number of the task."""
         rows: dict[bytes, bytes] = self._connection.hgetall(self._key)  # type: ignore[assignment]
         return {int(number): json.loads(answer) for number, answer in rows.items() if number.isdigit()}
+
+    def forget(self) -> None:
+        """All is answered: another run begins anew."""
+        self._connection.delete(self._key)
 
     def record_death(self) -> None:
         """Counts a dead worker; the task that it had in hand, if it had just one, is answered with an error."""
@@ -95,9 +102,10 @@ class Recovery:
         registry: StartedJobRegistry = self._queue.started_job_registry
         for job_id, execution_id in registry.get_job_and_execution_ids(cleanup=False):
             job = self._fetch(job_id)
-            if job is None or not self._is_alive(job.worker_name):
-                self._requeue(job)
-                self._connection.zrem(registry.key, f"{job_id}:{execution_id}")
+            if job and (job.get_status(refresh=False) is JobStatus.QUEUED or self._is_alive(job.worker_name)):
+                continue  # about to begin, or at work
+            self._requeue(job)
+            self._connection.zrem(registry.key, f"{job_id}:{execution_id}")
         self._requeue_taken()
 
     def _requeue(self, job: Job | None) -> None:

@@ -34,7 +34,7 @@ def speed_up(model: Any) -> None:
     """Replaces what is worth it in a Grounding DINO of either class, in place, for inference where it now lies."""
     if model.device.type == "cuda":
         speed_up_gpu(model)
-    elif sum(weight.numel() for weight in model.parameters()) >= LARGE:
+    elif model.device.type == "cpu" and sum(weight.numel() for weight in model.parameters()) >= LARGE:
         speed_up_cpu(model)
 
 
@@ -50,13 +50,7 @@ def speed_up_cpu(model: Any) -> None:
 
 def speed_up_gpu(model: Any) -> None:
     """Exact up to the rounding of the precision that autocast gives; boxes, scores and fusion stay in float32."""
-    try:
-        from backend.deformable_gpu import sample
-    except ImportError:
-        log.warning("no Triton: deformable attention runs as transformers has it, slower")
-        _replace_attention(model, None)
-    else:
-        _replace_attention(model, sample)
+    _replace_attention(model, _gpu_sample(model.device))
     for layer in model.model.encoder.layers:
         layer.fusion_layer.attn = FullPrecision(layer.fusion_layer.attn)
     for heads in (model.bbox_embed, model.class_embed, model.model.decoder.bbox_embed):
@@ -64,6 +58,26 @@ def speed_up_gpu(model: Any) -> None:
             heads[i] = FullPrecision(head)
     model.model.encoder_output_bbox_embed = FullPrecision(model.model.encoder_output_bbox_embed)
     model.model.encoder_output_class_embed = FullPrecision(model.model.encoder_output_class_embed)
+
+
+def _gpu_sample(device: torch.device) -> Callable[..., Tensor] | None:
+    """Our kernel; None, with a line in the log, where Triton is missing or cannot build it."""
+    try:
+        from backend.deformable_gpu import sample
+
+        shapes, starts = torch.tensor([[2, 2]], device=device), torch.tensor([0], device=device)
+        numbers = {
+            "values": (1, 4, 16),
+            "reference": (1, 4, 1, 2),
+            "offsets": (1, 4, 1, 1, 4, 2),
+            "logits": (1, 4, 1, 4),
+        }
+        arguments = {name: torch.rand(size, device=device) for name, size in numbers.items()}
+        sample(**arguments, shapes=shapes, starts=starts)
+    except Exception as error:  # whatever a compiler that is missing or broken leads to
+        log.warning("no Triton that works (%s): deformable attention runs slower", type(error).__name__)
+        return None
+    return sample
 
 
 def _replace_attention(model: Any, sample: Callable[..., Tensor] | None) -> None:

@@ -18,7 +18,7 @@ import requests
 from urllib3.exceptions import NewConnectionError
 from urllib3.util import parse_url
 
-from backend.errors import StudioAway, StudioError
+from backend.errors import StudioAway, StudioError, StudioRefused
 
 TIMEOUT = (3, 10)  # seconds to connect, and between bytes
 IMPORT_TIMEOUT = (3, 60)
@@ -79,8 +79,10 @@ class Studio:
 
     def _exchange(self) -> str:
         reply = self._send("POST", "/api/token/refresh", {}, json={"refresh": self._api_key})
+        if reply.status_code >= 500 or reply.status_code == 429:
+            raise StudioAway(f"Label Studio cannot answer now (HTTP {reply.status_code})", reached=False)
         if reply.status_code != 200:
-            raise StudioError(
+            raise StudioRefused(
                 f"Label Studio refused LABEL_STUDIO_API_KEY (HTTP {reply.status_code}); "
                 "make a new personal access token in Account & Settings"
             )
@@ -152,6 +154,8 @@ class Studio:
         reply = self._send(method, path, self.headers(self.url), **options)
         if reply.status_code >= 500 or reply.status_code == 429:
             raise StudioAway(f"Label Studio cannot answer now (HTTP {reply.status_code})")
+        if reply.status_code in (401, 403):
+            raise StudioRefused(f"Label Studio refused LABEL_STUDIO_API_KEY for {path} (HTTP {reply.status_code})")
         if not reply.ok:
             raise StudioError(f"Label Studio refused {method} {path} (HTTP {reply.status_code}): {reply.text[:200]}")
         try:

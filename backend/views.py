@@ -14,7 +14,8 @@ from typing import Any
 from backend.errors import LabelingConfigError
 from backend.labeling import Control, Label, Plan, clean_phrase, words
 
-PATH = re.compile(r"\$([\w$]+(?:\.\w+|\[\d+\])*)")
+PATH = re.compile(r"\$([\w$]+(?:\.\w+|\[[0-9]{1,9}\])*)")
+INDEX = re.compile(r"[0-9]{1,9}")
 FIELD = re.compile(r"\$(\w+)")
 
 
@@ -74,13 +75,14 @@ def _typed(names: Sequence[str], result: Sequence[Any], field: str) -> list[Any]
     return [item for item in flat if isinstance(item, str if field == "text" else (int, float))]
 
 
-def views(plan: Plan, data: Mapping[str, Any], prompt: Prompt | None = None) -> list[View]:
-    """What is looked at in a task, in the order of the config.
+def views(plan: Plan, data: Mapping[str, Any], prompt: Prompt | None = None) -> Iterator[View]:
+    """What is looked at in a task, in the order of the config, one by one: a task may list a million pages.
 
     Raises:
         LabelingConfigError: there is nothing to look for, and the text says what is missing.
     """
-    return [view for control in plan.controls for view in _of_control(plan, control, data, prompt)]
+    for control in plan.controls:
+        yield from _of_control(plan, control, data, prompt)
 
 
 def _of_control(plan: Plan, control: Control, data: Mapping[str, Any], prompt: Prompt | None) -> Iterator[View]:
@@ -124,7 +126,7 @@ def _at(path: str, data: Any) -> Any:
     for key in re.findall(r"[\w$]+", path):
         if isinstance(data, Mapping):
             data = data.get(key)
-        elif isinstance(data, list) and key.isdigit() and int(key) < len(data):
+        elif isinstance(data, list) and INDEX.fullmatch(key) and int(key) < len(data):
             data = data[int(key)]
         else:
             return None

@@ -34,6 +34,15 @@ class Watchdog:
         finally:
             self._last = None
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Does not watch what is done inside, which has a limit of its own."""
+        was, self._last = self._last, None
+        try:
+            yield
+        finally:
+            self._last = time.monotonic() if was is not None else None
+
     def beat(self) -> None:
         """A sign of life; means nothing while nothing is watched."""
         if self._last is not None:

@@ -62,7 +62,7 @@ def test_an_example(example: tuple[str, ...], tools: jobs.Tools) -> None:
     data = json.loads(text)
     plan = read_plan(config, 0.3, 0.7)
     row = _row({"id": 1, "data": with_pictures(data)}, plan, context(data))
-    seen = views(plan, row["data"], jobs.Prompt.from_dict(row["prompt"]) if "prompt" in row else None)
+    seen = list(views(plan, row["data"], jobs.Prompt.from_dict(row["prompt"]) if "prompt" in row else None))
     phrases = [phrase for label in seen[0].asked.labels for phrase in label.phrases]
     assert " . ".join([*phrases, *seen[0].asked.negatives]) + " ." == caption
     payload = {"plan": plan.to_dict(), "model_version": "v", "fingerprint": tools.fingerprint, "tasks": [row]}

@@ -1,4 +1,6 @@
+import contextlib
 import json
+import time
 
 import pytest
 from hypothesis import given
@@ -129,3 +131,20 @@ def test_a_config_that_cannot_be_read_says_why(xml: str, reason: str) -> None:
 def test_a_plan_survives_json() -> None:
     plan = read_plan(config('<Label value="a" predicted_values="x, y"/><Label value="b" alias="c"/>'), 0.3, 0.7)
     assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        '<RectangleLabels name="l" toName="' + "i," * 400 + '">' + '<Label value="a"/>' * 300 + "</RectangleLabels>",
+        '<Rectangle name="r" toName="i"/><Labels name="l" toName="i"><Label value="a"/></Labels>' * 4000,
+        '<Repeater on="$x">' * 100
+        + '<RectangleLabels name="l" toName="i"><Label value="a"/></RectangleLabels>' * 500
+        + "</Repeater>" * 100,
+    ],
+)
+def test_a_config_that_would_explode_is_quick(body: str) -> None:
+    start = time.monotonic()
+    with contextlib.suppress(LabelingConfigError):
+        read_plan(f'<View><Image name="i" value="$i"/>{body}</View>', 0.3, 0.7)
+    assert time.monotonic() - start < 1

@@ -32,6 +32,10 @@ from tests.running import http_server, reply
         ("::ffff:8.8.8.8", True),
         ("64:ff9b::a9fe:a9fe", False),  # NAT64 of 169.254.169.254
         ("2002:7f00:1::", False),  # 6to4 of 127.0.0.1
+        ("fec0::1", False),
+        ("64:ff9b:1::7f00:1", False),
+        ("::7f00:1", False),
+        ("::ffff:0:7f00:1", False),
     ],
 )
 def test_what_is_public(address: str, public: bool) -> None:

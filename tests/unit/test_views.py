@@ -5,10 +5,15 @@ import pytest
 
 from backend.errors import LabelingConfigError
 from backend.labeling import Plan, read_plan
-from backend.views import Prompt, View, read_prompt, value_of, views
+from backend.views import Prompt, View, read_prompt, value_of
+from backend.views import views as lazily
 
 BOXES = '<RectangleLabels name="box" toName="img">{}</RectangleLabels>'
 PROMPT = '<TextArea name="prompt" toName="img"/><Number name="box_threshold" toName="img"/>'
+
+
+def views(*arguments: Any) -> list[View]:
+    return list(lazily(*arguments))
 
 
 def plan(body: str, image: str = '<Image name="img" value="$image"/>') -> Plan:
@@ -39,6 +44,8 @@ def typed(text: list[str], number: float | None = None) -> dict[str, Any]:
         ("$a.b.c", None),
         ("http://host/$n.jpg", "http://host/12.jpg"),
         ("plain", "plain"),
+        ("$a.b.²", None),
+        ("$a.b." + "9" * 5000, None),
     ],
 )
 def test_values_as_configs_have_them(template: str, value: Any) -> None:
