@@ -53,3 +53,10 @@ def test_make_targets_in_the_documents_exist() -> None:
     for document in DOCUMENTS:
         named = re.findall(r"`make ([a-z0-9-]+)", document.read_text())
         assert set(named) <= targets, document
+
+
+def test_the_tests_that_the_security_page_names_exist() -> None:
+    named = re.findall(r"`(\w+/test_\w+\.py)::(test_\w+)`", (ROOT / "docs" / "security.md").read_text())
+    assert len(named) > 10
+    for path, test in named:
+        assert f"def {test}(" in (ROOT / "tests" / path).read_text(), test

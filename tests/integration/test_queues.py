@@ -120,3 +120,20 @@ def test_events_are_kept_in_order(connection: Redis) -> None:
     for number in range(3):
         record_event(connection, {"number": number})
     assert [json.loads(entry[b"event"])["number"] for _, entry in connection.xrange(EVENTS_KEY)] == [0, 1, 2]
+
+
+def test_an_annotator_overtakes_the_same_chunk_of_a_bulk(connection: Redis) -> None:
+    queue = PredictQueue(connection)
+    payloads = [{"tasks": [{"id": number}]} for number in range(3)]
+    jobs = queue.enqueue(payloads)
+    queue.enqueue(payloads[2:], at_front=True)
+    waiting = Queue(PREDICT, connection=connection, serializer=JSONSerializer).job_ids
+    assert waiting == [jobs[2].id, jobs[0].id, jobs[1].id]
+
+
+def test_jobs_are_as_large_as_the_smallest_worker_wants(connection: Redis) -> None:
+    queue = PredictQueue(connection)
+    assert queue.batch_size() == 4
+    for name, size in (("a", 16), ("b", 8)):
+        connection.set(READY_KEY + name, size)
+    assert queue.batch_size() == 8

@@ -8,6 +8,7 @@ from redis import Redis
 from rq.executions import prepare_execution
 from rq.intermediate_queue import IntermediateQueue
 from rq.job import Job
+from rq.results import Result
 
 from backend import recovery
 from backend.queues import PREDICT_FUNCTION, READY_KEY, PredictQueue, connect, predict_queue
@@ -87,3 +88,15 @@ def test_the_task_in_hand_at_a_second_death_is_left_out(connection: Redis) -> No
     assert chunk.deaths == 2
     assert chunk.answers()[0] == {"result": []}
     assert chunk.answers()[1]["error"]["code"] == "worker_died"
+
+
+def test_what_a_dead_worker_kept_does_not_answer_the_next_asking(connection: Redis) -> None:
+    queue = PredictQueue(connection)
+    (job,) = queue.enqueue([{"tasks": [{"id": 1}]}])
+    chunk = LostChunk(connection, job.id)
+    chunk.record_death()
+    chunk.keep(0, {"error": {"code": "image", "detail": "HTTP 503"}})
+    Result.create(job, Result.Type.SUCCESSFUL, 60, return_value={"answers": [{"error": {}}]})
+    queue.enqueue([{"tasks": [{"id": 1}]}])
+    assert chunk.deaths == 0
+    assert chunk.answers() == {}

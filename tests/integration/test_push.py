@@ -1,0 +1,158 @@
+"""What the pusher does when chunks or Label Studio misbehave; how it works with the real one is in tests/e2e/test_push.py."""
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
+from typing import Any
+
+import pytest
+from redis import Redis
+from rq.results import Result
+
+from backend.errors import StudioAway, StudioRefused
+from backend.outbox import Outbox
+from backend.push import MOST_ATTEMPTS, Pusher
+from backend.queues import PredictQueue, connect
+from backend.settings import Settings
+from backend.studio import Studio
+from model import GroundingDINO
+from tests.pictures import config_for, scenes
+from tests.running import http_server, reply
+
+PAYLOAD = {"tasks": [{"id": 1, "data": {"image": "a"}}, {"id": 2, "data": {"image": "b"}}], "model_version": "v"}
+ANSWERS = {"answers": [{"result": [], "score": 0.0, "model_version": "v"}] * 2}
+
+
+@pytest.fixture
+def connection(redis_url: str) -> Iterator[Redis]:
+    client = connect(redis_url)
+    client.flushdb()
+    yield client
+    client.flushdb()
+
+
+class Stub:
+    """Answers as Label Studio does; `status` is what an import gets, and tasks in `bad` spoil it."""
+
+    def __init__(self) -> None:
+        self.imported: list[int] = []
+        self.status, self.bad, self.data = 201, set[int](), {1: "a", 2: "b"}
+
+    def __call__(self, request: BaseHTTPRequestHandler) -> None:
+        body = request.rfile.read(int(request.headers.get("Content-Length") or 0))
+        if request.path.endswith("/import/predictions"):
+            rows = [row["task"] for row in json.loads(body)]
+            refused = 400 if self.bad & set(rows) else self.status
+            if refused == 201:
+                self.imported += rows
+            reply(request, json.dumps({"created": len(rows)}).encode(), refused)
+        elif request.path.startswith("/api/predictions"):
+            task = int(request.path.split("task=")[1])
+            reply(request, json.dumps([{"model_version": "v"}] * self.imported.count(task)).encode())
+        else:
+            number = next(n for n in (1, 2) if f"%22value%22%3A+{n}%7D" in request.path)
+            tasks = [{"id": number, "data": {"image": self.data[number]}}] if number in self.data else []
+            reply(request, json.dumps({"tasks": tasks}).encode())
+
+
+@pytest.fixture
+def stub() -> Stub:
+    return Stub()
+
+
+@pytest.fixture
+def pusher(connection: Redis, stub: Stub) -> Iterator[Pusher]:
+    with http_server(stub) as url:
+        yield Pusher(connection, Studio(url, "key"), "me")
+
+
+def finish(connection: Redis, value: Any = ANSWERS, kind: Any = Result.Type.SUCCESSFUL) -> None:
+    Outbox(connection).add("1", [PAYLOAD], since=1e9)
+    (job,) = PredictQueue(connection).enqueue([PAYLOAD])
+    Result.create(job, kind, 60, return_value=value)
+
+
+def test_what_is_finished_is_pushed_once(connection: Redis, pusher: Pusher, stub: Stub) -> None:
+    finish(connection)
+    pusher.step()
+    pusher.step()
+    assert stub.imported == [1, 2]
+    assert len(Outbox(connection)) == 0
+
+
+def test_a_refused_prediction_is_left_out_and_the_others_are_stored(
+    pusher: Pusher, connection: Redis, stub: Stub
+) -> None:
+    stub.bad = {1}
+    finish(connection)
+    pusher.step()
+    assert stub.imported == [2]
+
+
+@pytest.mark.parametrize(("status", "error"), [(502, StudioAway), (401, StudioRefused), (429, StudioAway)])
+def test_nothing_is_thrown_away_while_label_studio_refuses(
+    connection: Redis, pusher: Pusher, stub: Stub, status: int, error: type[Exception]
+) -> None:
+    stub.status = status
+    finish(connection)
+    with pytest.raises(error):
+        pusher.step()
+    stub.status = 201
+    pusher.step()
+    assert stub.imported == [1, 2]
+
+
+def test_an_import_whose_answer_was_lost_is_looked_up(connection: Redis, pusher: Pusher, stub: Stub) -> None:
+    stub.status = 502
+    finish(connection)
+    with pytest.raises(StudioAway):
+        pusher.step()
+    stub.imported = [1]  # it did more than it said
+    stub.status = 201
+    pusher.step()
+    assert sorted(stub.imported) == [1, 2]
+
+
+def test_a_deleted_first_task_does_not_make_a_project_strange(connection: Redis, pusher: Pusher, stub: Stub) -> None:
+    del stub.data[1]
+    finish(connection)
+    pusher.step()
+    assert stub.imported == [1, 2]
+    assert not Outbox(connection).is_strange("1")
+
+
+def test_another_project_of_the_same_number_is_left_alone(connection: Redis, pusher: Pusher, stub: Stub) -> None:
+    stub.data = {1: "other", 2: "other"}
+    finish(connection)
+    pusher.step()
+    assert stub.imported == []
+    assert Outbox(connection).is_strange("1")
+
+
+def test_a_chunk_that_fails_as_a_whole_is_given_up(connection: Redis, pusher: Pusher) -> None:
+    for _ in range(MOST_ATTEMPTS):
+        assert len(Outbox(connection)) in (0, 1)
+        finish(connection, value=None, kind=Result.Type.FAILED)
+        pusher.step()
+    assert len(Outbox(connection)) == 0
+
+
+def test_only_one_pusher_pushes(connection: Redis, pusher: Pusher, stub: Stub) -> None:
+    finish(connection)
+    Pusher(connection, Studio("http://127.0.0.1:1", "key"), "other")._has_lease()
+    pusher.step()
+    assert stub.imported == []
+
+
+def test_interactive_work_is_neither_claimed_nor_pushed(connection: Redis, redis_url: str) -> None:
+    settings = Settings(
+        model="demo", redis_url=redis_url, predict_deadline=1, label_studio_url="http://ls", label_studio_api_key="k"
+    )
+    plugin = GroundingDINO("1", config_for(scenes(1)), settings)
+    tasks = [{"id": 1, "data": {"image": "a"}}]
+    plugin.predict(tasks, context={"result": []})
+    assert len(Outbox(connection)) == 0
+    plugin.predict(tasks)
+    assert len(Outbox(connection)) == 1  # missed its deadline
+    assert threading.active_count() < 50
