@@ -10,7 +10,7 @@ from rq.results import Result
 from rq.serializers import JSONSerializer
 
 from backend.errors import QueueUnavailable
-from backend.queues import EVENTS_KEY, PREDICT, AllowedJob, PredictQueue, connect, record_event
+from backend.queues import EVENTS_KEY, PREDICT, READY_KEY, AllowedJob, PredictQueue, connect, record_event
 
 PAYLOAD = {"tasks": [{"id": 1, "data": {"image": "http://x/?token=s3cret"}}], "plan": {"controls": []}}
 
