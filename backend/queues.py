@@ -39,7 +39,7 @@ EVENTS_KEY = "gdino:events"  # stream of annotation events, oldest first
 MAX_EVENTS = 1_000_000  # about 1 GB at 1 kB each; older ones are dropped
 PROJECTS_KEY = "gdino:projects"  # hash: project id -> model version given at /setup
 
-JOB_TIMEOUT = 600  # s; a chunk is about a second of work, but a first download or a slow CPU may take long
+JOB_TIMEOUT = 3600  # s; a task of 500 pages on a CPU takes as long, and the watchdog ends what hangs
 MOST_CHUNKS = 100_000  # waiting; about 300 MB of Redis
 RESULT_TTL = 3600  # s that the answers of a finished chunk are kept, for whoever asks for the same again
 ATTEMPTS = 3  # at putting a job in the place of one that others may be replacing too
