@@ -118,12 +118,6 @@ class Outbox:
                 rows = [word for task in tasks for word in (str(task), f"{PUSHED} {now}")]
                 self._connection.hset(f"{DELIVERED_KEY}{project}:{version}", items=rows)
 
-    def release(self, project: str, version: str, tasks: Sequence[int]) -> None:
-        """Takes claims back: nothing was delivered."""
-        if tasks:
-            with redis_errors():
-                self._connection.hdel(f"{DELIVERED_KEY}{project}:{version}", *map(str, tasks))
-
     def mark_strange(self, project: str) -> None:
         """Notes that the project of this number is another one at LABEL_STUDIO_URL; nothing is pushed there."""
         with redis_errors():

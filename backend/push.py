@@ -15,7 +15,7 @@ from typing import Any
 
 from redis import Redis
 
-from backend.errors import QueueUnavailable, StudioAway, StudioError, StudioRefused
+from backend.errors import BackendError, QueueUnavailable, StudioAway, StudioError, StudioRefused
 from backend.outbox import PULL, PUSHED, PUSHING, Entry, Outbox
 from backend.queues import PredictQueue, redis_errors
 from backend.studio import Studio
@@ -50,7 +50,7 @@ class Pusher:
             try:
                 self.step()
                 failures, pause = 0, PAUSE
-            except (StudioAway, StudioRefused, QueueUnavailable) as error:
+            except BackendError as error:
                 failures += 1
                 pause = SETTLE if isinstance(error, StudioAway) and error.reached else min(2**failures, LONGEST_PAUSE)
                 log.warning("%s; trying again in %g s", error, pause)
@@ -127,12 +127,7 @@ class Pusher:
         begun = [task for task, way in ways.items() if way == PUSHING]  # an import of which we never heard the end
         there = {task for task in begun if version in self._studio.versions_of(task)}
         ours = [task for task, way in ways.items() if way not in (PULL, PUSHED)]
-        try:
-            self._import(project, [wanted[task] for task in ours if task not in there])
-        except (StudioAway, StudioRefused) as error:
-            if not getattr(error, "reached", False):
-                self._outbox.release(project, version, ours)
-            raise
+        self._import(project, [wanted[task] for task in ours if task not in there])
         self._outbox.settle(project, version, ours, time.time())
 
     def _import(self, project: str, predictions: Sequence[Prediction]) -> None:
