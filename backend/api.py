@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
@@ -22,6 +23,7 @@ log = logging.getLogger(__name__)
 MAX_BODY = 250_000_000  # bytes; Label Studio's own limit for imports
 MOST_WAITING = 200  # below gunicorn's threads, so that /health always finds one
 SILENCE = 20.0  # s after which a waiting client gets a sign of life
+PROJECT = re.compile(r"[0-9]{1,18}")
 RETRY_AFTER = "30"  # s
 
 
@@ -124,7 +126,8 @@ def _is_task(task: Any) -> bool:
 def _project_id(project: Any) -> str:
     """The number in Label Studio's `<number>.<time of creation>`, or in the project object of a webhook."""
     number = project.get("id") if isinstance(project, Mapping) else project
-    return str(number or "").split(".")[0]
+    text = str(number or "").split(".")[0]
+    return text if PROJECT.fullmatch(text) else ""
 
 
 def _body() -> dict[str, Any]:

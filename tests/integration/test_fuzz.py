@@ -1,0 +1,108 @@
+"""Requests of Label Studio, mutated at random: never an error of ours, never a secret in an answer or in the log."""
+
+import copy
+import json
+import logging
+import os
+import random
+from typing import Any
+
+import pytest
+from flask.testing import FlaskClient
+
+from backend.api import create_app
+from backend.queues import PredictQueue, connect
+from backend.settings import Settings
+from model import GroundingDINO
+from tests.pictures import config_for, scenes
+
+REQUESTS = int(os.environ.get("FUZZ", "10000"))
+CANARY = "canary-0123456789abcdef"
+CONFIG = config_for(scenes(1)).replace("</View>", '<TextArea name="prompt" toName="image"/></View>')
+REGION = {
+    "id": "a",
+    "type": "rectanglelabels",
+    "from_name": "label",
+    "to_name": "image",
+    "value": {"x": 1, "text": ["b"]},
+}
+BASES: dict[str, dict[str, Any]] = {
+    "/setup": {
+        "project": "1.17",
+        "schema": CONFIG,
+        "hostname": "http://ls",
+        "access_token": CANARY,
+        "extra_params": None,
+    },
+    "/predict": {
+        "tasks": [{"id": 1, "data": {"image": "http://x/a.png"}, "annotations": [{"result": [REGION]}]}],
+        "project": "1.17",
+        "label_config": CONFIG,
+        "params": {"login": "l", "password": CANARY, "context": {"result": [REGION]}},
+    },
+    "/webhook": {
+        "action": "ANNOTATION_CREATED",
+        "annotation": {"id": 1, "result": [REGION], "task": 1},
+        "project": {"id": 1, "token": CANARY, "task_data_password": CANARY},
+    },
+}
+ODD: list[Any] = [
+    None, True, 0, -1, 10**30, 1.5, float("nan"), float("inf"), "", " ", "\0", "🙂", "\ud800", "a" * 10_000, [], {}, [[]],
+    [None], {"": {}}, "<View>", "<View/>", "<!DOCTYPE a><a/>", "$", "$a.²", "../../x", "http://[", "data:,", "s3://",
+]  # fmt: skip
+
+
+def mutate(value: Any, rng: random.Random) -> Any:
+    """The value with one thing in it changed."""
+    if isinstance(value, dict) and value and rng.random() < 0.8:
+        key = rng.choice(list(value))
+        if rng.random() < 0.15:
+            del value[key]
+        else:
+            value[key] = mutate(value[key], rng)
+        return value
+    if isinstance(value, list) and value and rng.random() < 0.8:
+        place = rng.randrange(len(value))
+        value[place] = mutate(value[place], rng)
+        return value * rng.choice([1, 1, 2])
+    if isinstance(value, str) and value and rng.random() < 0.5:
+        place = rng.randrange(len(value))
+        inserted = rng.choice(["", "<", "&", '"', "$", ".", ",", "\0", "9" * 50])
+        return value[:place] + inserted + value[place + 1 :]
+    return copy.deepcopy(rng.choice(ODD))
+
+
+def body_of(value: Any, rng: random.Random) -> bytes:
+    body = json.dumps(value).encode()
+    if rng.random() < 0.1:
+        place = rng.randrange(len(body))
+        body = body[:place] + bytes([rng.randrange(256)]) + body[place + 1 :]
+    return body[: rng.randrange(len(body))] if rng.random() < 0.05 else body
+
+
+@pytest.fixture
+def front(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> FlaskClient:
+    def too_late(*args: object) -> None:
+        raise TimeoutError  # no worker is there: do not wait for one 10,000 times
+
+    connect(redis_url).flushdb()
+    monkeypatch.setattr(PredictQueue, "wait", too_late)
+    return create_app(GroundingDINO, Settings(model="demo", redis_url=redis_url)).test_client()
+
+
+@pytest.mark.timeout(600)
+def test_mutated_requests(front: FlaskClient, caplog: pytest.LogCaptureFixture) -> None:
+    rng = random.Random(7)
+    caplog.set_level(logging.DEBUG)
+    for number in range(REQUESTS):
+        route = rng.choice(list(BASES))
+        value = copy.deepcopy(BASES[route])
+        for _ in range(rng.randrange(1, 4)):
+            value = mutate(value, rng)
+        body = body_of(value, rng)
+        answer = front.post(route, data=body, content_type="application/json")
+        assert answer.status_code in (200, 400, 404, 413, 422, 503), (number, route, body[:500], answer.text)
+        assert CANARY not in answer.text
+        assert "Traceback" not in answer.text
+        json.loads(answer.text)
+    assert CANARY not in caplog.text
