@@ -47,8 +47,8 @@ BASES: dict[str, dict[str, Any]] = {
     },
 }
 ODD: list[Any] = [
-    None, True, 0, -1, 10**30, 1.5, float("nan"), float("inf"), "", " ", "\0", "🙂", "\ud800", "a" * 10_000, [], {}, [[]],
-    [None], {"": {}}, "<View>", "<View/>", "<!DOCTYPE a><a/>", "$", "$a.²", "../../x", "http://[", "data:,", "s3://",
+    None, True, 0, -1, 10**30, 1.5, float("nan"), float("inf"), "", " ", "\0", "🙂", "\ud800", "a" * 10_000, [], {},
+    [[]], [None], {"": {}}, "<View>", "<View/>", "<!DOCTYPE a><a/>", "$", "$a.²", "../../x", "http://[", "data:,", "s3://",
 ]  # fmt: skip
 
 
