@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
+import sys
 import threading
 
 from redis import Redis
@@ -36,6 +38,7 @@ def run(settings: Settings) -> None:
     # beside our other data, not in /tmp: kept for the next start, and nobody else's to write
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(settings.model_dir.resolve() / "compiled"))
     tools = jobs.set_up(settings)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until RQ sets its own: whoever is ready can be stopped
     stop = threading.Event()
     beat = threading.Thread(
         target=_stay_ready, args=(connect(settings.redis_url), name, stop, tools.batch_size), daemon=True
