@@ -85,8 +85,7 @@ def _picture(settings: Settings, studio: Studio, project: str, plan: Plan) -> st
     task = studio.first_task(project)
     if task is None:
         raise BackendError("the project has no tasks")
-    hosts = [host for host in settings.allowed_image_hosts.split(",") if host.strip()]
-    sources = Sources(studio, settings.max_image_bytes, hosts, settings.local_files_document_root)
+    sources = Sources.from_settings(settings, studio)
     view = next(iter(views(plan, task["data"])), None)
     if view is None:
         raise BackendError("the task's list of pictures is empty or missing")

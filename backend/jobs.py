@@ -71,15 +71,10 @@ def set_up(settings: Settings) -> Tools:
     detector.batch_size = batch_size
     watchdog = Watchdog(settings.forward_timeout)
     detector.on_forward = watchdog.beat
-    images = Images(_sources(settings), settings.max_image_pixels, needed=detector.image_format.size)
+    sources = Sources.from_settings(settings, Studio(settings.label_studio_url, settings.label_studio_api_key))
+    images = Images(sources, settings.max_image_pixels, needed=detector.image_format.size)
     _tools = Tools(detector, images, checkpoint.fingerprint, batch_size, watchdog)
     return _tools
-
-
-def _sources(settings: Settings) -> Sources:
-    studio = Studio(settings.label_studio_url, settings.label_studio_api_key)
-    hosts = [host for host in settings.allowed_image_hosts.split(",") if host.strip()]
-    return Sources(studio, settings.max_image_bytes, hosts, settings.local_files_document_root)
 
 
 def _detector(settings: Settings, source: str) -> Detector:

@@ -20,6 +20,7 @@ from urllib3.exceptions import HTTPError
 
 from backend.errors import ImageError
 from backend.network import Allowed, BlockedAddress, guarded_session
+from backend.settings import Settings
 from backend.studio import Studio, never_connected, origin
 
 TIMEOUT = (3, 10)  # seconds to connect, and between bytes
@@ -57,6 +58,12 @@ class Sources:
         self._local_files = Path(local_files_root).resolve() if local_files_root else None
         self._session = guarded_session(Allowed([*allowed_hosts, *_host_and_port(studio.url)]))
         self._session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))  # cookies know hosts, but no ports
+
+    @classmethod
+    def from_settings(cls, settings: Settings, studio: Studio) -> Sources:
+        """As the settings say; raises as the constructor."""
+        hosts = [host for host in settings.allowed_image_hosts.split(",") if host.strip()]
+        return cls(studio, settings.max_image_bytes, hosts, settings.local_files_document_root)
 
     def read(self, uri: str, task: int | None = None) -> tuple[bytes, str]:
         """A file and its content type, empty where that is not known.

@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from redis import Redis
 
 from backend import private_redis
+from backend.queues import connect
 from backend.settings import Settings
 from tests.running import Served
 
@@ -42,6 +44,15 @@ def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A real, empty Redis that no worker serves."""
     with running_redis(tmp_path_factory.mktemp("redis")) as url:
         yield url
+
+
+@pytest.fixture
+def connection(redis_url: str) -> Iterator[Redis]:
+    """A client of an empty Redis."""
+    client = connect(redis_url)
+    client.flushdb()
+    yield client
+    client.flushdb()
 
 
 @pytest.fixture(scope="session")

@@ -1,22 +1,11 @@
 """Who may deliver a prediction, and what is kept until it is delivered."""
 
-from collections.abc import Iterator
-
 import pytest
 from redis import Redis
 
 from backend.outbox import PULL, PUSHED, PUSHING, Outbox
-from backend.queues import connect
 
 PAYLOADS = [{"tasks": [{"id": number}], "model_version": "v"} for number in range(3)]
-
-
-@pytest.fixture
-def connection(redis_url: str) -> Iterator[Redis]:
-    client = connect(redis_url)
-    client.flushdb()
-    yield client
-    client.flushdb()
 
 
 @pytest.fixture

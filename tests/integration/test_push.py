@@ -12,7 +12,7 @@ from rq.results import Result
 from backend.errors import StudioAway, StudioRefused
 from backend.outbox import Outbox
 from backend.push import MOST_ATTEMPTS, Pusher
-from backend.queues import PredictQueue, connect
+from backend.queues import PredictQueue
 from backend.settings import Settings
 from backend.studio import Studio
 from model import GroundingDINO
@@ -21,14 +21,6 @@ from tests.running import http_server, reply
 
 PAYLOAD = {"tasks": [{"id": 1, "data": {"image": "a"}}, {"id": 2, "data": {"image": "b"}}], "model_version": "v"}
 ANSWERS = {"answers": [{"result": [], "score": 0.0, "model_version": "v"}] * 2}
-
-
-@pytest.fixture
-def connection(redis_url: str) -> Iterator[Redis]:
-    client = connect(redis_url)
-    client.flushdb()
-    yield client
-    client.flushdb()
 
 
 class Stub:

@@ -15,13 +15,6 @@ from backend.queues import EVENTS_KEY, PREDICT, READY_KEY, AllowedJob, PredictQu
 PAYLOAD = {"tasks": [{"id": 1, "data": {"image": "http://x/?token=s3cret"}}], "plan": {"controls": []}}
 
 
-@pytest.fixture
-def connection(redis_url: str) -> Redis:
-    client = connect(redis_url)
-    client.flushdb()
-    return client
-
-
 def work(connection: Redis) -> None:
     """What a worker does with all that waits, in this process."""
     SimpleWorker([PREDICT], connection=connection, serializer=JSONSerializer, job_class=AllowedJob).work(

@@ -1,7 +1,6 @@
 """What RQ keeps of jobs in hand is what our recovery reads: a contract test for the pinned version."""
 
 import time
-from collections.abc import Iterator
 
 import pytest
 from redis import Redis
@@ -11,18 +10,10 @@ from rq.job import Job
 from rq.results import Result
 
 from backend import recovery
-from backend.queues import PREDICT_FUNCTION, READY_KEY, PredictQueue, connect, predict_queue
+from backend.queues import PREDICT_FUNCTION, READY_KEY, PredictQueue, predict_queue
 from backend.recovery import LostChunk, Recovery
 from backend.settings import Settings
 from backend.worker import _rq_worker
-
-
-@pytest.fixture
-def connection(redis_url: str) -> Iterator[Redis]:
-    client = connect(redis_url)
-    client.flushdb()
-    yield client
-    client.flushdb()
 
 
 def begin(connection: Redis, redis_url: str, worker: str) -> Job:
