@@ -84,8 +84,8 @@ class Pusher:
 
     def _answers(self, entry: Entry) -> list[Prediction] | None:
         """What the chunk was answered; None while it was not, or if it never will be."""
-        answers = self._queue.answers(entry.payload)
-        if answers is None and self._queue.has_failed(entry.payload):
+        answers, has_failed = self._queue.outcome(entry.payload)
+        if has_failed:
             self._attempts[entry.chunk] += 1
             if self._attempts[entry.chunk] >= MOST_ATTEMPTS or time.time() - entry.since > LONGEST:
                 log.error("project %s: %d tasks fail in the worker", entry.project, len(entry.payload["tasks"]))

@@ -196,8 +196,8 @@ class PredictQueue:
                 if time.monotonic() - start < SOON:  # the result of an earlier attempt is there and does not block
                     time.sleep(SOON)
 
-    def answers(self, payload: dict[str, Any]) -> list[dict[str, Any]] | None:
-        """What a chunk was answered, errors of its tasks included; None while it was not.
+    def outcome(self, payload: dict[str, Any]) -> tuple[list[dict[str, Any]] | None, bool]:
+        """What a chunk was answered, None while it was not, and whether it failed as a whole or is not there.
 
         Raises:
             QueueUnavailable: Redis does not answer.
@@ -205,18 +205,9 @@ class PredictQueue:
         with redis_errors():
             job = self._fetch(chunk_id(payload))
             result = _final_result(job) if job else None
-        return list(result.return_value["answers"]) if result and result.return_value else None
-
-    def has_failed(self, payload: dict[str, Any]) -> bool:
-        """Whether a chunk failed as a whole, or is not there.
-
-        Raises:
-            QueueUnavailable: Redis does not answer.
-        """
-        with redis_errors():
-            job = self._fetch(chunk_id(payload))
-            result = _final_result(job) if job else None
-        return job is None or (result is not None and not result.return_value)
+        if result and result.return_value:
+            return list(result.return_value["answers"]), False
+        return None, job is None or result is not None
 
     def waiting(self) -> int:
         """How many chunks wait.
