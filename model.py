@@ -5,6 +5,7 @@ The methods have the shapes of label-studio-ml 2.x. The model itself runs in the
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import threading
@@ -18,6 +19,7 @@ from redis import Redis
 from backend.errors import BackendError, LabelingConfigError, NotReady, QueueUnavailable
 from backend.labeling import Plan, read_plan
 from backend.outbox import PULL, Outbox
+from backend.private_redis import with_redis
 from backend.queues import PredictQueue, connect, known_versions, record_event, remember_version
 from backend.settings import Settings
 from backend.versions import Checkpoint, find_checkpoint
@@ -71,7 +73,7 @@ class GroundingDINO:
     ) -> None:
         self.project_id = project_id
         self.label_config = label_config or ""
-        self.settings = settings or Settings.from_env()
+        self.settings = settings or with_redis(Settings.from_env())
 
     @property
     def model_version(self) -> str:
@@ -109,7 +111,7 @@ class GroundingDINO:
         with DESK:
             chunks = self._chunks(tasks, self._plan(), context)
             jobs = self.queue.enqueue(chunks, at_front=len(tasks) == 1)
-        stored = context is None and self._can_push(tasks)  # Label Studio keeps no answer to interactive work
+        stored = not context and self._can_push(tasks)  # Label Studio keeps no answer to interactive work
         if stored and len(tasks) > self.settings.push_above:
             self._outbox.add(self._project, chunks, start)
             return [{"error": PUSHED_LATER.to_dict()}] * len(tasks)
@@ -189,6 +191,13 @@ class GroundingDINO:
         except QueueUnavailable:
             return [own]
 
+    def get(self, key: str) -> str | None:
+        """What label-studio-ml's own front asks a model for: its `model_version`."""
+        return self.model_version if key == "model_version" else None
+
+    def set_extra_params(self, extra_params: Any) -> None:
+        """Part of label-studio-ml's interface; the settings and the labeling config say all that is needed here."""
+
     def ready_workers(self) -> int:
         """Workers with their model loaded.
 
@@ -222,3 +231,9 @@ class GroundingDINO:
 
     def _plan(self) -> Plan:
         return read_plan(self.label_config, self.settings.box_threshold, self.settings.nms_iou)
+
+
+with contextlib.suppress(ImportError):  # label-studio-ml's `init_app` takes only what counts as its subclass
+    from label_studio_ml.model import LabelStudioMLBase
+
+    LabelStudioMLBase.register(GroundingDINO)

@@ -13,7 +13,7 @@ import click
 
 from backend import __version__
 from backend.errors import BackendError, SettingsError
-from backend.private_redis import URL_FILE
+from backend.private_redis import with_redis
 from backend.push import Pusher
 from backend.queues import connect, worker_name
 from backend.serve import gunicorn_command, stop_on_signals
@@ -46,17 +46,6 @@ def _settings(options: dict[str, str | None]) -> Settings:
     return settings
 
 
-def _with_redis(settings: Settings) -> Settings:
-    """Settings with a REDIS_URL: the one given, else that of the server that runs in MODEL_DIR."""
-    if settings.redis_url:
-        return settings
-    try:
-        url = (settings.model_dir / URL_FILE).read_text()
-    except OSError:
-        raise SettingsError(f"set REDIS_URL; no server runs in MODEL_DIR={settings.model_dir} either") from None
-    return dataclasses.replace(settings, redis_url=url)
-
-
 @click.group()
 @click.version_option(__version__)
 def cli() -> None:
@@ -74,7 +63,7 @@ def serve(**options: str | None) -> None:
 @settings_options
 def web(**options: str | None) -> None:
     """Run the web front alone, with REDIS_URL or beside a running server."""
-    settings = _with_redis(_settings(options))
+    settings = with_redis(_settings(options))
     command = gunicorn_command(settings)
     os.execve(command[0], command, {**os.environ, **settings.to_env()})  # noqa: S606
 
@@ -83,7 +72,7 @@ def web(**options: str | None) -> None:
 @settings_options
 def worker(**options: str | None) -> None:
     """Run one predict worker alone, with REDIS_URL or beside a running server."""
-    settings = _with_redis(_settings(options))
+    settings = with_redis(_settings(options))
     os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # read when torch is loaded
     from backend.worker import run  # loads torch: only this command pays for it
 
@@ -101,7 +90,7 @@ def worker(**options: str | None) -> None:
 @settings_options
 def push(**options: str | None) -> None:
     """Run the pusher alone: it brings predictions of large requests into Label Studio."""
-    settings = _with_redis(_settings(options))
+    settings = with_redis(_settings(options))
     if not (settings.label_studio_url and settings.label_studio_api_key):
         raise SettingsError("set LABEL_STUDIO_URL and LABEL_STUDIO_API_KEY: without them nothing can be pushed")
     studio = Studio(settings.label_studio_url, settings.label_studio_api_key)
@@ -115,7 +104,7 @@ def check(project: str, **options: str | None) -> None:
     """Try everything that must work, and say what does not; exit code 1 if anything fails."""
     from backend.check import check as try_everything  # loads numpy: the supervisor and the front do without
 
-    settings = _with_redis(_settings({**options, "log_level": "ERROR"}))
+    settings = with_redis(_settings({**options, "log_level": "ERROR"}))
     lines = []
     for line in try_everything(settings, project):
         print(line, flush=True)

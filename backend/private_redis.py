@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import re
 import shutil
@@ -15,10 +16,26 @@ from redis.exceptions import RedisError
 
 from backend.errors import SettingsError
 from backend.queues import connect
+from backend.settings import Settings
 
 OLDEST = (6, 2)  # RQ moves jobs with BLMOVE
 URL_FILE = "redis.url"  # in MODEL_DIR: where other commands find the private Redis of a running server
 START_TIMEOUT = 30  # s; a large file takes a while to read
+
+
+def with_redis(settings: Settings) -> Settings:
+    """Settings with a REDIS_URL: the one given, else that of the server that runs in MODEL_DIR.
+
+    Raises:
+        SettingsError: there is neither.
+    """
+    if settings.redis_url:
+        return settings
+    try:
+        url = (settings.model_dir / URL_FILE).read_text()
+    except OSError:
+        raise SettingsError(f"set REDIS_URL; no server runs in MODEL_DIR={settings.model_dir} either") from None
+    return dataclasses.replace(settings, redis_url=url)
 
 
 def find_server() -> str:

@@ -93,7 +93,7 @@ class Sources:
             return self._fetch(self._on_studio(f"/tasks/{task}/presign/?fileuri={signed}"))
         if uri.startswith("/") and not uri.startswith("//"):
             url = self._on_studio(uri)
-            return self._read_local(url) if self._local_files and _is_local_file(url) else self._fetch(url)
+            return self._read_local(url) if self._local_files and self._is_local_file(url) else self._fetch(url)
         known = "http(s)://, data:, a path on Label Studio, or s3://, gs://, azure-blob:// in one of its storages"
         raise ImageError(f"the picture's address must be {known}")
 
@@ -101,6 +101,9 @@ class Sources:
         if not self._studio.url:
             raise ImageError("the picture lies in Label Studio: set LABEL_STUDIO_URL and LABEL_STUDIO_API_KEY")
         return self._studio.address(path)
+
+    def _is_local_file(self, url: str) -> bool:
+        return urlsplit(url).path == urlsplit(self._studio.address(LOCAL_FILES)).path
 
     def _read_local(self, url: str) -> tuple[bytes, str]:
         """A file below the mounted folder, wherever links lead."""
@@ -130,6 +133,7 @@ class Sources:
 
     def _follow(self, url: str, deadline: float) -> tuple[bytes, str]:
         """Redirects are followed by hand, so that each hop gets its own headers."""
+        is_renewed = False
         try:
             for _ in range(MAX_REDIRECTS + 1):
                 url = requests.Request("GET", url).prepare().url or ""  # judge the very address that is connected to
@@ -137,6 +141,9 @@ class Sources:
                 with self._session.get(
                     url, headers=headers, timeout=TIMEOUT, stream=True, allow_redirects=False
                 ) as reply:
+                    if reply.status_code == 401 and not is_renewed and self._studio.renew(headers):
+                        is_renewed = True
+                        continue
                     if not reply.is_redirect:
                         return self._body(reply, deadline), reply.headers.get("Content-Type", "")
                     url = urljoin(url, reply.headers["Location"])
@@ -165,10 +172,6 @@ class Sources:
 
     def _too_large(self) -> ImageError:
         return ImageError(f"the picture's file is larger than MAX_IMAGE_BYTES ({self._max_bytes})")
-
-
-def _is_local_file(url: str) -> bool:
-    return urlsplit(url).path.endswith(LOCAL_FILES)
 
 
 def _is_passing(error: Exception) -> bool:

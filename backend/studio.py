@@ -10,7 +10,8 @@ import base64
 import json
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -22,6 +23,7 @@ from backend.errors import StudioAway, StudioError, StudioRefused
 
 TIMEOUT = (3, 10)  # seconds to connect, and between bytes
 IMPORT_TIMEOUT = (3, 60)
+PAGE = 100  # tasks
 RENEW_BEFORE = 60  # seconds before an access token ends
 
 
@@ -64,6 +66,16 @@ class Studio:
         if not self._is_refresh_token:
             return {"Authorization": f"Token {self._api_key}"}
         return {"Authorization": f"Bearer {self._fresh_access_token()}"}
+
+    def renew(self, headers: Mapping[str, str]) -> bool:
+        """Whether a request that was refused with these headers may be sent again, with a new access token."""
+        refused = headers.get("Authorization", "").removeprefix("Bearer ")
+        if not (refused and self._is_refresh_token):
+            return False
+        with self._lock:
+            if refused == self._access_token:  # else another thread has renewed it already
+                self._expires = 0.0
+        return True
 
     def _fresh_access_token(self) -> str:
         with self._lock:
@@ -114,6 +126,27 @@ class Studio:
         """The labeling config of a project; raises as `task_data`."""
         return str(self._call("GET", f"/api/projects/{project}")["label_config"])
 
+    def created(self, project: str) -> int:
+        """When a project was made, in seconds since the epoch; raises as `task_data`."""
+        text = str(self._call("GET", f"/api/projects/{project}")["created_at"])
+        return int(datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp())
+
+    def annotated_tasks(self, project: str) -> Iterator[dict[str, Any]]:
+        """Id, data and annotations of each task that has any, in the order of their ids; raises as `task_data`."""
+        last = 0
+        while True:
+            items = [
+                {"filter": "filter:tasks:total_annotations", "operator": "greater", "type": "Number", "value": 0},
+                {"filter": "filter:tasks:id", "operator": "greater", "type": "Number", "value": last},
+            ]
+            query = {"filters": {"conjunction": "and", "items": items}, "ordering": ["tasks:id"]}
+            options = {"project": project, "fields": "all", "resolve_uri": "false", "page_size": PAGE}
+            tasks = self._call("GET", "/api/tasks", params={**options, "query": json.dumps(query)})["tasks"]
+            yield from ({key: task[key] for key in ("id", "data", "annotations")} for task in tasks)
+            if len(tasks) < PAGE:
+                return
+            last = tasks[-1]["id"]  # by id, not by page: pages shift while people annotate
+
     def backends(self, project: str) -> list[dict[str, Any]]:
         """The models that are connected to a project; raises as `task_data`."""
         return list(self._call("GET", "/api/ml", params={"project": project}))
@@ -151,7 +184,10 @@ class Studio:
         return int(self._call("POST", path, json=predictions, timeout=IMPORT_TIMEOUT)["created"])
 
     def _call(self, method: str, path: str, **options: Any) -> Any:
-        reply = self._send(method, path, self.headers(self.url), **options)
+        headers = self.headers(self.url)
+        reply = self._send(method, path, headers, **options)
+        if reply.status_code == 401 and self.renew(headers):
+            reply = self._send(method, path, self.headers(self.url), **options)
         if reply.status_code >= 500 or reply.status_code == 429:
             raise StudioAway(f"Label Studio cannot answer now (HTTP {reply.status_code})")
         if reply.status_code in (401, 403):

@@ -1,4 +1,4 @@
-"""Training and evaluation of Grounding DINO: the loss, one epoch, the figures.
+"""Training of Grounding DINO: the loss and one epoch.
 
 The loss is our own: transformers' one mixes up targets when prompts differ within a batch and gives the two-stage heads
 no gradient. Matching and terms follow DETR (Hungarian matching; L1 and generalised IoU) and Grounding DINO (focal loss
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from backend.captions import Caption
 from backend.detector import phrase_scores
-from backend.regions import Box, Detection, iou
 
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0
 CLASS_WEIGHT, L1_WEIGHT, GIOU_WEIGHT = 2.0, 5.0, 2.0
@@ -175,55 +174,3 @@ def _follow(average: nn.Module, model: nn.Module, decay: float) -> None:
 def moving_average(model: nn.Module) -> nn.Module:
     """A frozen copy that `train_one_epoch` lets follow the model; it scores better than the last step alone."""
     return copy.deepcopy(model).requires_grad_(False)
-
-
-# -- evaluation -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Metrics:
-    """AP at IoU 0.5 over all boxes; precision and recall at the threshold asked for. All in 0..1."""
-
-    ap50: float
-    precision: float
-    recall: float
-    boxes: int
-
-
-def evaluate(
-    found: Sequence[Sequence[Detection]], truth: Sequence[Sequence[tuple[Box, str]]], threshold: float = 0.3
-) -> Metrics:
-    """Scores detections (one list a picture) against the true boxes (xyxy pixels) and labels of the same pictures.
-
-    A detection is right if its label is and its IoU with a true box, not yet taken by a better one, is at least 0.5.
-    AP is the area under the precision envelope, all labels pooled.
-    """
-    graded = sorted((row for f, t in zip(found, truth, strict=True) for row in _grade(f, t)), reverse=True)
-    boxes = sum(map(len, truth))
-    hits, precisions, recalls = 0, [], []
-    for rank, (_, right) in enumerate(graded, 1):
-        hits += right
-        precisions.append(hits / rank)
-        recalls.append(hits / max(boxes, 1))
-    kept = sum(score >= threshold for score, _ in graded)
-    precision, recall = (precisions[kept - 1], recalls[kept - 1]) if kept else (0.0, 0.0)
-    return Metrics(_area(precisions, recalls), precision, recall, boxes)
-
-
-def _grade(found: Sequence[Detection], truth: Sequence[tuple[Box, str]]) -> list[tuple[float, bool]]:
-    """One picture's detections as (score, right)."""
-    free, graded = list(truth), []
-    for detection in sorted(found, key=lambda d: -d.score):
-        rivals = [t for t in free if t[1] == detection.label and iou(t[0], detection.box_xyxy) >= 0.5]
-        if rivals:
-            free.remove(max(rivals, key=lambda t: iou(t[0], detection.box_xyxy)))
-        graded.append((detection.score, bool(rivals)))
-    return graded
-
-
-def _area(precisions: list[float], recalls: list[float]) -> float:
-    area, envelope, upper = 0.0, 0.0, recalls[-1] if recalls else 0.0
-    for precision, recall in zip(reversed(precisions), reversed(recalls), strict=True):
-        area += (upper - recall) * envelope
-        envelope, upper = max(envelope, precision), recall
-    return area + upper * envelope

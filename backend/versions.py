@@ -34,10 +34,13 @@ class Checkpoint:
                     digest.update(piece)
         return digest.hexdigest()
 
-    def model_version(self, plan: Plan | None = None) -> str:
-        """Weights, prompts and thresholds in one short string: as long as it is the same, so are the answers."""
+    def model_version(self, plan: Plan | None = None, weights: str = "") -> str:
+        """Weights, prompts and thresholds in one short string: as long as it is the same, so are the answers.
+
+        `weights` is the fingerprint of learned ones.
+        """
         asked = json.dumps(plan.to_dict() if plan else {}, sort_keys=True)
-        return f"{self.name}-{hashlib.sha256((self.fingerprint + asked).encode()).hexdigest()[:8]}"
+        return f"{self.name}-{hashlib.sha256((self.fingerprint + weights + asked).encode()).hexdigest()[:8]}"
 
 
 def find_checkpoint(model: str) -> Checkpoint:

@@ -95,7 +95,7 @@ def http_server(answer: Callable[[BaseHTTPRequestHandler], None]) -> Iterator[st
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 answer(self)
 
-        do_POST = do_GET
+        do_POST = do_HEAD = do_GET
 
         def log_message(self, *args: object) -> None:
             pass

@@ -14,8 +14,8 @@ import numpy as np
 from backend.checkpoints import load_checkpoint
 from backend.demo import shapes
 from backend.detector import Detector
+from backend.evaluation import Metrics, evaluate
 from backend.labeling import Label
-from backend.training import Metrics, evaluate
 from backend.versions import find_checkpoint
 
 SEED = 7

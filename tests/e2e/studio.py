@@ -26,8 +26,8 @@ BOOT_TIMEOUT = 240  # s; the first start migrates its database, which takes abou
 class LabelStudio:
     """A running server and the few calls that the tests make, as its only user."""
 
-    def __init__(self, url: str) -> None:
-        self.url = url
+    def __init__(self, url: str, files: Path) -> None:
+        self.url, self.files = url, files  # the folder below which it serves local files
 
     def call(self, method: str, path: str, **options: Any) -> Any:
         headers = {"Authorization": f"Token {LEGACY_TOKEN}"}
@@ -87,8 +87,9 @@ def running_label_studio(folder: Path, port: int | None = None) -> Iterator[Labe
     """Label Studio with its data in `folder`, where it may have run before."""
     port = port or free_port()
     url = f"http://127.0.0.1:{port}"
-    data, log = folder / "data", folder / "label-studio.log"
+    data, files, log = folder / "data", folder / "files", folder / "label-studio.log"
     data.mkdir(exist_ok=True)
+    files.mkdir(exist_ok=True)
     env = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")} | {
         "LABEL_STUDIO_BASE_DATA_DIR": str(data),
         "LABEL_STUDIO_USERNAME": USER,
@@ -96,6 +97,8 @@ def running_label_studio(folder: Path, port: int | None = None) -> Iterator[Labe
         "LABEL_STUDIO_USER_TOKEN": LEGACY_TOKEN,
         "LABEL_STUDIO_ENABLE_LEGACY_API_TOKEN": "true",
         "LABEL_STUDIO_HOST": url,
+        "LABEL_STUDIO_LOCAL_FILES_SERVING_ENABLED": "true",
+        "LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT": str(files),
         "ML_BLOCK_LOCAL_IP": "false",
         "SSRF_PROTECTION_ENABLED": "false",
         STRICT_VALIDATION: "true",
@@ -116,7 +119,7 @@ def running_label_studio(folder: Path, port: int | None = None) -> Iterator[Labe
             return requests.get(f"{url}/health", timeout=2).ok
 
         wait_for(healthy, BOOT_TIMEOUT, "Label Studio")
-        yield LabelStudio(url)
+        yield LabelStudio(url, files)
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
 
 import pytest
 
@@ -15,7 +16,7 @@ from backend.sources import Sources
 from backend.studio import Studio
 from tests.e2e.studio import LEGACY_TOKEN, PASSWORD, USER, LabelStudio, Project, find_chromium, running_label_studio
 from tests.pictures import config_for, encode, recall, scenes
-from tests.running import ROOT, Served
+from tests.running import ROOT, Served, http_server, reply
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -104,6 +105,32 @@ def test_uploaded_pictures_open_with_either_key(studio: LabelStudio, project: Pr
     uri = project.tasks()[0]["data"]["image"]
     assert uri.startswith("/data/upload/")
     assert Images(Sources(Studio(studio.url, key), 10**7), 10**7).load(uri).size == (640, 480)
+
+
+def test_pictures_of_its_storages_are_found(studio: LabelStudio, backend: Served) -> None:
+    asked: list[tuple[str, str | None]] = []
+
+    def bucket(handler: BaseHTTPRequestHandler) -> None:
+        asked.append((handler.command, handler.headers["Authorization"]))
+        reply(handler, encode(DRAWN[0].image) if handler.command == "GET" else b"")
+
+    folder = studio.files / "pictures"
+    folder.mkdir()
+    (folder / "a b.png").write_bytes(encode(DRAWN[0].image))
+    project = studio.create_project("storages", config_for(DRAWN), {})
+    with http_server(bucket) as url:
+        common = {"project": project.number, "title": "pictures", "use_blob_urls": True}
+        keys = {"aws_access_key_id": "id", "aws_secret_access_key": "key", "region_name": "eu-central-1"}
+        studio.call("POST", "/api/storages/localfiles", json={**common, "path": str(folder)})
+        studio.call("POST", "/api/storages/s3", json={**common, **keys, "bucket": "box", "s3_endpoint": url})
+        uris = ["/data/local-files/?d=pictures/a%20b.png", "s3://box/a b.png"]
+        studio.call("POST", f"/api/projects/{project.number}/import", json=[{"data": {"image": uri}} for uri in uris])
+        project.connect(backend.url)
+        project.action("retrieve_tasks_predictions", [task["id"] for task in project.tasks()])
+    local, cloud = project.predictions()
+    assert local["result"]
+    assert [region["value"] for region in cloud["result"]] == [region["value"] for region in local["result"]]
+    assert asked[-1] == ("GET", None)  # of the backend, with the signature in the address
 
 
 def check(backend: Served, project: str, **env: str) -> subprocess.CompletedProcess[str]:

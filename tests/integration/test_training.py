@@ -3,8 +3,9 @@ import pytest
 import torch
 
 from backend.demo.train import build_model, build_tokenizer, draw_batch
+from backend.evaluation import evaluate
 from backend.regions import Detection
-from backend.training import evaluate, generalized_iou, loss, train_one_epoch
+from backend.training import generalized_iou, loss, train_one_epoch
 
 
 def test_generalized_iou() -> None:

@@ -167,6 +167,20 @@ def test_a_gzip_bomb_is_cut_off() -> None:
             images().load(url)
 
 
+@pytest.mark.parametrize(("said", "reason"), [(10, "damaged|not a picture"), (1_000_000, "could not be fetched")])
+def test_a_length_that_is_not_true_is_an_error(said: int, reason: str) -> None:
+    body = encode(Image.effect_noise((200, 200), 50))
+
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(said))
+        handler.end_headers()
+        handler.wfile.write(body)
+
+    with http_server(answer) as url, pytest.raises(ImageError, match=reason):
+        images().load(f"{url}/a.png")
+
+
 def test_a_large_data_uri_is_refused() -> None:
     with pytest.raises(ImageError, match="larger than MAX_IMAGE_BYTES"):
         images(max_bytes=10).load(data_uri(RED))

@@ -92,6 +92,29 @@ def test_label_studio_behind_a_path_prefix(uri: str) -> None:
     assert seen == ["/ls/data/upload/1/a.png"]
 
 
+@pytest.mark.parametrize("path", ["/data/local-files", "/data/xx/", "/x/data/local-files/", "/data/local-files/../y"])
+def test_only_the_route_of_local_files_is_read_from_disk(root: Path, path: str) -> None:
+    with http_server(lambda handler: reply(handler, b"from Label Studio")) as url:
+        assert sources(url, str(root)).read(f"{path}?d=inner")[0] == b"from Label Studio"
+
+
+def test_a_picture_is_asked_for_again_with_a_renewed_access_token() -> None:
+    seen: list[tuple[str, str | None]] = []
+
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        seen.append((handler.path, handler.headers["Authorization"]))
+        if handler.path == "/api/token/refresh":
+            reply(handler, b'{"access": "token%d"}' % len(seen))
+        else:
+            reply(handler, b"body", 401 if handler.headers["Authorization"] == "Bearer token1" else 200)
+
+    with http_server(answer) as url:
+        assert Sources(Studio(url, "a.b.c"), 1000, ["127.0.0.0/8"]).read("/data/upload/1/a.png")[0] == b"body"
+    refresh = ("/api/token/refresh", None)
+    upload = "/data/upload/1/a.png"
+    assert seen == [refresh, (upload, "Bearer token1"), refresh, (upload, "Bearer token3")]
+
+
 @pytest.mark.parametrize(("first", "asked"), [(503, 2), (500, 2), (404, 1), (403, 1), (0, 2)])
 def test_only_what_may_pass_is_asked_for_again(first: int, asked: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources_module, "PAUSES", (0.01, 0.01))

@@ -1,4 +1,5 @@
 import base64
+import contextlib
 import json
 import threading
 import time
@@ -6,7 +7,7 @@ from http.server import BaseHTTPRequestHandler
 
 import pytest
 
-from backend.errors import StudioError
+from backend.errors import StudioError, StudioRefused
 from backend.studio import Studio, origin
 from tests.running import http_server, reply
 
@@ -82,6 +83,24 @@ def test_an_access_token_is_renewed_before_it_ends() -> None:
         studio = Studio(url, PAT)
         assert studio.headers(url) != studio.headers(url)
         assert studio.headers(url) == studio.headers(url)
+
+
+@pytest.mark.parametrize(("good", "exchanges"), [("second", 2), ("none", 2)])
+def test_a_token_that_is_refused_is_renewed_once(good: str, exchanges: int) -> None:
+    asked: list[str] = []
+
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        if handler.path == "/api/token/refresh":
+            asked.append(handler.path)
+            reply(handler, json.dumps({"access": ("first", "second")[len(asked) - 1]}).encode())
+        elif handler.headers["Authorization"] == f"Bearer {good}":
+            reply(handler, b'{"release": "1.23.2"}')
+        else:
+            reply(handler, b"{}", 401)
+
+    with http_server(answer) as url, contextlib.suppress(StudioRefused):
+        assert Studio(url, PAT).release() == "1.23.2"
+    assert len(asked) == exchanges
 
 
 def test_a_refused_key_says_what_to_do_and_not_the_key() -> None:

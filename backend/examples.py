@@ -1,0 +1,114 @@
+"""Annotated tasks -> examples: what annotators say is in a picture. Pure.
+
+Of a task's annotations the ground truth counts, else the last one that was finished. A picture with a box that cannot
+be used is left out whole: trained on without it, the model would learn that nothing is there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from backend.errors import LabelingConfigError
+from backend.labeling import Plan
+from backend.regions import Box
+from backend.views import View, views
+
+HELD_OUT = 4  # one task in so many is held out
+
+Tasks = Iterable[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One picture and its true boxes: xyxy in 0..1 of the picture, each with its label."""
+
+    task: int
+    view: View
+    truth: tuple[tuple[Box, str], ...]
+    is_held_out: bool
+
+
+class _Unusable(Exception):
+    """A task that cannot be learned from, and why."""
+
+
+def read_examples(plan: Plan, project: str, tasks: Tasks) -> tuple[list[Example], Counter[str]]:
+    """The examples of annotated tasks, each with `id`, `data` and `annotations`, and how many were left out and why."""
+    examples: list[Example] = []
+    left_out: Counter[str] = Counter()
+    for task in tasks:
+        try:
+            examples += _of_task(plan, project, task, left_out)
+        except _Unusable as error:
+            left_out[str(error)] += 1
+    return examples, left_out
+
+
+def _of_task(plan: Plan, project: str, task: Mapping[str, Any], left_out: Counter[str]) -> list[Example]:
+    result = _annotation(task).get("result")
+    regions = [region for region in result if isinstance(region, Mapping)] if isinstance(result, list) else []
+    held_out = is_held_out(project, task["id"])
+    try:
+        return [
+            Example(task["id"], view, _truth(view, regions, left_out), held_out) for view in views(plan, task["data"])
+        ]
+    except LabelingConfigError:
+        raise _Unusable("tasks without labels") from None
+
+
+def _annotation(task: Mapping[str, Any]) -> Mapping[str, Any]:
+    finished = [row for row in task.get("annotations") or [] if not row.get("was_cancelled")]
+    if not finished:
+        raise _Unusable("tasks that were skipped")
+    return max(finished, key=lambda row: (bool(row.get("ground_truth")), str(row.get("updated_at")), row.get("id", 0)))
+
+
+def is_held_out(project: str, task: int) -> bool:
+    """Whether a task is kept from training; the same each time, whatever tasks there are."""
+    return hashlib.sha256(f"{project}/{task}".encode()).digest()[0] % HELD_OUT == 0
+
+
+def _truth(view: View, regions: Sequence[Mapping[str, Any]], left_out: Counter[str]) -> tuple[tuple[Box, str], ...]:
+    """The boxes on this picture; raises `_Unusable` where one of them cannot be used."""
+    name = view.labels_name or view.from_name
+    field = "labels" if view.labels_name else "rectanglelabels"
+    wanted = {label.name for label in view.asked.labels}
+    truth = []
+    for region in regions:
+        if region.get("from_name") != name or region.get("to_name") != view.to_name:
+            continue
+        if view.page is not None and region.get("item_index", 0) != view.page:
+            continue
+        box, labels = _box(region), (region.get("value") or {}).get(field) or []
+        if not labels:
+            raise _Unusable("tasks with boxes without a label")
+        if labels[0] in wanted:
+            truth.append((box, labels[0]))
+        else:
+            left_out["boxes whose label is not in the labeling config"] += 1
+    return tuple(truth)
+
+
+def _box(region: Mapping[str, Any]) -> Box:
+    value = region.get("value") or {}
+    if value.get("rotation", 0) or region.get("image_rotation", 0):
+        raise _Unusable("tasks with rotated boxes")
+    try:
+        x, y, width, height = (float(value[key]) / 100 for key in ("x", "y", "width", "height"))
+    except (KeyError, TypeError, ValueError):
+        raise _Unusable("tasks with boxes that cannot be read") from None
+    x1, y1, x2, y2 = (min(max(edge, 0.0), 1.0) for edge in (x, y, x + width, y + height))
+    if not (x2 > x1 and y2 > y1):
+        raise _Unusable("tasks with boxes that cannot be read")
+    return x1, y1, x2, y2
+
+
+def fingerprint(examples: Sequence[Example]) -> str:
+    """Of all that training reads of the examples, in whatever order they come."""
+    rows = sorted(json.dumps([e.task, e.view.uri, e.view.from_name, e.view.page, e.truth]) for e in examples)
+    return hashlib.sha256("\n".join(rows).encode(errors="replace")).hexdigest()[:16]
