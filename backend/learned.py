@@ -1,8 +1,8 @@
 """What was learned for a project, on disk: weights, thresholds, metrics; promote, roll back.
 
 `MODEL_DIR/versions/<project>/<id>/` holds `version.json` and, where weights were learned, `weights.safetensors`: only
-the tensors that training changed. `current` beside them names the version that serves; no such file means the checkpoint
-as it came. Everything is written aside and renamed, so that nothing half-written is ever found.
+the tensors that training changed. `current` beside them names the version that serves; no such file means the
+checkpoint as it came. All is written aside and renamed, so that nothing half-written is ever found.
 """
 
 from __future__ import annotations

@@ -137,6 +137,12 @@ def test_a_bad_request_is_400(lonely: FlaskClient, body: bytes) -> None:
     assert (answer.status_code, answer.json["error"]["code"]) == (400, "bad_request")
 
 
+def test_a_large_body_is_413(lonely: FlaskClient) -> None:
+    lonely.application.config["MAX_CONTENT_LENGTH"] = 1000
+    answer = lonely.post("/predict", json={"tasks": [{"data": {"image": "x" * 1000}}], "label_config": CONFIG})
+    assert (answer.status_code, answer.json["error"]["code"]) == (413, "request_too_large")
+
+
 def test_unknown_routes_and_methods_have_the_same_form(lonely: FlaskClient) -> None:
     assert lonely.get("/nothing").json["error"]["code"] == "not_found"
     assert lonely.get("/predict").status_code == 405
