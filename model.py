@@ -16,30 +16,23 @@ from typing import Any
 
 from redis import Redis
 
-from backend.errors import BackendError, LabelingConfigError, NotReady, QueueUnavailable
+from backend.errors import BackendError, BadRequest, LabelingConfigError, NotReady, QueueUnavailable
+from backend.fit_queue import Evidence, Trainings
 from backend.labeling import Plan, read_plan
+from backend.learned import Version, Versions
 from backend.outbox import PULL, Outbox
 from backend.private_redis import with_redis
-from backend.queues import PredictQueue, connect, known_versions, record_event, remember_version
+from backend.queues import PredictQueue, connect, known_versions, remember_version
 from backend.settings import Settings
 from backend.versions import Checkpoint, find_checkpoint
 from backend.views import read_prompt
 
 log = logging.getLogger(__name__)
 
-EVIDENCE_FIELDS = (
-    "id",
-    "task",
-    "project",
-    "result",
-    "was_cancelled",
-    "ground_truth",
-    "parent_prediction",
-    "updated_at",
-)
-
 DESK = threading.BoundedSemaphore(2)  # requests whose tasks are put into the queue at a time: /health wants a turn too
 LISTING = 60  # s that Label Studio may take from choosing the tasks of a request to sending it
+DELETIONS = ("ANNOTATIONS_DELETED", "ANNOTATION_DELETED")
+ANNOTATION_EVENTS = ("ANNOTATION_CREATED", "ANNOTATION_UPDATED", "ANNOTATIONS_CREATED", *DELETIONS)
 PUSHED_LATER = NotReady("the predictions of so many tasks are pushed into the project as they are made")
 PUSHED_NOW = NotReady("the prediction was pushed into the project a moment ago")
 
@@ -71,14 +64,15 @@ class GroundingDINO:
     def __init__(
         self, project_id: str | None = None, label_config: str | None = None, settings: Settings | None = None
     ) -> None:
-        self.project_id = project_id
+        number, _, created = (project_id or "").partition(".")  # as Label Studio writes it: number and birthday
+        self.project_id, self._created = number, int(created) if created.isdigit() else None
         self.label_config = label_config or ""
         self.settings = settings or with_redis(Settings.from_env())
 
     @property
     def model_version(self) -> str:
         """Fingerprint of weights, prompts and thresholds; that of the weights alone while there is no usable config."""
-        return self._checkpoint.model_version(self._usable_plan())
+        return self._version_of(self._usable_plan())
 
     @property
     def queue(self) -> PredictQueue:
@@ -128,8 +122,9 @@ class GroundingDINO:
         size = self.settings.batch_size or self.queue.batch_size()
         common = {
             "plan": plan.to_dict(),
-            "model_version": self._checkpoint.model_version(plan),
+            "model_version": self._version_of(plan),
             "fingerprint": self._checkpoint.fingerprint,
+            "learned": [self.project_id, self._learned.id] if self._weights and self._learned else None,
         }
         return [{"tasks": rows[i : i + size], **common} for i in range(0, len(rows), size)]
 
@@ -167,21 +162,41 @@ class GroundingDINO:
         log.warning("tasks %s: %s", ", ".join(str(task["id"]) for task in chunk), error)
         return [{"error": error.to_dict()}] * len(chunk)
 
-    def fit(self, event: str, data: Mapping[str, Any], **kwargs: Any) -> None:
-        """Records an annotation event, without the secrets that Label Studio sends along.
+    def fit(self, event: str, data: Mapping[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """Records an annotation event; START_TRAINING puts a training into the queue, or finds the one that is there.
+
+        Returns:
+            For START_TRAINING `job`, its name; for all else `status`.
 
         Raises:
+            BadRequest: there is nothing to train from.
             QueueUnavailable: Redis does not answer.
         """
-        annotations = data.get("annotation") or data.get("annotations") or []
-        rows = annotations if isinstance(annotations, list) else [annotations]
-        evidence = [
-            {key: row[key] for key in EVIDENCE_FIELDS if key in row} for row in rows if isinstance(row, Mapping)
-        ]
-        record_event(
-            self._connection,
-            {"event": event, "project": self.project_id, "annotations": evidence, "time": time.time()},
-        )
+        if event == "START_TRAINING":
+            return {"job": self.train()}
+        if event in ANNOTATION_EVENTS and self.project_id:
+            self._record(event, data.get("annotation") or data.get("annotations"))
+        return {"status": "recorded"}
+
+    def train(self, train: str | None = None) -> str:
+        """Puts a training of the project into the queue and returns the name of its job; `train` as in the settings.
+
+        Raises:
+            BadRequest: there is nothing to train from.
+            QueueUnavailable: Redis does not answer.
+        """
+        if not (self.settings.label_studio_url and self.settings.label_studio_api_key):
+            raise BadRequest("training reads annotations: set LABEL_STUDIO_URL and LABEL_STUDIO_API_KEY")
+        if not self.project_id:
+            raise BadRequest("the project has no number")
+        return Trainings(self._connection).start(self.project_id, train or self.settings.train)
+
+    def _record(self, event: str, annotations: Any) -> None:
+        evidence = Evidence(self._connection, self.project_id)
+        for row in annotations if isinstance(annotations, list) else [annotations]:
+            if isinstance(row, Mapping) and isinstance(row.get("id"), int):
+                updated_at, task = str(row.get("updated_at") or ""), row.get("task")
+                evidence.record(row["id"], task if isinstance(task, int) else None, updated_at, event in DELETIONS)
 
     def versions(self) -> list[str]:
         """Model versions that projects were told, and the one of the weights alone."""
@@ -190,6 +205,13 @@ class GroundingDINO:
             return [own, *(version for version in known_versions(self._connection) if version != own)]
         except QueueUnavailable:
             return [own]
+
+    def trainings(self) -> list[dict[str, Any]]:
+        """How each project's training goes, or went; none while Redis does not answer."""
+        try:
+            return Trainings(self._connection).all()
+        except QueueUnavailable:
+            return []
 
     def get(self, key: str) -> str | None:
         """What label-studio-ml's own front asks a model for: its `model_version`."""
@@ -210,9 +232,24 @@ class GroundingDINO:
     def _checkpoint(self) -> Checkpoint:
         return _checkpoint(self.settings.model)
 
+    @functools.cached_property
+    def _learned(self) -> Version | None:
+        """What serves of what was learned for this project; one look for a request, so that all of it is of one."""
+        if not self.project_id:
+            return None
+        versions = Versions(self.settings.model_dir, self.project_id)
+        return versions.serving(self._checkpoint.fingerprint, self._created)
+
+    @property
+    def _weights(self) -> str:
+        return self._learned.weights if self._learned else ""
+
+    def _version_of(self, plan: Plan | None) -> str:
+        return self._checkpoint.model_version(plan, self._weights)
+
     @property
     def _project(self) -> str:
-        return self.project_id or ""
+        return self.project_id
 
     @property
     def _outbox(self) -> Outbox:
@@ -230,7 +267,8 @@ class GroundingDINO:
             return None
 
     def _plan(self) -> Plan:
-        return read_plan(self.label_config, self.settings.box_threshold, self.settings.nms_iou)
+        plan = read_plan(self.label_config, self.settings.box_threshold, self.settings.nms_iou)
+        return self._learned.applied_to(plan) if self._learned else plan
 
 
 with contextlib.suppress(ImportError):  # label-studio-ml's `init_app` takes only what counts as its subclass

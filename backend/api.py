@@ -14,7 +14,7 @@ from typing import Any
 from flask import Flask, Response, jsonify, request
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
-from backend.door import SecretPath, check_login
+from backend.door import SecretPath, check_login, require_login
 from backend.errors import BackendError, BadRequest, NotFound, Overloaded, RequestTooLarge
 from backend.settings import Settings
 
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 MAX_BODY = 250_000_000  # bytes; Label Studio's own limit for imports
 MOST_WAITING = 200  # below gunicorn's threads, so that /health always finds one
 SILENCE = 20.0  # s after which a waiting client gets a sign of life
-PROJECT = re.compile(r"[0-9]{1,18}")
+PROJECT = re.compile(r"[0-9]{1,18}(\.[0-9]{1,18})?(?![0-9])")
 RETRY_AFTER = "30"  # s
 
 
@@ -74,15 +74,11 @@ def create_app(make_model: Callable[..., Any], settings: Settings) -> Flask:
     @app.post("/webhook")
     def webhook() -> Response:
         body = _body()
-        event = body.get("action")
-        if not isinstance(event, str):
-            raise BadRequest("action must be the name of an event")
-        model(body.get("project")).fit(event, body)
-        return jsonify(status="recorded")
+        return jsonify(model(body.get("project")).fit(_event(body, settings), body))
 
     @app.get("/versions")
     def versions() -> Response:
-        return jsonify(versions=model().versions())
+        return jsonify(versions=model().versions(), trainings=model().trainings())
 
     return app
 
@@ -124,10 +120,19 @@ def _is_task(task: Any) -> bool:
 
 
 def _project_id(project: Any) -> str:
-    """The number in Label Studio's `<number>.<time of creation>`, or in the project object of a webhook."""
+    """Label Studio's `<number>.<time of creation>`, or the number in the project object of a webhook."""
     number = project.get("id") if isinstance(project, Mapping) else project
-    text = str(number or "").split(".")[0]
-    return text if PROJECT.fullmatch(text) else ""
+    found = PROJECT.match(str(number or ""))
+    return found[0] if found else ""
+
+
+def _event(body: Mapping[str, Any], settings: Settings) -> str:
+    event = body.get("action")
+    if not isinstance(event, str):
+        raise BadRequest("action must be the name of an event")
+    if event == "START_TRAINING":
+        require_login(settings)  # Label Studio sends it with the credentials, unlike all other events
+    return event
 
 
 def _body() -> dict[str, Any]:

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -52,6 +54,22 @@ def load_model(source: str) -> Any:
         if kind not in CLASSES:
             raise CheckpointError(f"MODEL={source} is a {kind!r}; it must be one of {', '.join(CLASSES)}")
         return CLASSES[kind].from_pretrained(source).float()
+
+
+def take_weights(model: Any, path: Path) -> Any:
+    """The model with the tensors of a safetensors file in place of its own of the same names.
+
+    Raises:
+        CheckpointError: the file does not fit the model.
+    """
+    parameters = dict(model.named_parameters())
+    try:
+        with torch.no_grad():
+            for name, tensor in load_file(path).items():
+                parameters[name].copy_(tensor)
+    except (OSError, KeyError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{path} does not fit the model ({type(error).__name__}: {error})") from None
+    return model
 
 
 def _is_original(source: str) -> bool:

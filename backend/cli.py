@@ -12,7 +12,10 @@ from typing import Any, TypeVar
 import click
 
 from backend import __version__
+from backend.cli_versions import add_commands, follow, report
 from backend.errors import BackendError, SettingsError
+from backend.fit_queue import Trainings
+from backend.fit_worker import run as serve_fit
 from backend.private_redis import with_redis
 from backend.push import Pusher
 from backend.queues import connect, worker_name
@@ -69,16 +72,20 @@ def web(**options: str | None) -> None:
 
 
 @cli.command()
+@click.option("--queue", type=click.Choice(["predict", "fit"]), default="predict", help="its work; default: predict")
 @settings_options
-def worker(**options: str | None) -> None:
-    """Run one predict worker alone, with REDIS_URL or beside a running server."""
+def worker(queue: str, **options: str | None) -> None:
+    """Run one worker alone, with REDIS_URL or beside a running server."""
     settings = with_redis(_settings(options))
     os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # read when torch is loaded
-    from backend.worker import run  # loads torch: only this command pays for it
-
     code = 0
     try:
-        run(settings)
+        if queue == "predict":
+            from backend.worker import run as serve_predict  # loads torch: only this command pays for it
+
+            serve_predict(settings)
+        elif serve_fit(settings):
+            os.execv(sys.executable, [sys.executable, "-m", "backend", *sys.argv[1:]])  # noqa: S606
     except BackendError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         code = 2
@@ -111,6 +118,24 @@ def check(project: str, **options: str | None) -> None:
         lines.append(line)
     if not all(line.is_well for line in lines):
         sys.exit(1)
+
+
+@cli.command()
+@click.option("--project", required=True, metavar="NUMBER", help="of Label Studio")
+@settings_options
+def train(project: str, **options: str | None) -> None:
+    """Learn from a project's annotations, as Start Training does, and show how it goes; Ctrl-C leaves it running."""
+    settings = with_redis(_settings(options))
+    if not (settings.label_studio_url and settings.label_studio_api_key):
+        raise SettingsError("training reads annotations: set LABEL_STUDIO_URL and LABEL_STUDIO_API_KEY")
+    if not project.isdigit():
+        raise SettingsError("--project must be a project's number")
+    trainings = Trainings(connect(settings.redis_url))
+    trainings.start(project, settings.train)
+    sys.exit(report(follow(trainings, project)))
+
+
+add_commands(cli, settings_options, _settings)
 
 
 def main() -> None:

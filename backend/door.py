@@ -37,12 +37,18 @@ class SecretPath:
 
 
 def check_login(settings: Settings) -> None:
+    """Compares basic auth with the settings, but on the open routes; raises as `require_login`."""
+    if request.path not in OPEN_ROUTES:
+        require_login(settings)
+
+
+def require_login(settings: Settings) -> None:
     """Compares basic auth with the settings.
 
     Raises:
         Unauthorized: it is asked for, and missing or wrong.
     """
-    if not settings.basic_auth_user or request.path in OPEN_ROUTES:
+    if not settings.basic_auth_user:
         return
     given = request.authorization
     user, password = (given.username or "", given.password or "") if given and given.type == "basic" else ("", "")

@@ -15,11 +15,10 @@ from concurrent.futures import TimeoutError as FutureTimeout  # another class th
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from rq.timeouts import JobTimeoutException
 
-from backend.checkpoints import load_checkpoint
 from backend.detector import Detector, Found
+from backend.detectors import Detectors
 from backend.errors import BackendError, CheckpointError, ImageError
 from backend.images import Images
 from backend.labeling import Plan
@@ -41,12 +40,14 @@ MOST_VIEWS = 500  # pictures of one task, all controls together
 
 log = logging.getLogger(__name__)
 
+Answer = dict[str, Any]  # of one task: a prediction, or an error
+
 
 @dataclass(frozen=True)
 class Tools:
     """What a worker makes once and every job uses."""
 
-    detector: Detector
+    detectors: Detectors
     images: Images
     fingerprint: str
     batch_size: int
@@ -65,48 +66,58 @@ def set_up(settings: Settings) -> Tools:
         CheckpointError: the model cannot be loaded.
     """
     global _tools
-    checkpoint = find_checkpoint(settings.model)
-    detector = _detector(settings, checkpoint.source)
+    detectors, watchdog = Detectors(settings), Watchdog(settings.forward_timeout)
+    detector = detectors.plain
     batch_size = settings.batch_size or detector.fitting_batch()
-    detector.batch_size = batch_size
-    watchdog = Watchdog(settings.forward_timeout)
-    detector.on_forward = watchdog.beat
+    detector.batch_size, detector.on_forward = batch_size, watchdog.beat
     sources = Sources.from_settings(settings, Studio(settings.label_studio_url, settings.label_studio_api_key))
     images = Images(sources, settings.max_image_pixels, needed=detector.image_format.size)
-    _tools = Tools(detector, images, checkpoint.fingerprint, batch_size, watchdog)
+    _tools = Tools(detectors, images, find_checkpoint(settings.model).fingerprint, batch_size, watchdog)
     return _tools
-
-
-def _detector(settings: Settings, source: str) -> Detector:
-    device, precision = settings.device, settings.precision
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if precision == "auto":
-        precision = "float16" if device.startswith("cuda") else "float32"
-    return Detector(*load_checkpoint(source), device, getattr(torch, precision))
 
 
 def predict(payload: Mapping[str, Any]) -> dict[str, Any]:
     """Predictions for a chunk of tasks.
 
     Args:
-        payload: `plan`, `model_version`, `fingerprint` of the checkpoint, and `tasks`, each with `id` and the part of
-            its `data` that the plan reads.
+        payload: `plan`, `model_version`, `fingerprint` of the checkpoint, `learned` (project and id of a version, or
+            None), and `tasks`, each with `id` and the part of its `data` that the plan reads.
 
     Returns:
         `answers`: for each task in order a prediction, or `{"error": {"code", "detail"}}`.
     """
     assert _tools, "set_up comes first"
-    if payload["fingerprint"] != _tools.fingerprint:
-        return {"answers": [{"error": OTHER_CHECKPOINT.to_dict()}] * len(payload["tasks"])}
+    try:
+        looking = _looking(_tools, payload)
+    except CheckpointError as error:
+        log.error("%s", error)
+        return {"answers": [{"error": error.to_dict()}] * len(payload["tasks"])}
     plan, tasks, version = Plan.from_dict(payload["plan"]), payload["tasks"], payload["model_version"]
     with _tools.watchdog.watching():
         if lost := lost_chunk():
-            return {"answers": _one_by_one(_tools, lost, plan, tasks, version)}
-        return {"answers": _answers(_tools, plan, tasks, version)}
+            return {"answers": _one_by_one(looking, lost, plan, tasks, version)}
+        return {"answers": _answers(looking, plan, tasks, version)}
 
 
-def _one_by_one(tools: Tools, chunk: LostChunk, plan: Plan, tasks: Sequence[Any], version: str) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Looking:
+    """The tools of one job: all of its pictures are looked at by the same detector."""
+
+    detector: Detector
+    images: Images
+    batch_size: int
+    watchdog: Watchdog
+
+
+def _looking(tools: Tools, payload: Mapping[str, Any]) -> Looking:
+    if payload["fingerprint"] != tools.fingerprint:
+        raise OTHER_CHECKPOINT
+    return Looking(tools.detectors.get(payload["learned"]), tools.images, tools.batch_size, tools.watchdog)
+
+
+def _one_by_one(
+    tools: Looking, chunk: LostChunk, plan: Plan, tasks: Sequence[Any], version: str
+) -> list[dict[str, Any]]:
     """Answers of a chunk over which a worker died; each is kept as soon as it is there."""
     answers = chunk.answers()
     for number, task in enumerate(tasks):
@@ -122,7 +133,7 @@ def _one_by_one(tools: Tools, chunk: LostChunk, plan: Plan, tasks: Sequence[Any]
     return [answers[number] for number in range(len(tasks))]
 
 
-def _answers(tools: Tools, plan: Plan, tasks: Sequence[Any], version: str) -> list[dict[str, Any]]:
+def _answers(tools: Looking, plan: Plan, tasks: Sequence[Any], version: str) -> list[dict[str, Any]]:
     of_task = [_views(plan, task) for task in tasks]
     wanted = [(task["id"], view) for task, seen in zip(tasks, of_task, strict=True) for view in _listed(seen)]
     size = max(tools.batch_size, LEAST_SLICE)  # pages make more pictures than tasks: not all lie in memory at once
@@ -154,7 +165,7 @@ Loaded = Prepared | BackendError
 Part = list[dict[str, object]] | BackendError
 
 
-def _load(tools: Tools, uris: Mapping[str, int]) -> dict[str, Loaded]:
+def _load(tools: Looking, uris: Mapping[str, int]) -> dict[str, Loaded]:
     """Each address, and a task that has it, with its picture as the model reads it, or what is wrong with it."""
 
     def load(uri: str) -> Prepared:
@@ -182,7 +193,7 @@ def _outcome(future: Future[Prepared], deadline: float) -> Loaded:
         return ImageError(f"the picture cannot be read ({type(error).__name__})")
 
 
-def _detect(tools: Tools, wanted: Sequence[tuple[int, View]], version: str) -> list[Part]:
+def _detect(tools: Looking, wanted: Sequence[tuple[int, View]], version: str) -> list[Part]:
     """For each view of a task its regions, or why there are none; views that ask the same are looked at together."""
     with tools.watchdog.paused():
         pictures = _load(tools, {view.uri: task for task, view in wanted})

@@ -28,15 +28,15 @@ from backend.errors import Overloaded, QueueUnavailable
 
 PREDICT = "predict"
 PREDICT_FUNCTION = "backend.jobs.predict"
-ALLOWED = (PREDICT_FUNCTION,)
+FIT = "fit"
+FIT_FUNCTION = "backend.fit.fit"
+ALLOWED = (PREDICT_FUNCTION, FIT_FUNCTION)
 
 CHUNK_KEY = "gdino:chunk:"  # + job id -> hash of a chunk over which a worker died: deaths, at, and answers by number
 TO_FRONT = "if redis.call('LREM', KEYS[1], 1, ARGV[1]) == 1 then redis.call('LPUSH', KEYS[1], ARGV[1]) end"
 READY_KEY = "gdino:ready:"  # + worker name -> its batch size; a worker with its model loaded keeps it alive
 READY_TTL = 10  # s; a killed worker counts as gone after this
 BATCH_SIZE = 4  # pictures in one job while no worker has said what it wants
-EVENTS_KEY = "gdino:events"  # stream of annotation events, oldest first
-MAX_EVENTS = 1_000_000  # about 1 GB at 1 kB each; older ones are dropped
 PROJECTS_KEY = "gdino:projects"  # hash: project id -> model version given at /setup
 
 JOB_TIMEOUT = 3600  # s; a task of 500 pages on a CPU takes as long, and the watchdog ends what hangs
@@ -147,7 +147,7 @@ class PredictQueue:
         job = self._fetch(job_id)
         if job is None:
             return None
-        result = _final_result(job)
+        result = final_result(job)
         if result is None or _is_well_answered(result):
             return job
         job.delete()
@@ -189,7 +189,7 @@ class PredictQueue:
             while True:
                 start = time.monotonic()
                 in_time = start < deadline
-                if result := _final_result(job, WAIT_SLICE if in_time else 0):
+                if result := final_result(job, WAIT_SLICE if in_time else 0):
                     return result.return_value if result.type is Result.Type.SUCCESSFUL else None
                 if not in_time:
                     raise TimeoutError
@@ -204,7 +204,7 @@ class PredictQueue:
         """
         with redis_errors():
             job = self._fetch(chunk_id(payload))
-            result = _final_result(job) if job else None
+            result = final_result(job) if job else None
         if result and result.return_value:
             return list(result.return_value["answers"]), False
         return None, job is None or result is not None
@@ -242,7 +242,7 @@ class PredictQueue:
         return list(self._connection.scan_iter(f"{READY_KEY}*", count=1000))
 
 
-def _final_result(job: Job, timeout: int = 0) -> Result | None:
+def final_result(job: Job, timeout: int = 0) -> Result | None:
     """The job's result, for which it waits up to `timeout` seconds; none while another attempt is to come."""
     result = job.latest_result(timeout=timeout)
     return None if result is None or result.type is Result.Type.RETRIED else result
@@ -252,16 +252,6 @@ def _is_well_answered(result: Result) -> bool:
     if result.type is not Result.Type.SUCCESSFUL or not result.return_value:
         return False
     return not any("error" in answer for answer in result.return_value["answers"])
-
-
-def record_event(connection: Redis, event: dict[str, Any]) -> None:
-    """Appends an annotation event to the record.
-
-    Raises:
-        QueueUnavailable: Redis does not answer.
-    """
-    with redis_errors():
-        connection.xadd(EVENTS_KEY, {"event": json.dumps(event)}, maxlen=MAX_EVENTS, approximate=True)
 
 
 def remember_version(connection: Redis, project: str, model_version: str) -> None:

@@ -13,14 +13,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from redis import Redis
-from rq import get_current_job
+from rq import Queue, get_current_job
 from rq.exceptions import NoSuchJobError
 from rq.intermediate_queue import IntermediateQueue
 from rq.job import Job, JobStatus
 from rq.registry import StartedJobRegistry
 
 from backend.errors import WorkerDied
-from backend.queues import CHUNK_KEY, READY_KEY, READY_TTL, RESULT_TTL, predict_queue
+from backend.queues import CHUNK_KEY, READY_TTL, RESULT_TTL
 
 log = logging.getLogger(__name__)
 
@@ -87,9 +87,9 @@ def lost_chunk() -> LostChunk | None:
 class Recovery:
     """Finds what dead workers left behind; every worker looks every few seconds, and running it twice does no harm."""
 
-    def __init__(self, connection: Redis) -> None:
-        self._connection = connection
-        self._queue = predict_queue(connection)
+    def __init__(self, connection: Redis, queue: Queue, ready_key: str) -> None:
+        """`ready_key` begins the keys by which workers of this queue show that they live."""
+        self._connection, self._queue, self._ready_key = connection, queue, ready_key
 
     def requeue_lost(self) -> None:
         """Puts jobs of dead workers at the front of the queue.
@@ -97,7 +97,7 @@ class Recovery:
         Raises:
             RedisError: Redis does not answer.
         """
-        if not self._connection.set(LOCK_KEY, 1, nx=True, px=LOCK_MS):
+        if not self._connection.set(f"{LOCK_KEY}:{self._queue.name}", 1, nx=True, px=LOCK_MS):
             return  # another worker is looking
         registry: StartedJobRegistry = self._queue.started_job_registry
         for job_id, execution_id in registry.get_job_and_execution_ids(cleanup=False):
@@ -134,7 +134,7 @@ class Recovery:
             return None
 
     def _is_alive(self, worker: str | None) -> bool:
-        return bool(self._connection.exists(f"{READY_KEY}{worker}"))
+        return bool(self._connection.exists(f"{self._ready_key}{worker}"))
 
 
 def _is_past(taken: IntermediateQueue, job_id: str) -> bool:

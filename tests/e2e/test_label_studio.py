@@ -14,7 +14,7 @@ from backend.demo import samples
 from backend.images import Images
 from backend.sources import Sources
 from backend.studio import Studio
-from tests.e2e.studio import LEGACY_TOKEN, PASSWORD, USER, LabelStudio, Project, find_chromium, running_label_studio
+from tests.e2e.studio import LEGACY_TOKEN, PASSWORD, USER, LabelStudio, Project, find_chromium
 from tests.pictures import config_for, encode, recall, scenes
 from tests.running import ROOT, Served, http_server, reply
 
@@ -22,12 +22,6 @@ pytestmark = pytest.mark.timeout(600)
 
 DRAWN = scenes(12, (640, 480), seed=5)
 SCREENSHOTS = ROOT / os.environ.get("SCREENSHOTS", "build/screenshots")
-
-
-@pytest.fixture(scope="module")
-def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LabelStudio]:
-    with running_label_studio(tmp_path_factory.mktemp("label-studio")) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")
@@ -128,8 +122,7 @@ def test_pictures_of_its_storages_are_found(studio: LabelStudio, backend: Served
         project.connect(backend.url)
         project.action("retrieve_tasks_predictions", [task["id"] for task in project.tasks()])
     local, cloud = project.predictions()
-    assert local["result"]
-    assert [region["value"] for region in cloud["result"]] == [region["value"] for region in local["result"]]
+    assert recall(local["result"], DRAWN[0]) == recall(cloud["result"], DRAWN[0]) > 0.5
     assert asked[-1] == ("GET", None)  # of the backend, with the signature in the address
 
 

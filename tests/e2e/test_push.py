@@ -3,7 +3,6 @@
 import collections
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,12 +24,6 @@ def start_backend(folder: Path, url: str) -> Served:
     served = Served(folder, LABEL_STUDIO_URL=url, LABEL_STUDIO_API_KEY=LEGACY_TOKEN, BATCH_SIZE="5")
     served.wait_until_ready()
     return served
-
-
-@pytest.fixture(scope="module")
-def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LabelStudio]:
-    with running_label_studio(tmp_path_factory.mktemp("label-studio")) as running:
-        yield running
 
 
 def create_project(studio: LabelStudio, title: str, backend: Served) -> Project:

@@ -10,7 +10,7 @@ from rq.results import Result
 from rq.serializers import JSONSerializer
 
 from backend.errors import QueueUnavailable
-from backend.queues import EVENTS_KEY, PREDICT, READY_KEY, AllowedJob, PredictQueue, connect, record_event
+from backend.queues import PREDICT, READY_KEY, AllowedJob, PredictQueue, connect
 
 PAYLOAD = {"tasks": [{"id": 1, "data": {"image": "http://x/?token=s3cret"}}], "plan": {"controls": []}}
 
@@ -107,12 +107,6 @@ def test_a_redis_that_is_away_is_said_at_once() -> None:
     with pytest.raises(QueueUnavailable, match="is Redis running"):
         PredictQueue(connect("redis://127.0.0.1:1")).enqueue([PAYLOAD])
     assert time.monotonic() - start < 3
-
-
-def test_events_are_kept_in_order(connection: Redis) -> None:
-    for number in range(3):
-        record_event(connection, {"number": number})
-    assert [json.loads(entry[b"event"])["number"] for _, entry in connection.xrange(EVENTS_KEY)] == [0, 1, 2]
 
 
 def test_an_annotator_overtakes_the_same_chunk_of_a_bulk(connection: Redis) -> None:

@@ -10,16 +10,16 @@ from rq.job import Job
 from rq.results import Result
 
 from backend import recovery
-from backend.queues import PREDICT_FUNCTION, READY_KEY, PredictQueue, predict_queue
+from backend.queues import PREDICT, PREDICT_FUNCTION, READY_KEY, PredictQueue, predict_queue
 from backend.recovery import LostChunk, Recovery
+from backend.rq_worker import make_worker
 from backend.settings import Settings
-from backend.worker import _rq_worker
 
 
 def begin(connection: Redis, redis_url: str, worker: str) -> Job:
     """A job that a worker of this name has in hand."""
     (job,) = PredictQueue(connection).enqueue([{"tasks": [{"id": 1}, {"id": 2}]}])
-    rq_worker = _rq_worker(Settings(redis_url=redis_url), worker)
+    rq_worker = make_worker(Settings(redis_url=redis_url), PREDICT, worker)
     taken, _ = rq_worker.dequeue_job_and_maintain_ttl(1)
     assert taken.id == job.id
     prepare_execution(rq_worker, taken)
@@ -30,8 +30,8 @@ def begin(connection: Redis, redis_url: str, worker: str) -> Job:
 
 
 def look(connection: Redis) -> None:
-    connection.delete(recovery.LOCK_KEY)
-    Recovery(connection).requeue_lost()
+    connection.delete(f"{recovery.LOCK_KEY}:{PREDICT}")
+    Recovery(connection, predict_queue(connection), READY_KEY).requeue_lost()
 
 
 def test_a_job_of_a_living_worker_stays(connection: Redis, redis_url: str) -> None:

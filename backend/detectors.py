@@ -1,0 +1,71 @@
+"""The detectors of one worker: the checkpoint as it came, and those of learned versions that were used last."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+
+from backend.checkpoints import load_checkpoint, load_model, take_weights
+from backend.detector import Detector
+from backend.learned import Versions
+from backend.settings import Settings
+from backend.versions import find_checkpoint
+
+log = logging.getLogger(__name__)
+
+MOST_LEARNED = 2  # in memory beside the checkpoint as it came
+
+
+class Detectors:
+    """Makes detectors as the settings say; not thread-safe."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Raises CheckpointError where the model cannot be loaded."""
+        self._settings = settings
+        self._source = find_checkpoint(settings.model).source
+        self.plain = Detector(*load_checkpoint(self._source), device_of(settings), _precision(settings))
+        self._learned: OrderedDict[tuple[str, ...], Detector] = OrderedDict()
+
+    def get(self, learned: Sequence[str] | None) -> Detector:
+        """The detector of a version, as project and id; none is the checkpoint as it came.
+
+        Raises:
+            CheckpointError: there is no such version, or it is damaged.
+        """
+        if not learned:
+            return self.plain
+        key = tuple(learned)
+        if key not in self._learned:
+            while len(self._learned) >= MOST_LEARNED:  # before the next is loaded: memory may not hold one more
+                self._learned.popitem(last=False)
+            self._learned[key] = self._load(*key)
+        self._learned.move_to_end(key)
+        return self._learned[key]
+
+    def _load(self, project: str, version: str) -> Detector:
+        log.info("taking up version %s of project %s", version, project)
+        versions = Versions(self._settings.model_dir, project)
+        versions.get(version)  # refuses what is damaged
+        model = take_weights(load_model(self._source), versions.weights_path(version))
+        plain = self.plain
+        detector = Detector(model, plain.tokenizer, plain.image_format, str(plain.device), plain.precision)
+        detector.batch_size, detector.on_forward = plain.batch_size, plain.on_forward
+        return detector
+
+
+def device_of(settings: Settings) -> str:
+    """The torch device that the settings mean."""
+    if settings.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return settings.device
+
+
+def _precision(settings: Settings) -> torch.dtype:
+    name = settings.precision
+    if name == "auto":
+        name = "float16" if device_of(settings).startswith("cuda") else "float32"
+    found: torch.dtype = getattr(torch, name)
+    return found

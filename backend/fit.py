@@ -1,0 +1,231 @@
+"""What a fit worker runs: `fit(dict) -> dict`. Reads a project's annotations, learns, and promotes what is better.
+
+It goes on where it was when its worker is killed. Whatever goes wrong, the version that serves goes on serving.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors.torch import save_file
+
+from backend.checkpoints import load_checkpoint, take_weights
+from backend.detector import Detector
+from backend.detectors import device_of
+from backend.errors import BackendError, StudioAway
+from backend.examples import Example, fingerprint, read_examples
+from backend.fit_queue import Trainings
+from backend.images import Images
+from backend.labeling import Plan, read_plan
+from backend.learned import Version, Versions
+from backend.learning import Learned, Material, learn
+from backend.queues import connect
+from backend.recovery import lost_chunk
+from backend.settings import Settings
+from backend.shelf import Shelf
+from backend.sources import Sources
+from backend.speed import keep_freed_memory
+from backend.studio import Studio
+from backend.versions import find_checkpoint
+
+log = logging.getLogger(__name__)
+
+MOST_DEATHS = 5  # of workers over one training
+PAUSES = (1, 5, 15, 30, 60, 120, 300)  # s, while Label Studio is away
+REPORT_EVERY = 0.5  # s
+
+Value = TypeVar("Value")
+
+
+class CannotLearn(BackendError):
+    """There is nothing to learn from, or no way to; the text says what is missing."""
+
+    code = "cannot_learn"
+
+
+def fit(payload: Mapping[str, Any]) -> dict[str, Any]:
+    """Trains for one project.
+
+    Args:
+        payload: `project` its number, `train` as in the settings, `run` a name that no other training has.
+
+    Returns:
+        `state`, done or failed, `text` that people read, and of what was done `version`, `metrics`, `left_out`.
+    """
+    keep_freed_memory()
+    torch.set_num_threads(max((os.cpu_count() or 2) // 2, 1))  # the predict worker wants some too
+    settings = Settings.from_env()
+    trainings, project = Trainings(connect(settings.redis_url)), payload["project"]
+    report = _reporter(trainings, project)
+    try:
+        chunk = lost_chunk()
+        if chunk and chunk.deaths > MOST_DEATHS:
+            raise CannotLearn(f"{chunk.deaths} workers died over this training; their logs say more")
+        outcome = {"state": "done", **_Training(settings, payload, report).run()}
+    except BackendError as error:
+        outcome = {"state": "failed", "text": str(error)}
+    except OSError as error:
+        outcome = {
+            "state": "failed",
+            "text": f"MODEL_DIR cannot be used ({error.strerror}); is its disk full?",
+        }
+    except Exception as error:
+        log.exception("the training of project %s failed", project)
+        outcome = {"state": "failed", "text": f"an error of ours ({type(error).__name__}); the worker's log says more"}
+    log.info("project %s: %s", project, outcome["text"])
+    trainings.report(project, **outcome)
+    return outcome
+
+
+Report = Callable[..., None]
+
+
+def _reporter(trainings: Trainings, project: str) -> Report:
+    """Reports progress, at most so often."""
+    last_state, last_time = "", 0.0
+
+    def report(state: str, done: int = 0, of: int = 0) -> None:
+        nonlocal last_state, last_time
+        if state != last_state or done == of or time.monotonic() - last_time > REPORT_EVERY:
+            last_state, last_time = state, time.monotonic()
+            trainings.report(project, state, done=done, of=of)
+
+    return report
+
+
+def _patiently(ask: Callable[[], Value]) -> Value:
+    """Asks Label Studio again while it is away, for some minutes."""
+    for pause in PAUSES:
+        try:
+            return ask()
+        except StudioAway as error:
+            log.warning("%s; asking again in %d s", error, pause)
+            time.sleep(pause)
+    return ask()
+
+
+class _Training:
+    """One training, from the annotations to the version."""
+
+    def __init__(self, settings: Settings, payload: Mapping[str, Any], report: Report) -> None:
+        self._settings, self._train, self._report = settings, payload["train"], report
+        self._project, self._run = payload["project"], payload["run"]
+        self._checkpoint = find_checkpoint(settings.model)
+        self._versions = Versions(settings.model_dir, self._project)
+        self._desk = self._versions.folder / ".training"
+        self._studio = Studio(settings.label_studio_url, settings.label_studio_api_key)
+
+    def run(self) -> dict[str, Any]:
+        """Learns, and says what came of it."""
+        self._report("reading")
+        snapshot = self._snapshot()
+        serving = self._versions.serving(self._checkpoint.fingerprint, snapshot["created"])
+        plan = read_plan(snapshot["label_config"], self._settings.box_threshold, self._settings.nms_iou)
+        present = serving.applied_to(plan) if serving else plan
+        examples, left_out = read_examples(present, self._project, snapshot["tasks"])
+        if not examples:
+            raise CannotLearn(f"there are no annotations to learn from{_listed(left_out)}")
+        model, tokenizer, image_format = load_checkpoint(self._checkpoint.source)
+        device = device_of(self._settings)
+
+        def make_detector(model: Any) -> Detector:
+            return Detector(model, tokenizer, image_format, device)
+
+        detector = make_detector(self._serving_model(model, serving))
+        shelf, examples = self._shelve(examples, detector, left_out)
+        self._report("measuring")
+        has_weights = bool(serving and serving.weights)
+        material = Material(examples, lambda e: shelf.get(e.view.uri), model, make_detector, not has_weights)
+        learned = learn(
+            material, detector, self._train, tokenizer, self._desk / "state.pt",
+            lambda done, of: self._report("training", done, of),
+        )  # fmt: skip
+        version = self._keep(learned, plan, serving, snapshot["created"], fingerprint(examples))
+        shutil.rmtree(self._desk, ignore_errors=True)
+        text = f"{learned.text}{_listed(left_out)}"
+        return {"text": text, "version": version, "metrics": learned.metrics, "left_out": dict(left_out)}
+
+    def _serving_model(self, model: Any, serving: Version | None) -> Any:
+        own = copy.deepcopy(model)
+        return take_weights(own, self._versions.weights_path(serving.id)) if serving and serving.weights else own
+
+    def _snapshot(self) -> dict[str, Any]:
+        """Config, birthday and annotated tasks of the project; after a kill those that the training began with."""
+        path = self._desk / "snapshot.json"
+        if path.exists():
+            kept: dict[str, Any] = json.loads(path.read_text())
+            if kept["run"] == self._run:
+                return kept
+        shutil.rmtree(self._desk, ignore_errors=True)
+        self._desk.mkdir(parents=True)
+        read = {
+            "run": self._run,
+            "label_config": _patiently(lambda: self._studio.label_config(self._project)),
+            "created": _patiently(lambda: self._studio.created(self._project)),
+            "tasks": _patiently(lambda: list(self._studio.annotated_tasks(self._project))),
+        }
+        aside = path.with_suffix(".new")
+        aside.write_text(json.dumps(read))
+        aside.replace(path)
+        return read
+
+    def _shelve(
+        self, examples: Sequence[Example], detector: Detector, left_out: Counter[str]
+    ) -> tuple[Shelf, list[Example]]:
+        """The pictures, on a shelf, and the examples whose pictures can be had."""
+        settings = self._settings
+        images = Images(Sources.from_settings(settings, self._studio), settings.max_image_pixels)
+        shelf = Shelf(self._desk / "pictures", images, detector)
+        uris = {example.view.uri: example.task for example in examples}
+        failed = _patiently(lambda: shelf.fetch(uris, lambda done: self._report("loading", done, len(uris))))
+        for reason in failed.values():
+            log.warning("project %s: a picture is left out: %s", self._project, reason)
+        left_out.update({"pictures that cannot be read": len(failed)} if failed else {})
+        return shelf, [example for example in examples if example.view.uri not in failed]
+
+    def _keep(self, learned: Learned, plan: Plan, serving: Version | None, created: int, data: str) -> str:
+        """Writes and promotes a version, if there is something to promote, and returns its id."""
+        if not (learned.thresholds or learned.tensors):
+            return ""
+        before = {
+            control.from_name: {label.name: label.threshold for label in control.labels} for control in plan.controls
+        }
+        thresholds = {
+            name: {label: (before[name][label], now) for label, now in own.items() if label in before.get(name, {})}
+            for name, own in learned.thresholds.items()
+        }
+        version = Version(
+            id=time.strftime("%Y%m%d-%H%M%S-", time.gmtime()) + data[:4],
+            checkpoint=self._checkpoint.fingerprint,
+            parent=serving.id if serving else "",
+            created=created,
+            thresholds=thresholds,
+            metrics=learned.metrics,
+            data=data,
+            reason=learned.text,
+        )
+
+        def write_weights(path: Path) -> None:
+            if learned.tensors:
+                save_file(learned.tensors, path)
+            elif serving:
+                shutil.copyfile(self._versions.weights_path(serving.id), path)
+
+        has_weights = learned.tensors or (serving and serving.weights)
+        self._versions.add(version, write_weights if has_weights else None)
+        self._versions.promote(version.id)
+        return version.id
+
+
+def _listed(left_out: Counter[str]) -> str:
+    return "; left out: " + ", ".join(f"{count} {what}" for what, count in left_out.items()) if left_out else ""

@@ -1,0 +1,140 @@
+"""The queue "fit" and what is known of each project's training: one job a project, its progress, its outcome."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+from redis import Redis
+from rq import Queue, Retry
+from rq.exceptions import DuplicateJobError, NoSuchJobError
+from rq.serializers import JSONSerializer
+
+from backend.queues import FIT, FIT_FUNCTION, AllowedJob, final_result, redis_errors
+
+PROGRESS_KEY = "gdino:training:"  # + project -> JSON: state, done, of, text, time, and in the end the outcome
+EVIDENCE_KEY = "gdino:evidence:"  # + project -> hash of annotation id -> JSON: task, updated_at, is_deleted
+FIT_READY_KEY = "gdino:fit-ready:"  # + worker name; a fit worker keeps it alive
+FIT_TIMEOUT = 7 * 24 * 3600  # s
+RETRIES = 3  # of a training whose worker was killed; it goes on where it was
+
+# Events come twice, late and in any order. Of one annotation the last change counts, and a deletion ends it.
+RECORD = """
+local old = redis.call('HGET', KEYS[1], ARGV[1])
+if old then
+    local was, now = cjson.decode(old), cjson.decode(ARGV[2])
+    if was.is_deleted or (not now.is_deleted and was.updated_at >= now.updated_at) then return end
+end
+redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
+"""
+
+
+def fit_queue(connection: Redis) -> Queue:
+    """RQ's queue of trainings."""
+    return Queue(FIT, connection=connection, serializer=JSONSerializer, job_class=AllowedJob)
+
+
+class Trainings:
+    """Trainings as the web front and the command line see them; safe to share between threads."""
+
+    def __init__(self, connection: Redis) -> None:
+        self._connection = connection
+        self._queue = fit_queue(connection)
+
+    def start(self, project: str, train: str) -> str:
+        """Puts a training into the queue, unless one of this project waits or runs, and returns the name of its job.
+
+        Raises:
+            QueueUnavailable: Redis does not answer.
+        """
+        job_id = f"fit-{project}"
+        with redis_errors():
+            try:
+                self._enqueue(job_id, project, train)
+            except DuplicateJobError:
+                if self._has_ended(job_id):
+                    self._enqueue(job_id, project, train)
+        return job_id
+
+    def _has_ended(self, job_id: str) -> bool:
+        """Whether the job is over; it then makes room for another."""
+        try:
+            job = AllowedJob.fetch(job_id, connection=self._connection, serializer=JSONSerializer)
+        except NoSuchJobError:
+            return True
+        if final_result(job) is None:
+            return False
+        job.delete()
+        return True
+
+    def _enqueue(self, job_id: str, project: str, train: str) -> None:
+        self._queue.enqueue(
+            FIT_FUNCTION,
+            {"project": project, "train": train, "run": str(time.time_ns())},
+            job_id=job_id,
+            unique=True,
+            job_timeout=FIT_TIMEOUT,
+            retry=Retry(max=RETRIES),
+            description=f"train for project {project}",
+        )
+        self.report(project, "queued")
+
+    def report(self, project: str, state: str, **more: Any) -> None:
+        """Says where a training is: `state` is queued, reading, loading, measuring, training, done or failed.
+
+        Raises:
+            QueueUnavailable: Redis does not answer.
+        """
+        row = {"project": project, "state": state, "time": round(time.time(), 1), **more}
+        with redis_errors():
+            self._connection.set(PROGRESS_KEY + project, json.dumps(row))
+
+    def progress(self, project: str) -> dict[str, Any] | None:
+        """The last report of a project's training; None if there never was one.
+
+        Raises:
+            QueueUnavailable: Redis does not answer.
+        """
+        with redis_errors():
+            row = self._connection.get(PROGRESS_KEY + project)
+        return json.loads(row) if row else None
+
+    def all(self) -> list[dict[str, Any]]:
+        """The last report of each project's training.
+
+        Raises:
+            QueueUnavailable: Redis does not answer.
+        """
+        with redis_errors():
+            keys = sorted(self._connection.scan_iter(f"{PROGRESS_KEY}*", count=1000))
+            rows = self._connection.mget(keys) if keys else []
+        return [json.loads(row) for row in rows if row]
+
+
+class Evidence:
+    """Which annotations a project has, as its events tell; what they hold is asked of Label Studio when it matters."""
+
+    def __init__(self, connection: Redis, project: str) -> None:
+        self._connection, self._key = connection, EVIDENCE_KEY + project
+
+    def record(self, annotation: int, task: int | None, updated_at: str, is_deleted: bool = False) -> None:
+        """Notes an annotation; the same event again, or an older one late, changes nothing.
+
+        Raises:
+            QueueUnavailable: Redis does not answer.
+        """
+        row = {"task": task, "updated_at": updated_at, "is_deleted": is_deleted}
+        with redis_errors():
+            self._connection.eval(RECORD, 1, self._key, str(annotation), json.dumps(row))
+
+    def annotations(self) -> dict[int, int | None]:
+        """Each annotation that is not deleted, with its task.
+
+        Raises:
+            QueueUnavailable: Redis does not answer.
+        """
+        with redis_errors():
+            rows: dict[bytes, bytes] = self._connection.hgetall(self._key)  # type: ignore[assignment]
+        known = {int(number): json.loads(row) for number, row in rows.items()}
+        return {number: row["task"] for number, row in sorted(known.items()) if not row["is_deleted"]}

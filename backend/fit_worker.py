@@ -1,0 +1,28 @@
+"""The fit worker: one training at a time. It loads torch only when there is one to do."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+from backend.fit_queue import FIT_READY_KEY, fit_queue
+from backend.queues import FIT
+from backend.rq_worker import ready, work
+from backend.settings import Settings
+
+log = logging.getLogger(__name__)
+
+
+def run(settings: Settings) -> bool:
+    """Serves the queue "fit" until one training is over, or SIGTERM or SIGINT; says whether to serve on.
+
+    After a training the process is to start anew: the memory that it took does not come back otherwise. Killed in the
+    middle of one, it goes on from the last round when started again.
+
+    Raises:
+        QueueUnavailable: Redis does not answer at the start.
+    """
+    os.environ.update(settings.to_env())  # where the job reads them
+    with ready(settings, fit_queue, FIT_READY_KEY, 1) as name:
+        log.info("fit worker %s is ready", name)
+        return work(settings, FIT, name, max_jobs=1)

@@ -1,0 +1,97 @@
+"""Examples of what a model knows already, made by itself: learned beside new ones, they keep it from forgetting.
+
+The model looks at the new pictures for words that it knows, and for pairs of the words that it finds. What it finds is
+the truth of these examples (Li and Hoiem, "Learning without forgetting", 2016).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from backend.detector import Detector
+from backend.examples import Example
+from backend.labeling import Label
+from backend.preprocess import Prepared
+from backend.regions import Detection
+from backend.views import Asked
+
+SURE = 0.3  # lowest score of what counts as known
+MOST_WORDS, MOST_PAIRS = 60, 40  # looked for in a picture
+TOGETHER = 6  # phrases
+MOST_PHRASES = 8  # in one example
+VARIANTS = 3  # examples for each picture
+SMALL_VOCABULARY = 2000  # words; of a larger one only common ones are likely to be in pictures
+
+COMMON = (Path(__file__).parent / "common_words.txt").read_text().split()
+
+
+def known_words(tokenizer: Any) -> list[str]:
+    """Words that the tokenizer knows whole: all of a small vocabulary, the common ones of a large one."""
+    vocabulary = tokenizer.get_vocab()
+    whole = [word for word in vocabulary if word.isalpha() and len(word) > 2]
+    return sorted(whole) if len(whole) <= SMALL_VOCABULARY else [word for word in COMMON if word in vocabulary]
+
+
+def rehearse(
+    examples: Sequence[Example],
+    pictures: Callable[[Example], Prepared],
+    detector: Detector,
+    words: Sequence[str],
+    rng: np.random.Generator,
+) -> list[Example]:
+    """Examples on the same pictures, for other phrases than those that are being learned."""
+    learned = {phrase for example in examples for label in example.view.asked.labels for phrase in label.phrases}
+    by_picture = {example.view.uri: example for example in examples}.values()
+    return [
+        made
+        for example in by_picture
+        for made in _of_picture(example, pictures(example), detector, words, learned, rng)
+    ]
+
+
+def _of_picture(
+    example: Example,
+    picture: Prepared,
+    detector: Detector,
+    words: Sequence[str],
+    learned: set[str],
+    rng: np.random.Generator,
+) -> Iterator[Example]:
+    some = [words[int(i)] for i in rng.permutation(len(words))[:MOST_WORDS]]
+    seen = _seen(detector, picture, [word for word in some if word not in learned])
+    pairs = [f"{a} {b}" for a, b in itertools.permutations(seen, 2) if f"{a} {b}" not in learned]
+    pairs = [pairs[int(i)] for i in rng.permutation(len(pairs))[:MOST_PAIRS]]
+    known = [*seen, *_seen(detector, picture, pairs)]
+    others = [phrase for phrase in [*some, *pairs] if phrase not in known and phrase not in learned]
+    for _ in range(VARIANTS):
+        asked = [*_some(known, MOST_PHRASES // 2, rng), *_some(others, MOST_PHRASES // 2, rng)]
+        labels = tuple(Label(phrase, (phrase,), SURE) for phrase in dict.fromkeys(asked))
+        found = detector.detect_prepared([picture], labels)[0]
+        if isinstance(found, list):
+            view = dataclasses.replace(example.view, asked=Asked(labels, (), 1.0))
+            yield Example(example.task, view, tuple(_as_truth(d, picture.size) for d in found), False)
+
+
+def _some(phrases: Sequence[str], most: int, rng: np.random.Generator) -> list[str]:
+    return [phrases[int(i)] for i in rng.permutation(len(phrases))[:most]]
+
+
+def _seen(detector: Detector, picture: Prepared, phrases: Sequence[str]) -> list[str]:
+    """Those of the phrases that are found in the picture, asked for few at a time: each box tells its best alone."""
+    seen: set[str] = set()
+    for start in range(0, len(phrases), TOGETHER):
+        labels = [Label(phrase, (phrase,), SURE) for phrase in phrases[start : start + TOGETHER]]
+        found = detector.detect_prepared([picture], labels)[0]
+        seen |= {detection.label for detection in found} if isinstance(found, list) else set()
+    return sorted(seen)
+
+
+def _as_truth(detection: Detection, size: tuple[int, int]) -> tuple[tuple[float, float, float, float], str]:
+    x1, y1, x2, y2 = detection.box_xyxy
+    return (x1 / size[0], y1 / size[1], x2 / size[0], y2 / size[1]), detection.label

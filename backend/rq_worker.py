@@ -1,0 +1,79 @@
+"""What all workers share: signs of life in Redis, lost jobs back into the queue, and RQ's loop in this one process."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from redis import Redis
+from redis.exceptions import RedisError
+from rq import Queue, SimpleWorker
+from rq.serializers import JSONSerializer
+
+from backend.queues import READY_TTL, AllowedJob, connect, redis_errors, worker_name
+from backend.recovery import Recovery
+from backend.settings import Settings
+
+log = logging.getLogger(__name__)
+
+WORKER_TTL = 20  # s; RQ's default of 420 would hide a dead worker for minutes
+BEAT = 2  # s between signs of life, several of which may be late before a worker counts as gone
+
+
+@contextlib.contextmanager
+def ready(settings: Settings, queue: Callable[[Redis], Queue], key: str, value: int) -> Iterator[str]:
+    """A worker's name, known as ready as long as this lasts."""
+    name, stop, connection = worker_name(), threading.Event(), connect(settings.redis_url)
+    recovery = Recovery(connection, queue(connection), key)
+    beat = threading.Thread(target=_stay_ready, args=(connection, recovery, key + name, value, stop), daemon=True)
+    beat.start()
+    yield name
+    stop.set()
+    beat.join()
+
+
+class _Worker(SimpleWorker):
+    is_stopped = False
+
+    def request_stop(self, signum: Any, frame: Any) -> None:
+        """As RQ's, and remembered."""
+        self.is_stopped = True
+        super().request_stop(signum, frame)  # type: ignore[no-untyped-call]
+
+
+def work(settings: Settings, queue: str, name: str, max_jobs: int | None = None) -> bool:
+    """Takes jobs; false when it was told to stop."""
+    worker = make_worker(settings, queue, name)
+    with redis_errors():
+        worker.work(logging_level="WARNING", max_jobs=max_jobs)
+    return not worker.is_stopped
+
+
+def make_worker(settings: Settings, queue: str, name: str) -> _Worker:
+    """RQ's worker as ours are."""
+    return _Worker(
+        [queue],
+        name=name,
+        connection=connect(settings.redis_url, socket_timeout=None),
+        serializer=JSONSerializer,
+        job_class=AllowedJob,
+        worker_ttl=WORKER_TTL,
+        log_job_description=False,
+    )
+
+
+def _stay_ready(connection: Redis, recovery: Recovery, key: str, value: int, stop: threading.Event) -> None:
+    """Keeps the worker's key in Redis alive and looks for lost jobs; a thread, because a job occupies the main one."""
+    while True:
+        try:
+            connection.set(key, value, ex=READY_TTL)
+            recovery.requeue_lost()
+        except RedisError:
+            log.warning("Redis does not answer")
+        if stop.wait(BEAT):
+            break
+    with contextlib.suppress(RedisError):  # it expires by itself
+        connection.delete(key)

@@ -1,0 +1,217 @@
+"""Learning from corrections, with a real Label Studio: a new word, thresholds, a gate that refuses, a way back."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import requests
+
+from backend.demo.shapes import Scene, choose_phrases, draw_scene
+from backend.evaluation import evaluate
+from backend.regions import Detection
+from tests.e2e.studio import LEGACY_TOKEN, LabelStudio, Project
+from tests.pictures import data_uri, encode, pixel_box
+from tests.running import ROOT, Served, wait_for
+
+pytestmark = pytest.mark.timeout(900)
+
+NEW, NEW_IS = "zorp", "purple star"
+OLD = ("red circle", "blue square", "green triangle")
+TRAINING_LIMIT = 8 * 60  # s
+
+
+def config(labels: tuple[str, ...], threshold: str = "") -> str:
+    given = f' model_score_threshold="{threshold}"' if threshold else ""
+    rows = "".join(f'<Label value="{label}"/>' for label in labels)
+    image, close = '<View><Image name="image" value="$image"/>', "</RectangleLabels></View>"
+    return f'{image}<RectangleLabels name="label" toName="image"{given}>{rows}{close}'
+
+
+def has_new(scene: Scene) -> bool:
+    return bool(scene.truth([NEW_IS]))
+
+
+def draw(count: int, seed: int) -> list[Scene]:
+    """Scenes of which two in three show the new thing."""
+    rng, scenes = np.random.default_rng(seed), []
+    while len(scenes) < count:
+        scene = draw_scene(rng, 320, 240)
+        if has_new(scene) or len(scenes) % 3 == 2:
+            scenes.append(scene)
+    return scenes
+
+
+def truth(scene: Scene, labels: tuple[str, ...]) -> list[tuple[tuple, str]]:
+    phrases = [NEW_IS if label == NEW else label for label in labels]
+    return [(box, labels[i]) for box, i in scene.truth(phrases)]
+
+
+def annotation(scene: Scene, boxes: list[tuple[tuple, str]]) -> list[dict[str, Any]]:
+    width, height = scene.image.size
+    return [
+        {
+            "id": f"r{i}", "type": "rectanglelabels", "from_name": "label", "to_name": "image",
+            "original_width": width, "original_height": height, "image_rotation": 0,
+            "value": {
+                "x": 100 * x1 / width, "y": 100 * y1 / height, "width": 100 * (x2 - x1) / width,
+                "height": 100 * (y2 - y1) / height, "rotation": 0, "rectanglelabels": [label],
+            },
+        }
+        for i, ((x1, y1, x2, y2), label) in enumerate(boxes)
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def backend(studio: LabelStudio, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    keys = {"LABEL_STUDIO_URL": studio.url, "LABEL_STUDIO_API_KEY": studio.personal_access_token}
+    server = Served(tmp_path_factory.mktemp("learning"), **keys)
+    try:
+        server.wait_until_ready()
+        yield server
+    finally:
+        server.stop()
+
+
+def run(backend: Served, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
+    given = {**os.environ, "MODEL": "demo", "MODEL_DIR": str(backend.model_dir), **env}
+    command = [sys.executable, "-m", "backend", *words]
+    return subprocess.run(command, cwd=ROOT, env=given, capture_output=True, text=True, timeout=600, check=False)
+
+
+def annotated_project(
+    studio: LabelStudio, backend: Served, title: str, labels: tuple[str, ...], scenes: list[Scene],
+    boxes: Callable[[int, Scene], list[tuple[tuple, str]]],
+) -> Project:  # fmt: skip
+    pictures = {f"scene-{i:03}.png": encode(scene.image) for i, scene in enumerate(scenes)}
+    project = studio.create_project(title, config(labels), pictures)
+    project.connect(backend.url)
+    for task in project.tasks():
+        number = int(task["data"]["image"].split("scene-")[1][:3])
+        result = annotation(scenes[number], boxes(number, scenes[number]))
+        studio.call("POST", f"/api/tasks/{task['id']}/annotations", json={"result": result})
+    return project
+
+
+def train(project: Project, backend: Served) -> dict[str, Any]:
+    """Clicks Start Training, and waits for its outcome."""
+
+    def outcome() -> Any:
+        rows = requests.get(f"{backend.url}/versions", timeout=10).json()["trainings"]
+        own = [row for row in rows if row["project"] == str(project.number)]
+        return own[0] if own and own[0]["state"] in ("done", "failed") else None
+
+    project.studio.call("POST", f"/api/ml/{project.backend}/train", json={})
+    return wait_for(outcome, TRAINING_LIMIT, "the training")
+
+
+def predict(backend: Served, project: int, label_config: str, scenes: list[Scene]) -> list[dict[str, Any]]:
+    tasks = [{"id": i, "data": {"image": data_uri(scene.image)}} for i, scene in enumerate(scenes)]
+    body = {
+        "tasks": tasks,
+        "label_config": label_config,
+        "project": str(project),
+        "params": {"context": {"result": [1]}},
+    }
+    return requests.post(f"{backend.url}/predict", json=body, timeout=200).json()["results"]
+
+
+def detections(answer: dict[str, Any]) -> list[Detection]:
+    return [Detection(pixel_box(r), r["score"], r["value"]["rectanglelabels"][0]) for r in answer["result"]]
+
+
+def ap50(backend: Served, project: int, labels: tuple[str, ...], scenes: list[Scene]) -> dict[str, float]:
+    """Of each label, with all scores: a threshold written into the config goes before learned ones."""
+    found = [detections(answer) for answer in predict(backend, project, config(labels, "0.01"), scenes)]
+    wanted = [truth(scene, labels) for scene in scenes]
+    return {
+        label: evaluate(
+            [[d for d in row if d.label == label] for row in found],
+            [[t for t in row if t[1] == label] for row in wanted],
+        ).ap50
+        for label in labels
+    }
+
+
+def ap50_of_old_phrases(backend: Served, project: int, pictures: int = 100) -> float:
+    rng, found, wanted = np.random.default_rng(99), [], []
+    for _ in range(pictures):
+        scene = draw_scene(rng, 320, 240)
+        phrases = tuple(choose_phrases(rng, scene))
+        found += [detections(answer) for answer in predict(backend, project, config(phrases, "0.01"), [scene])]
+        wanted.append([(box, phrases[i]) for box, i in scene.truth(phrases)])
+    return evaluate(found, wanted).ap50
+
+
+def version(project: Project, backend: Served) -> str:
+    body = {"project": str(project.number), "schema": config((NEW, *OLD))}
+    return requests.post(f"{backend.url}/setup", json=body, timeout=10).json()["model_version"]
+
+
+def test_a_new_word_is_learned_and_the_old_ones_are_kept(studio: LabelStudio, backend: Served) -> None:
+    labels, others = (NEW, *OLD), draw(40, seed=8)
+    project = annotated_project(
+        studio, backend, "zorp", labels, draw(60, seed=3), lambda i, scene: truth(scene, labels)
+    )
+    before, old_before = ap50(backend, project.number, labels, others), ap50_of_old_phrases(backend, project.number)
+    version_before, answers_before = version(project, backend), predict(backend, project.number, config(labels), others)
+    start = time.monotonic()
+    outcome = train(project, backend)
+    seconds = time.monotonic() - start
+    after, old_after = ap50(backend, project.number, labels, others), ap50_of_old_phrases(backend, project.number)
+    print(f"{outcome}\nbefore {before} {old_before}\nafter {after} {old_after}\n{seconds:.0f} s")
+    assert outcome["state"] == "done"
+    assert seconds < TRAINING_LIMIT
+    assert before[NEW] < 0.3
+    assert after[NEW] > 0.8
+    assert all(after[label] > before[label] - 0.03 for label in OLD)
+    assert old_after > old_before - 0.03
+    assert ap50(backend, 999_999, labels, others) == before  # of a project that did not ask for it
+    assert version(project, backend) != version_before
+    assert run(backend, "versions", "rollback", "--project", str(project.number)).returncode == 0
+    assert version(project, backend) == version_before
+    assert predict(backend, project.number, config(labels), others) == answers_before
+
+
+def test_random_boxes_change_nothing(studio: LabelStudio, backend: Served) -> None:
+    rng = np.random.default_rng(4)
+
+    def anywhere(number: int, scene: Scene) -> list[tuple[tuple, str]]:
+        corners = np.sort(rng.uniform(0, 1, (3, 2, 2)), axis=1) * [320, 240]
+        return [((*low, *high), OLD[int(rng.integers(3))]) for low, high in corners.tolist()]
+
+    project = annotated_project(studio, backend, "random", OLD, draw(60, seed=5), anywhere)
+    before = predict(backend, project.number, config(OLD), draw(20, seed=6))
+    outcome = train(project, backend)
+    print(outcome)
+    assert (outcome["state"], outcome["version"]) == ("done", "")
+    assert predict(backend, project.number, config(OLD), draw(20, seed=6)) == before
+    assert "promoted" not in run(backend, "versions", "list", "--project", str(project.number)).stdout
+
+
+def test_thresholds_follow_what_annotators_delete(studio: LabelStudio, backend: Served) -> None:
+    """Of one label annotators keep only what is sure; that alone is learned."""
+    labels, strict, limit = ("object", "shape"), "object", 0.6
+    env = {"LABEL_STUDIO_URL": studio.url, "LABEL_STUDIO_API_KEY": LEGACY_TOKEN}
+
+    def kept(answer: dict[str, Any]) -> list[tuple[tuple, str]]:
+        return [(d.box_xyxy, d.label) for d in detections(answer) if d.label != strict or d.score >= limit]
+
+    scenes, others = draw(60, seed=12), draw(40, seed=13)
+    proposed = predict(backend, 999_999, config(labels), scenes)
+    project = annotated_project(studio, backend, "strict", labels, scenes, lambda i, scene: kept(proposed[i]))
+
+    def f1() -> float:
+        found = predict(backend, project.number, config(labels), others)
+        wanted = [kept(answer) for answer in predict(backend, 999_999, config(labels), others)]
+        return evaluate([detections(answer) for answer in found], wanted, threshold=0).f1
+
+    before = f1()
+    done = run(backend, "train", "--project", str(project.number), "--train", "thresholds", **env)
+    print(done.stdout, done.stderr[-2000:], before, f1())
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f1() >= before + 0.05
