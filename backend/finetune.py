@@ -29,13 +29,15 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How long and how hard; a round is one look at every example, or at least `least_steps` batches."""
+    """How long and how hard; a round looks at every example once, but at 100 at least and at `most_looks` at most."""
 
     backbones: bool = False  # whether they are trained as well
     rounds: int = 30
-    least_steps: int = 25
+    least_looks: int = 100
+    most_looks: int = 2000
+    warm_up: int = 25  # batches
     batch_size: int = 4
-    learning_rate: float = 2e-4
+    learning_rate: float = 1e-4
     patience: int = 6  # rounds without a better score, after which it ends
     seed: int = 0
 
@@ -66,18 +68,23 @@ def fine_tune(
     average = moving_average(model)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, recipe.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / recipe.least_steps, 1))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / recipe.warm_up, 1))
     run = _Run(names, model, average, optimizer, scheduler, best=judge(average))
     run.load(state)
     while run.rounds < recipe.rounds and run.rounds - run.best_round < recipe.patience:
         rng = np.random.default_rng([recipe.seed, run.rounds])
         batches = draw_batches(examples, pictures, tokenizer, recipe, rng, model.config.max_text_len)
         on_device = (_to(batch, next(model.parameters()).device) for batch in batches)
-        mean_loss = train_one_epoch(model, on_device, optimizer, scheduler, average, AVERAGE_DECAY)
+        mean_loss = train_one_epoch(model, on_device, optimizer, scheduler, average, AVERAGE_DECAY, half_precision())
         run.finish_round(judge(average))
         run.save(state)
         on_round(run.rounds, mean_loss)
     return run.tensors
+
+
+def half_precision() -> torch.dtype | None:
+    """bfloat16 on GPUs that have it: unlike float16 it needs no scaling of the loss."""
+    return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else None
 
 
 class _Run:
@@ -148,8 +155,8 @@ def draw_batches(
     most_tokens: int,
 ) -> Iterator[Batch]:
     """A round of batches in random order: pictures of equal size, each with its own caption."""
-    times = max(math.ceil(recipe.least_steps * recipe.batch_size / max(len(examples), 1)), 1)
-    order = [int(i) for _ in range(times) for i in rng.permutation(len(examples))]
+    times = max(math.ceil(recipe.least_looks / max(len(examples), 1)), 1)
+    order = [int(i) for _ in range(times) for i in rng.permutation(len(examples))][: recipe.most_looks]
     waiting: dict[torch.Size, list[tuple[Example, Prepared]]] = defaultdict(list)
     for number in order:
         example = examples[number]

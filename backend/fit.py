@@ -68,6 +68,10 @@ def fit(payload: Mapping[str, Any]) -> dict[str, Any]:
     trainings, project = Trainings(connect(settings.redis_url)), payload["project"]
     report = _reporter(trainings, project)
     try:
+        if not (settings.label_studio_url and settings.label_studio_api_key):
+            raise CannotLearn(
+                "training reads annotations: set LABEL_STUDIO_URL and LABEL_STUDIO_API_KEY of fit workers"
+            )
         chunk = lost_chunk()
         if chunk and chunk.deaths > MOST_DEATHS:
             raise CannotLearn(f"{chunk.deaths} workers died over this training; their logs say more")

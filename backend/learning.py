@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from backend.detector import Detector
@@ -18,6 +19,7 @@ from backend.examples import Example
 from backend.finetune import Recipe, Tensors, fine_tune
 from backend.preprocess import Prepared
 from backend.regions import Box, Detection
+from backend.rehearsal import known_words, rehearse
 
 LEAST_TO_TRAIN, LEAST_TO_JUDGE = 10, 5  # pictures
 MOST_JUDGED = 500  # pictures that thresholds are chosen by
@@ -119,8 +121,11 @@ def _tuned(
     before = Judged(material.found(serving, held), truth, _present(held))
     recipe = Recipe(backbones=train == "all")
     judge = _judge(material, held, truth)
+    plain = material.make_detector(copy.deepcopy(material.model))
+    known = rehearse(seen, material.pictures, plain, known_words(tokenizer), np.random.default_rng(0))
+    model = copy.deepcopy(material.model).to(serving.device)
     tensors = fine_tune(
-        copy.deepcopy(material.model).to(serving.device), tokenizer, seen, material.pictures, judge, recipe, state,
+        model, tokenizer, [*seen, *known], material.pictures, judge, recipe, state,
         lambda done, loss: on_round(done, recipe.rounds),
     )  # fmt: skip
     if not tensors:

@@ -21,6 +21,7 @@ from backend.preprocess import Prepared
 from backend.regions import Detection
 from backend.views import Asked
 
+MOST_PICTURES = 500
 SURE = 0.3  # lowest score of what counts as known
 MOST_WORDS, MOST_PAIRS = 60, 40  # looked for in a picture
 TOGETHER = 6  # phrases

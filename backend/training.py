@@ -129,12 +129,14 @@ def text_inputs(captions: Sequence[Caption], device: str | torch.device = "cpu")
     return {"input_ids": input_ids.to(device), "attention_mask": mask.to(device)}
 
 
-def loss(model: Any, batch: Batch) -> Tensor:
-    """The training loss of a batch, per box."""
-    inputs = text_inputs(batch.captions, batch.pixel_values.device)
-    output = model.model(pixel_values=batch.pixel_values, **inputs)
-    stages = _stages(model, output, inputs["attention_mask"].bool())
-    total = sum(_stage_loss(logits, boxes, batch) for logits, boxes in stages)
+def loss(model: Any, batch: Batch, half: torch.dtype | None = None) -> Tensor:
+    """The training loss of a batch, per box; `half` is the precision of the forward pass, if it is not float32."""
+    device = batch.pixel_values.device
+    inputs = text_inputs(batch.captions, device)
+    with torch.autocast(device.type, half, enabled=half is not None):
+        output = model.model(pixel_values=batch.pixel_values, **inputs)
+        stages = list(_stages(model, output, inputs["attention_mask"].bool()))
+    total = sum(_stage_loss(logits.float(), boxes.float(), batch) for logits, boxes in stages)
     boxes = sum(len(target.phrases) for target in batch.targets)
     return torch.as_tensor(total / max(boxes, 1))
 
@@ -149,13 +151,18 @@ def train_one_epoch(
     scheduler: torch.optim.lr_scheduler.LRScheduler,
     average: nn.Module | None = None,
     average_decay: float = 0.998,
+    half: torch.dtype | None = None,
 ) -> float:
-    """One pass over `batches`; returns the mean loss. `average` takes up a moving average of the weights, if given."""
+    """One pass over `batches`; returns the mean loss.
+
+    `average` takes up a moving average of the weights, if given. `half` is the precision of the forward pass, by
+    autocast; the loss is computed in float32.
+    """
     losses = []
     model.train()
     for batch in batches:
         optimizer.zero_grad(set_to_none=True)
-        value = loss(model, batch)
+        value = loss(model, batch, half)
         value.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

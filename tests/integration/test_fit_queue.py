@@ -1,0 +1,61 @@
+import itertools
+import time
+
+import pytest
+from redis import Redis
+
+from backend.fit_queue import Evidence, Trainings, fit_queue
+from backend.queues import FIT, FIT_FUNCTION
+from backend.rq_worker import make_worker
+from backend.settings import Settings
+
+EVENTS = [
+    (1, 10, "2026-01-01T10:00", False),
+    (1, 10, "2026-01-01T11:00", False),
+    (2, 10, "2026-01-01T10:30", False),
+    (2, None, "", True),
+    (3, 11, "2026-01-01T12:00", False),
+]
+
+
+def test_the_same_events_in_any_order_and_twice_give_the_same_evidence(connection: Redis) -> None:
+    found = set()
+    for number, order in enumerate(itertools.permutations(EVENTS)):
+        evidence = Evidence(connection, str(number))
+        for event in (*order, order[0]):
+            evidence.record(*event)
+        found.add(tuple(evidence.annotations().items()))
+    assert found == {((1, 10), (3, 11))}
+
+
+def test_an_event_is_recorded_in_no_time(connection: Redis) -> None:
+    start = time.perf_counter()
+    for number in range(100):
+        Evidence(connection, "1").record(number, number, "2026")
+    assert (time.perf_counter() - start) / 100 < 0.05
+
+
+def test_a_second_click_returns_the_training_that_waits(connection: Redis) -> None:
+    trainings = Trainings(connection)
+    assert trainings.start("7", "head") == trainings.start("7", "all") == "fit-7"
+    assert trainings.start("8", "head") == "fit-8"
+    (job, _) = fit_queue(connection).jobs
+    assert (job.func_name, job.args[0]["project"], job.args[0]["train"]) == (FIT_FUNCTION, "7", "head")
+    assert [(row["project"], row["state"]) for row in trainings.all()] == [("7", "queued"), ("8", "queued")]
+
+
+@pytest.mark.timeout(60)
+def test_a_training_that_is_over_makes_room_for_another(connection: Redis, redis_url: str, tmp_path) -> None:
+    settings = Settings(model="demo", model_dir=tmp_path, redis_url=redis_url)
+    trainings = Trainings(connection)
+    trainings.start("7", "head")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.to_env().items():
+            patch.setenv(name, value)
+        make_worker(settings, FIT, "w").work(burst=True, max_jobs=1, logging_level="ERROR")
+    row = trainings.progress("7")
+    assert row["state"] == "failed"
+    assert "does not answer" in row["text"] or "LABEL_STUDIO" in row["text"]
+    trainings.start("7", "head")
+    assert trainings.progress("7")["state"] == "queued"
+    assert len(fit_queue(connection).jobs) == 1

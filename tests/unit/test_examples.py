@@ -1,0 +1,112 @@
+from typing import Any
+
+import pytest
+
+from backend.examples import fingerprint, is_held_out, read_examples
+from backend.labeling import read_plan
+
+CONFIG = (
+    '<View><Image name="image" value="$image"/><RectangleLabels name="label" toName="image">'
+    '<Label value="cat"/><Label value="dog" alias="d"/></RectangleLabels></View>'
+)
+PAIR = (
+    '<View><Image name="image" value="$image"/><Rectangle name="box" toName="image"/>'
+    '<Labels name="label" toName="image"><Label value="cat"/></Labels></View>'
+)
+PAGES = CONFIG.replace('value="$image"', 'valueList="$image"')
+
+
+def region(label: str = "cat", **more: Any) -> dict[str, Any]:
+    value = {"x": 10, "y": 20, "width": 30, "height": 40, "rotation": 0, "rectanglelabels": [label] if label else []}
+    value |= more.pop("value", {})
+    return {"from_name": "label", "to_name": "image", "type": "rectanglelabels", "value": value, **more}
+
+
+def task(*annotations: dict[str, Any], image: Any = "http://x/a.png") -> dict[str, Any]:
+    return {"id": 7, "data": {"image": image}, "annotations": list(annotations)}
+
+
+def read(tasks: list[dict[str, Any]], config: str = CONFIG) -> Any:
+    return read_examples(read_plan(config, 0.3, 0.7), "1", tasks)
+
+
+def test_boxes_become_shares_of_the_picture() -> None:
+    (example,), left_out = read([task({"result": [region(), region("d")]})])
+    box = (0.1, 0.2, pytest.approx(0.4), pytest.approx(0.6))
+    assert example.truth == ((box, "cat"), (box, "d"))
+    assert (example.task, example.view.uri, left_out) == (7, "http://x/a.png", {})
+
+
+def test_an_empty_annotation_says_that_nothing_is_there() -> None:
+    (example,), _ = read([task({"result": []})])
+    assert example.truth == ()
+
+
+CAT, DOG = {"result": [region("cat")], "updated_at": "1"}, {"result": [region("d")], "updated_at": "2"}
+
+
+@pytest.mark.parametrize(
+    ("annotations", "label"),
+    [([CAT, DOG], "d"), ([{**CAT, "ground_truth": True}, DOG], "cat"), ([CAT, {**DOG, "was_cancelled": True}], "cat")],
+    ids=["the last", "ground truth", "not skipped"],
+)
+def test_of_many_annotations_one_counts(annotations: list[dict[str, Any]], label: str) -> None:
+    (example,), _ = read([task(*annotations)])
+    assert [name for _, name in example.truth] == [label]
+
+
+@pytest.mark.parametrize(
+    ("annotation", "reason"),
+    [
+        ({"result": [region()], "was_cancelled": True}, "tasks that were skipped"),
+        ({"result": [region(), region(value={"rotation": 5})]}, "tasks with rotated boxes"),
+        ({"result": [region(), region("")]}, "tasks with boxes without a label"),
+        ({"result": [region(value={"width": "wide"})]}, "tasks with boxes that cannot be read"),
+        ({"result": [region(value={"width": 0})]}, "tasks with boxes that cannot be read"),
+        ({"result": [region(value={"x": float("nan")})]}, "tasks with boxes that cannot be read"),
+    ],
+)
+def test_a_task_that_cannot_be_learned_from_is_left_out_and_counted(annotation: dict[str, Any], reason: str) -> None:
+    examples, left_out = read([task(annotation)])
+    assert (examples, left_out) == ([], {reason: 1})
+
+
+def test_a_box_of_another_label_is_left_out_and_the_task_stays() -> None:
+    (example,), left_out = read([task({"result": [region("cow"), region("cat")]})])
+    assert [label for _, label in example.truth] == ["cat"]
+    assert left_out == {"boxes whose label is not in the labeling config": 1}
+
+
+def test_other_tools_on_the_picture_are_passed_over() -> None:
+    (example,), left_out = read([task({"result": [{"from_name": "other", "type": "choices"}, "odd", region()]})])
+    assert (len(example.truth), left_out) == (1, {})
+
+
+def test_a_rectangle_with_labels_beside_it() -> None:
+    shape = region(from_name="box", type="rectangle")
+    label = region(type="labels", value={"labels": ["cat"]})
+    (example,), _ = read([task({"result": [shape, label]})], PAIR)
+    assert [name for _, name in example.truth] == ["cat"]
+
+
+def test_each_page_has_its_own_boxes() -> None:
+    pages = task({"result": [region(item_index=1), region("d", item_index=1)]}, image=["http://x/0", "http://x/1"])
+    examples, _ = read([pages], PAGES)
+    assert [(e.view.uri, len(e.truth)) for e in examples] == [("http://x/0", 0), ("http://x/1", 2)]
+
+
+def test_the_held_out_share_is_a_quarter_and_never_changes() -> None:
+    held = [number for number in range(4000) if is_held_out("1", number)]
+    assert 900 < len(held) < 1100
+    assert held[:5] == [n for n in range(held[4] + 1) if is_held_out("1", n)]
+    assert held != [number for number in range(4000) if is_held_out("2", number)]
+
+
+def test_the_fingerprint_is_of_what_is_learned_not_of_its_order() -> None:
+    one, two = task({"result": [region()]}), {**task({"result": []}), "id": 8}
+    assert fingerprint(read([one, two])[0]) == fingerprint(read([two, one])[0]) != fingerprint(read([one])[0])
+
+
+def test_10000_boxes_in_one_task() -> None:
+    (example,), _ = read([task({"result": [region()] * 10_000})])
+    assert len(example.truth) == 10_000

@@ -1,0 +1,105 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from backend.errors import CheckpointError
+from backend.labeling import read_plan
+from backend.learned import ABOUT, CURRENT, WEIGHTS, Version, Versions
+
+CONFIG = (
+    '<View><Image name="image" value="$image"/><RectangleLabels name="label" toName="image">'
+    '<Label value="cat"/><Label value="dog" model_score_threshold="0.6"/></RectangleLabels></View>'
+)
+
+
+@pytest.fixture
+def versions(tmp_path: Path) -> Versions:
+    return Versions(tmp_path, "7")
+
+
+def make(number: int, parent: str = "", **more: object) -> Version:
+    return Version(id=f"v-{number:04}", checkpoint="c", parent=parent, created=1, **more)
+
+
+def add(versions: Versions, number: int, parent: str = "") -> Version:
+    version = versions.add(make(number, parent), lambda path: path.write_bytes(b"weights %d" % number))
+    versions.promote(version.id)
+    return version
+
+
+def test_what_is_promoted_serves_and_rolling_back_goes_one_step(versions: Versions) -> None:
+    assert versions.serving("c") is None
+    first = add(versions, 1)
+    second = add(versions, 2, first.id)
+    assert versions.serving("c") == second
+    assert first.weights != second.weights
+    assert versions.roll_back() == first.id
+    assert versions.serving("c") == first
+    assert versions.roll_back() == ""
+    assert versions.serving("c") is None
+    with pytest.raises(CheckpointError, match="as it came already"):
+        versions.roll_back()
+    assert [version.id for version in versions.all()] == [first.id, second.id]
+
+
+@pytest.mark.parametrize("damage", ["weights", "about", "gone", "half"])
+def test_a_damaged_version_is_refused_and_the_one_before_serves(versions: Versions, damage: str) -> None:
+    first = add(versions, 1)
+    second = add(versions, 2, first.id)
+    folder = versions.folder / second.id
+    if damage == "weights":
+        (folder / WEIGHTS).write_bytes(b"weights X")
+    elif damage == "half":
+        (folder / WEIGHTS).write_bytes(b"")
+    elif damage == "gone":
+        (folder / WEIGHTS).unlink()
+    else:
+        row = json.loads((folder / ABOUT).read_text())
+        del row["thresholds"]
+        (folder / ABOUT).write_text(json.dumps(row))
+    assert versions.serving("c") == first
+    assert versions.all() == [first]
+    with pytest.raises(CheckpointError, match="damaged"):
+        versions.promote(second.id)
+
+
+def test_a_damaged_mark_leaves_the_checkpoint_as_it_came(versions: Versions) -> None:
+    add(versions, 1)
+    (versions.folder / CURRENT).write_text("{")
+    assert versions.serving("c") is None
+
+
+def test_another_checkpoint_or_another_project_of_the_same_number_is_not_served(versions: Versions) -> None:
+    version = add(versions, 1)
+    assert versions.serving("other") is None
+    assert versions.serving("c", created=2) is None
+    assert versions.serving("c", created=1) == version
+
+
+def test_a_disk_that_is_full_leaves_nothing_behind(versions: Versions) -> None:
+    first = add(versions, 1)
+
+    def full(path: Path) -> None:
+        path.write_bytes(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        versions.add(make(2, first.id), full)
+    assert sorted(path.name for path in versions.folder.iterdir()) == [CURRENT, first.id]
+    assert versions.serving("c") == first
+
+
+@pytest.mark.parametrize("name", ["../../etc", "/etc/passwd", "a/b", ".", "", "x" * 99, "A b"])
+def test_names_lead_nowhere_else(versions: Versions, tmp_path: Path, name: str) -> None:
+    with pytest.raises(CheckpointError, match="not the name"):
+        versions.get(name)
+    with pytest.raises(CheckpointError, match="not the number"):
+        Versions(tmp_path, name)
+
+
+def test_learned_thresholds_go_before_those_they_were_learned_from() -> None:
+    plan = read_plan(CONFIG, 0.3, 0.7)
+    version = make(1, thresholds={"label": {"cat": (0.3, 0.42), "dog": (0.5, 0.1), "gone": (0.3, 0.9)}, "other": {}})
+    labels = version.applied_to(plan).controls[0].labels
+    assert [label.threshold for label in labels] == [0.42, 0.6]  # the dog's was changed in the config since
