@@ -195,11 +195,9 @@ def test_thresholds_follow_what_annotators_delete(studio: LabelStudio, backend: 
     def kept(answer: dict[str, Any]) -> list[tuple[tuple, str]]:
         return [(d.box_xyxy, d.label) for d in detections(answer) if d.label != strict or d.score >= limit]
 
-    scenes, others = draw(60, seed=12), draw(40, seed=13)
-    proposed = predict(backend, 999_999, config(labels, "0.1"), scenes)
-    project = annotated_project(
-        studio, backend, "strict", config(labels, "0.1"), scenes, lambda i, _: kept(proposed[i])
-    )
+    scenes, others, given = draw(60, seed=12), draw(40, seed=13), config(labels, "0.1")
+    proposed = predict(backend, 999_999, given, scenes)
+    project = annotated_project(studio, backend, "strict", given, scenes, lambda i, _: kept(proposed[i]))
 
     def f1() -> float:
         found = predict(backend, project.number, given, others)
