@@ -112,7 +112,9 @@ class _Run:
         own = {"rounds": self.rounds, "best_round": self.best_round, "best": self.best, "tensors": self.tensors}
         aside = path.with_suffix(".new")
         with aside.open("wb") as file:
-            torch.save({**values, **own}, file)
+            buffer = io.BytesIO()
+            torch.save({**values, **own}, buffer)
+            file.write(buffer.getbuffer())  # torch itself would hide what a full disk says
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from backend.checkpoints import load_checkpoint, take_weights
 from backend.detector import Detector
@@ -221,7 +221,7 @@ class _Training:
 
         def write_weights(path: Path) -> None:
             if learned.tensors:
-                save_file(learned.tensors, path)
+                path.write_bytes(save(learned.tensors))  # save_file would hide what a full disk says
             elif serving:
                 shutil.copyfile(self._versions.weights_path(serving.id), path)
 

@@ -112,7 +112,7 @@ class Looking:
 def _looking(tools: Tools, payload: Mapping[str, Any]) -> Looking:
     if payload["fingerprint"] != tools.fingerprint:
         raise OTHER_CHECKPOINT
-    return Looking(tools.detectors.get(payload["learned"]), tools.images, tools.batch_size, tools.watchdog)
+    return Looking(tools.detectors.get(payload.get("learned")), tools.images, tools.batch_size, tools.watchdog)
 
 
 def _one_by_one(

@@ -4,7 +4,7 @@ import base64
 import io
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from backend.demo.shapes import Scene, draw_scene
 from backend.regions import iou
@@ -53,3 +53,35 @@ def recall(result: list[dict], scene: Scene) -> float:
         for shape in scene.shapes
     ]
     return sum(hits) / len(hits)
+
+
+COLOURS = ["#e6194b", "#4363d8", "#3cb44b", "#f58231", "#911eb4"]
+
+
+def label_of(region: dict) -> str:
+    value = region["value"]
+    return (value.get("rectanglelabels") or value.get("labels") or ["(choose)"])[0]
+
+
+def draw_regions(image: Image.Image, result: list[dict], names: list[str]) -> None:
+    """Boxes with label and score, drawn on the picture; a label's colour is by its place in `names`."""
+    pen = ImageDraw.Draw(image)
+    for region in result:
+        if region["type"] == "rectangle":
+            continue
+        box, name = (
+            pixel_box({**region, "original_width": image.width, "original_height": image.height}),
+            label_of(region),
+        )
+        colour, text = COLOURS[names.index(name) % len(COLOURS)], f"{name} {region['score']:.2f}"
+        pen.rectangle(box, outline=colour, width=3)
+        pen.rectangle(pen.textbbox((box[0] + 4, box[1] + 3), text, font_size=14), fill="white")
+        pen.text((box[0] + 4, box[1] + 3), text, fill=colour, font_size=14)
+
+
+def beside(images: list[Image.Image], gap: int = 8) -> Image.Image:
+    """Pictures of one height in a row."""
+    sheet = Image.new("RGB", (sum(image.width + gap for image in images) - gap, images[0].height), "white")
+    for number, image in enumerate(images):
+        sheet.paste(image, (sum(before.width + gap for before in images[:number]), 0))
+    return sheet

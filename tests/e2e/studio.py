@@ -17,6 +17,7 @@ import requests
 from tests.running import ROOT, free_port, wait_for
 
 VENV = (ROOT / os.environ.get("LABEL_STUDIO_VENV", ".venv-label-studio")).resolve()
+SCREENSHOTS = ROOT / os.environ.get("SCREENSHOTS", "build/screenshots")
 USER, PASSWORD = "e2e@example.com", "e2e-password-of-a-throw-away-server"
 LEGACY_TOKEN = "0123456789abcdef0123456789abcdef01234567"
 STRICT_VALIDATION = "fflag_feat_utc_210_prediction_validation_15082025"

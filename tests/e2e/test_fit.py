@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import requests
+from PIL import Image
 
 from backend.demo.shapes import Scene, choose_phrases, draw_scene
 from backend.evaluation import evaluate
 from backend.regions import Detection
-from tests.e2e.studio import LEGACY_TOKEN, LabelStudio, Project
-from tests.pictures import data_uri, encode, pixel_box
+from tests.e2e.studio import LEGACY_TOKEN, SCREENSHOTS, LabelStudio, Project
+from tests.pictures import beside, data_uri, draw_regions, encode, pixel_box
 from tests.running import ROOT, Served, wait_for
 
 pytestmark = pytest.mark.timeout(900)
@@ -140,6 +141,22 @@ def ap50_of_old_phrases(backend: Served, project: int, pictures: int = 100) -> f
     return evaluate(found, wanted).ap50
 
 
+def picture_of(scenes: list[Scene], before: list[dict], after: list[dict], labels: tuple[str, ...]) -> None:
+    """Three pictures with the new thing, before in the upper row and after in the lower."""
+    shown = [i for i, scene in enumerate(scenes) if scene.truth([NEW_IS])][:3]
+    rows = []
+    for answers in (before, after):
+        images = [scenes[i].image.copy() for i in shown]
+        for i, image in zip(shown, images, strict=True):
+            draw_regions(image, answers[i]["result"], list(labels))
+        rows.append(beside(images))
+    sheet = Image.new("RGB", (rows[0].width, 2 * rows[0].height + 8), "white")
+    sheet.paste(rows[0], (0, 0))
+    sheet.paste(rows[1], (0, rows[0].height + 8))
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    sheet.save(SCREENSHOTS / "learning.png")
+
+
 def version(project: Project, backend: Served) -> str:
     body = {"project": str(project.number), "schema": config((NEW, *OLD))}
     return requests.post(f"{backend.url}/setup", json=body, timeout=10).json()["model_version"]
@@ -158,6 +175,8 @@ def test_a_new_word_is_learned_and_the_old_ones_are_kept(studio: LabelStudio, ba
     seconds = time.monotonic() - start
     after, old_after = ap50(backend, number, labels, scenes), ap50_of_old_phrases(backend, number)
     print(f"{outcome}\nbefore {before} {old_before}\nafter {after} {old_after}\n{seconds:.0f} s")
+    answers_after = predict(backend, number, config(labels), others)
+    picture_of(others, answers_before, answers_after, labels)
     assert outcome["state"] == "done"
     assert seconds < TRAINING_LIMIT
     assert before[NEW] < 0.3

@@ -14,14 +14,13 @@ from backend.demo import samples
 from backend.images import Images
 from backend.sources import Sources
 from backend.studio import Studio
-from tests.e2e.studio import LEGACY_TOKEN, PASSWORD, USER, LabelStudio, Project, find_chromium
+from tests.e2e.studio import LEGACY_TOKEN, PASSWORD, SCREENSHOTS, USER, LabelStudio, Project, find_chromium
 from tests.pictures import config_for, encode, recall, scenes
 from tests.running import ROOT, Served, http_server, reply
 
 pytestmark = pytest.mark.timeout(600)
 
 DRAWN = scenes(12, (640, 480), seed=5)
-SCREENSHOTS = ROOT / os.environ.get("SCREENSHOTS", "build/screenshots")
 
 
 @pytest.fixture(scope="module")

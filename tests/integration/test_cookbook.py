@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from backend import jobs
 from backend.demo import samples
@@ -15,7 +15,7 @@ from backend.labeling import read_plan
 from backend.settings import Settings
 from backend.views import views
 from model import _row
-from tests.pictures import data_uri
+from tests.pictures import beside, data_uri, draw_regions, label_of
 from tests.running import ROOT
 
 DOCUMENT = (ROOT / "docs" / "labeling-configs.md").read_text()
@@ -23,7 +23,6 @@ EXAMPLE = re.compile(
     r"## ([^\n]+)\n(?:(?!\n## ).)*?```xml\n(.*?)```\n+```json\n(.*?)```\n+Caption: `(.*?)`\n+!\[.*?\]\((.*?)\)", re.S
 )
 EXAMPLES = EXAMPLE.findall(DOCUMENT)
-COLOURS = ["#e6194b", "#4363d8", "#3cb44b", "#f58231", "#911eb4"]
 
 
 def with_pictures(value: Any) -> Any:
@@ -65,7 +64,13 @@ def test_an_example(example: tuple[str, ...], tools: jobs.Tools) -> None:
     seen = list(views(plan, row["data"], jobs.Prompt.from_dict(row["prompt"]) if "prompt" in row else None))
     phrases = [phrase for label in seen[0].asked.labels for phrase in label.phrases]
     assert " . ".join([*phrases, *seen[0].asked.negatives]) + " ." == caption
-    payload = {"plan": plan.to_dict(), "model_version": "v", "fingerprint": tools.fingerprint, "tasks": [row]}
+    payload = {
+        "plan": plan.to_dict(),
+        "model_version": "v",
+        "fingerprint": tools.fingerprint,
+        "learned": None,
+        "tasks": [row],
+    }
     result = jobs.predict(json.loads(json.dumps(payload)))["answers"][0]["result"]
     for view in seen:
         names = (view.from_name, view.to_name, view.page)
@@ -76,27 +81,9 @@ def test_an_example(example: tuple[str, ...], tools: jobs.Tools) -> None:
 
 def draw(images: list[Image.Image], seen: list[Any], result: list[dict[str, Any]], path: Path) -> None:
     """The views side by side, with their boxes."""
-    sheet = Image.new("RGB", (sum(image.width for image in images) + 8 * (len(images) - 1), images[0].height), "white")
-    left, names = 0, sorted({label(region) for region in result})
+    names = sorted({label_of(region) for region in result})
     for image, view in zip(images, seen, strict=True):
-        pen = ImageDraw.Draw(image)
-        for region in result:
-            if (region["to_name"], region.get("item_index")) == (view.to_name, view.page) and region[
-                "type"
-            ] != "rectangle":
-                value, colour = region["value"], COLOURS[names.index(label(region)) % len(COLOURS)]
-                x, y = value["x"] * image.width / 100, value["y"] * image.height / 100
-                box = (x, y, x + value["width"] * image.width / 100, y + value["height"] * image.height / 100)
-                pen.rectangle(box, outline=colour, width=3)
-                text = f"{label(region)} {region['score']:.2f}"
-                pen.rectangle(pen.textbbox((x + 4, y + 3), text, font_size=14), fill="white")
-                pen.text((x + 4, y + 3), text, fill=colour, font_size=14)
-        sheet.paste(image, (left, 0))
-        left += image.width + 8
+        of_view = (view.to_name, view.page)
+        draw_regions(image, [r for r in result if (r["to_name"], r.get("item_index")) == of_view], names)
     path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path, quality=85)
-
-
-def label(region: dict[str, Any]) -> str:
-    value = region["value"]
-    return (value.get("rectanglelabels") or value.get("labels") or ["(choose)"])[0]
+    beside(images).save(path, quality=85)

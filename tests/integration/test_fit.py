@@ -5,7 +5,7 @@ import os
 import resource
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
@@ -42,11 +42,12 @@ def annotated(number: int, result: list[dict[str, Any]]) -> dict[str, Any]:
 def truth(number: int) -> list[dict[str, Any]]:
     scene = DRAWN[number % len(DRAWN)]
     width, height = scene.image.size
+    across, down = 100 / width, 100 / height
     return [
-        region(f"{s.colour} {s.shape}", 100 * x1 / width, 100 * y1 / height, 100 * (x2 - x1) / width, 100 * (y2 - y1) / height)
+        region(f"{s.colour} {s.shape}", x1 * across, y1 * down, (x2 - x1) * across, (y2 - y1) * down)
         for s in scene.shapes
         for x1, y1, x2, y2 in [s.box_xyxy]
-    ]  # fmt: skip
+    ]
 
 
 class Stub:
@@ -73,7 +74,7 @@ Train = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture
-def train(connection: Redis, redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Train]:
+def train(connection: Redis, redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
     """Trains project 7 in this process; what comes of it."""
     monkeypatch.setattr(fit_module, "PAUSES", (0.01, 0.01, 0.01))
 
@@ -88,7 +89,10 @@ def train(connection: Redis, redis_url: str, tmp_path: Path, monkeypatch: pytest
         assert Trainings(connection).progress("7")["text"] == outcome["text"]
         return outcome
 
-    yield run
+    return run
+
+
+SKIPPED = {**annotated(1, []), "annotations": [{"result": [], "was_cancelled": True}]}
 
 
 @pytest.mark.parametrize(
@@ -96,7 +100,7 @@ def train(connection: Redis, redis_url: str, tmp_path: Path, monkeypatch: pytest
     [
         ([], "there are no annotations to learn from"),
         ([annotated(1, truth(1))], "1 picture to judge by are too few"),
-        ([{**annotated(n, []), "annotations": [{"result": [], "was_cancelled": True}]} for n in (1, 2)], "2 tasks that were skipped"),
+        ([SKIPPED, SKIPPED], "left out: 2 tasks that were skipped"),
         ([annotated(n, truth(n)) for n in range(1, 7)], "fine-tuning needs 10 pictures to train on, and there are"),
     ],
 )  # fmt: skip
@@ -148,7 +152,9 @@ def deleting(number: int) -> list[dict[str, Any]]:
 def test_a_full_disk_leaves_what_serves(train: Train, tmp_path: Path) -> None:
     tasks = [annotated(n, truth(n)) for n in range(1, 30)]
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4_000_000, hard))  # files may not grow beyond: the state of a training does
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (4_000_000, hard)
+    )  # files may not grow beyond: the state of a training does
     try:
         outcome = train(Stub(tasks, config=CONFIG.replace("red", "zorp")), "head")
     finally:
@@ -164,7 +170,9 @@ def test_killed_in_the_middle_it_goes_on_where_it_was(start_server: Callable[...
     for task in tasks:  # a word to learn, so that training takes some rounds
         for row in task["annotations"][0]["result"]:
             row["value"]["rectanglelabels"] = ["zorp"]
-    zorp = '<View><Image name="image" value="$image"/><RectangleLabels name="label" toName="image"><Label value="zorp"/>'
+    zorp = (
+        '<View><Image name="image" value="$image"/><RectangleLabels name="label" toName="image"><Label value="zorp"/>'
+    )
     with http_server(Stub(tasks, config=f"{zorp}</RectangleLabels></View>")) as url:
         served = start_server(LABEL_STUDIO_URL=url, LABEL_STUDIO_API_KEY="key")
         served.wait_until_ready()
