@@ -21,6 +21,8 @@ from backend.preprocess import Prepared
 from backend.training import Batch, Target, moving_average, train_one_epoch
 
 BACKBONES = ("model.backbone.", "model.text_backbone.")
+DECODER = ("model.decoder.", "bbox_embed.", "class_embed.", "model.encoder_output_bbox_embed.")
+FROZEN = {"encoder": BACKBONES + DECODER, "head": BACKBONES, "all": ()}  # by the setting TRAIN
 AVERAGE_DECAY = 0.99
 WORTH = 0.002  # of the score, below which a round brought nothing
 
@@ -31,7 +33,7 @@ Tensors = dict[str, Tensor]
 class Recipe:
     """How long and how hard; a round looks at every example once, but at 100 at least and at `most_looks` at most."""
 
-    backbones: bool = False  # whether they are trained as well
+    train: str = "encoder"  # a key of FROZEN
     rounds: int = 30
     least_looks: int = 100
     most_looks: int = 2000
@@ -64,7 +66,7 @@ def fine_tune(
         state: a file from which it goes on after a kill, and to which it writes.
         on_round: called with the number of rounds done and the mean loss.
     """
-    names = choose_parameters(model, recipe.backbones)
+    names = choose_parameters(model, recipe.train)
     average = moving_average(model)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, recipe.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
@@ -130,11 +132,11 @@ class _Run:
         self.tensors = values["tensors"]
 
 
-def choose_parameters(model: Any, backbones: bool) -> list[str]:
-    """Lets only what is to be trained have gradients, and names it."""
+def choose_parameters(model: Any, train: str) -> list[str]:
+    """Lets only what is to be trained have gradients, and names it; `train` is a key of `FROZEN`."""
     names = []
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(backbones or not name.startswith(BACKBONES))
+        parameter.requires_grad_(not name.startswith(FROZEN[train]))
         if parameter.requires_grad:
             names.append(name)
     return names

@@ -89,7 +89,7 @@ def learn(material: Material, serving: Detector, train: str, tokenizer: Any, sta
     Args:
         material: what there is to learn from.
         serving: the detector that the project is served by now.
-        train: "thresholds", "head" or "all", as in the settings.
+        train: as in the settings.
         tokenizer: of the model.
         state: the file from which fine-tuning goes on after a kill.
         on_round: called with the rounds done and the most there may be.
@@ -119,7 +119,7 @@ def _tuned(
         return reason, None
     truth = material.truth(held)
     before = Judged(material.found(serving, held), truth, _present(held))
-    recipe = Recipe(backbones=train == "all")
+    recipe = Recipe(train)
     judge = _judge(material, held, truth)
     plain = material.make_detector(copy.deepcopy(material.model))
     known = rehearse(seen, material.pictures, plain, known_words(tokenizer), np.random.default_rng(0))

@@ -14,7 +14,7 @@ from typing import Any
 from backend.errors import SettingsError
 
 PRECISIONS = ("auto", "float16", "bfloat16", "float32")
-TRAIN = ("thresholds", "head", "all")
+TRAIN = ("thresholds", "encoder", "head", "all")
 SECRET = re.compile(r"[A-Za-z0-9_-]{16,}")
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
@@ -40,7 +40,7 @@ class Settings:
     path_secret: str = _setting("", "the backend is then reached below `/s/<secret>` only", secret=True)
     box_threshold: float = _setting(0.3, "lowest score of a box, where the labeling config says nothing", "0 to 1", 0)
     nms_iou: float = _setting(0.7, "of boxes that overlap more, only the best stays; 1 keeps all", "IoU, 0 to 1", 0)
-    train: str = _setting("head", f"what training changes, one of {', '.join(TRAIN)}; `head`: all but the backbones")
+    train: str = _setting("encoder", f"what training changes, one of {', '.join(TRAIN)}; `head`: all but the backbones")
     precision: str = _setting("auto", f"one of {', '.join(PRECISIONS)}; `auto` is float16 on a GPU")
     batch_size: int = _setting(0, "pictures in a job and a forward pass; 0: what takes a second and fits", minimum=0)
     predict_deadline: int = _setting(90, "time after which /predict answers with what is finished", "seconds", 1)

@@ -105,7 +105,7 @@ SKIPPED = {**annotated(1, []), "annotations": [{"result": [], "was_cancelled": T
     ],
 )  # fmt: skip
 def test_too_little_to_learn_from_is_said(train: Train, tmp_path: Path, tasks: list[Any], text: str) -> None:
-    assert text in train(Stub(tasks), "head")["text"]
+    assert text in train(Stub(tasks), "encoder")["text"]
     assert Versions(tmp_path, "7").all() == []
 
 
@@ -156,7 +156,7 @@ def test_a_full_disk_leaves_what_serves(train: Train, tmp_path: Path) -> None:
         resource.RLIMIT_FSIZE, (4_000_000, hard)
     )  # files may not grow beyond: the state of a training does
     try:
-        outcome = train(Stub(tasks, config=CONFIG.replace("red", "zorp")), "head")
+        outcome = train(Stub(tasks, config=CONFIG.replace("red", "zorp")), "encoder")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert outcome["state"] == "failed"

@@ -37,10 +37,10 @@ def test_an_event_is_recorded_in_no_time(connection: Redis) -> None:
 
 def test_a_second_click_returns_the_training_that_waits(connection: Redis) -> None:
     trainings = Trainings(connection)
-    assert trainings.start("7", "head") == trainings.start("7", "all") == "fit-7"
-    assert trainings.start("8", "head") == "fit-8"
+    assert trainings.start("7", "encoder") == trainings.start("7", "all") == "fit-7"
+    assert trainings.start("8", "encoder") == "fit-8"
     (job, _) = fit_queue(connection).jobs
-    assert (job.func_name, job.args[0]["project"], job.args[0]["train"]) == (FIT_FUNCTION, "7", "head")
+    assert (job.func_name, job.args[0]["project"], job.args[0]["train"]) == (FIT_FUNCTION, "7", "encoder")
     assert [(row["project"], row["state"]) for row in trainings.all()] == [("7", "queued"), ("8", "queued")]
 
 
@@ -48,7 +48,7 @@ def test_a_second_click_returns_the_training_that_waits(connection: Redis) -> No
 def test_a_training_that_is_over_makes_room_for_another(connection: Redis, redis_url: str, tmp_path) -> None:
     settings = Settings(model="demo", model_dir=tmp_path, redis_url=redis_url)
     trainings = Trainings(connection)
-    trainings.start("7", "head")
+    trainings.start("7", "encoder")
     with pytest.MonkeyPatch.context() as patch:
         for name, value in settings.to_env().items():
             patch.setenv(name, value)
@@ -56,6 +56,6 @@ def test_a_training_that_is_over_makes_room_for_another(connection: Redis, redis
     row = trainings.progress("7")
     assert row["state"] == "failed"
     assert "does not answer" in row["text"] or "LABEL_STUDIO" in row["text"]
-    trainings.start("7", "head")
+    trainings.start("7", "encoder")
     assert trainings.progress("7")["state"] == "queued"
     assert len(fit_queue(connection).jobs) == 1
