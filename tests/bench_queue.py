@@ -73,7 +73,7 @@ def bulk(served: Served, uri: str, tools: jobs.Tools) -> None:
         [Image.open(io.BytesIO(JPEG)).convert("RGB")] * BATCH,
         read_plan(CONFIG, 0.3, 0.7).controls[0].labels,
     )
-    alone = seconds(lambda: [tools.detector.detect(batch, labels, nms_iou=0.7) for _ in range(BULK // BATCH)])
+    alone = seconds(lambda: [tools.detectors.plain.detect(batch, labels, nms_iou=0.7) for _ in range(BULK // BATCH)])
     rate = BATCH * (BULK // BATCH) / alone
     through = BULK / seconds(lambda: ask(served, uri, 1, BULK))
     print(f"1,000 tasks: detector alone {rate:.1f}/s, through /predict {through:.1f}/s, {through / rate:.2f} of it")

@@ -183,6 +183,15 @@ def test_basic_auth(redis_url: str, headers: dict[str, str], status: int) -> Non
     assert front.post("/webhook", json={"action": "PROJECT_UPDATED"}).status_code == 200
 
 
+def test_start_training_needs_the_login_that_label_studio_sends_with_it(redis_url: str) -> None:
+    front = client(redis_url=redis_url, basic_auth_user="me", basic_auth_pass="p")
+    start = {"action": "START_TRAINING", "project": {"id": 7}}
+    assert front.post("/webhook", json=start).status_code == 401
+    answer = front.post("/webhook", json=start, auth=("me", "p"))
+    assert (answer.status_code, answer.json["error"]["code"]) == (400, "bad_request")
+    assert "set LABEL_STUDIO_URL" in answer.json["error"]["detail"]
+
+
 def test_annotation_events_are_recorded_without_secrets(lonely: FlaskClient, redis_url: str) -> None:
     annotation = {"id": 4, "task": 2, "result": [], "was_cancelled": False, "completed_by": 1}
     project = {"id": 7, "token": "s3cret", "task_data_password": "s3cret"}

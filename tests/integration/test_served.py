@@ -144,3 +144,14 @@ def test_an_annotator_types_what_to_look_for(served: Served) -> None:
     (result,) = requests.post(f"{served.url}/predict", json=body, timeout=60).json()["results"]
     assert len(result["result"]) >= len(scene.shapes) - 1 > 0
     assert {tuple(region["value"]["rectanglelabels"]) for region in result["result"]} == {("Thing",)}
+
+
+def test_an_annotation_event_is_acknowledged_in_no_time(served: Served) -> None:
+    annotation = {"id": 1, "task": 1, "updated_at": "2026", "result": [{"id": str(i)} for i in range(100)]}
+    times = []
+    for number in range(30):
+        body = {"action": "ANNOTATION_CREATED", "annotation": {**annotation, "id": number}, "project": {"id": 5}}
+        start = time.perf_counter()
+        assert requests.post(f"{served.url}/webhook", json=body, timeout=5).json() == {"status": "recorded"}
+        times.append(time.perf_counter() - start)
+    assert statistics.median(times) < 0.05

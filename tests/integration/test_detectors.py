@@ -1,0 +1,67 @@
+import gc
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from backend.checkpoints import load_model
+from backend.detectors import MOST_LEARNED, Detectors
+from backend.errors import CheckpointError
+from backend.labeling import Label
+from backend.learned import WEIGHTS, Version, Versions
+from backend.settings import Settings
+from backend.versions import find_checkpoint
+from tests.pictures import scenes
+
+SCENE = scenes(1)[0]
+LABELS = [Label(phrase, (phrase,), 0.3) for phrase in sorted({shape.shape for shape in SCENE.shapes})]
+NAME = "model.encoder.layers.0.fusion_layer.vision_param"
+
+
+@pytest.fixture(scope="module")
+def detectors(tmp_path_factory: pytest.TempPathFactory) -> Detectors:
+    return Detectors(Settings(model="demo", model_dir=tmp_path_factory.mktemp("data")))
+
+
+def learn(detectors: Detectors, number: int, scale: float) -> list[str]:
+    """A version in which one tensor of the model is another."""
+    own = dict(load_model(find_checkpoint("demo").source).named_parameters())[NAME]
+    versions = Versions(detectors._settings.model_dir, "7")
+    version = Version(f"v-{number:04}", "c", "", 1)
+    versions.add(version, lambda path: save_file({NAME: (own * scale).detach().contiguous()}, path))
+    return ["7", version.id]
+
+
+def scores(detectors: Detectors, learned: list[str] | None) -> list[float]:
+    return [d.score for d in detectors.get(learned).detect([SCENE.image], LABELS)[0]]
+
+
+def test_a_version_answers_for_itself_and_the_checkpoint_as_before(detectors: Detectors) -> None:
+    plain = scores(detectors, None)
+    assert scores(detectors, learn(detectors, 1, 1.0)) == pytest.approx(plain, abs=1e-6)
+    assert scores(detectors, learn(detectors, 2, 3.0)) != pytest.approx(plain, abs=1e-3)
+    assert scores(detectors, None) == plain
+
+
+def test_only_so_many_are_kept_in_memory(detectors: Detectors) -> None:
+    versions = [learn(detectors, number, 1.0) for number in range(10, 11 + MOST_LEARNED)]
+    first = weakref.ref(detectors.get(versions[0]).model)
+    for version in versions[1:]:
+        detectors.get(version)
+    gc.collect()
+    assert first() is None
+    assert torch.isfinite(torch.tensor(scores(detectors, versions[0]))).all()  # and it can be had again
+
+
+def test_a_damaged_version_is_refused_and_the_others_go_on(detectors: Detectors) -> None:
+    version = learn(detectors, 30, 1.0)
+    path: Path = Versions(detectors._settings.model_dir, "7").weights_path(version[1])
+    assert path.name == WEIGHTS
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(CheckpointError, match="damaged"):
+        detectors.get(version)
+    with pytest.raises(CheckpointError, match="every machine needs the same MODEL_DIR"):
+        detectors.get(["7", "v-9999"])
+    assert scores(detectors, None)
