@@ -1,5 +1,9 @@
 """`make bench`: what the queue costs beside the detector, with the bundled checkpoint and one worker."""
 
+import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as a worker does: threads that spin here would hold it up
+
 import io
 import statistics
 import tempfile
