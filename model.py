@@ -11,21 +11,17 @@ import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from redis import Redis
 
-from backend.errors import BackendError, BadRequest, LabelingConfigError, NotReady, QueueUnavailable
+from backend.asking import Asking
+from backend.errors import BackendError, BadRequest, NotReady, QueueUnavailable
 from backend.fit_queue import Evidence, Trainings
-from backend.labeling import Plan, read_plan
-from backend.learned import Version, Versions
 from backend.outbox import PULL, Outbox
 from backend.private_redis import with_redis
 from backend.queues import PredictQueue, connect, known_versions, remember_version
 from backend.settings import Settings
-from backend.versions import Checkpoint, find_checkpoint
-from backend.views import read_prompt
 
 log = logging.getLogger(__name__)
 
@@ -37,20 +33,8 @@ PUSHED_LATER = NotReady("the predictions of so many tasks are pushed into the pr
 PUSHED_NOW = NotReady("the prediction was pushed into the project a moment ago")
 
 
-def _row(task: Mapping[str, Any], plan: Plan, context: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What a worker needs of a task."""
-    row = {"id": task.get("id"), "data": plan.select(task.get("data") or {})}
-    prompt = read_prompt(plan, task, context)
-    return {**row, "prompt": asdict(prompt)} if prompt else row
-
-
 def _are_late(answers: Sequence[Mapping[str, Any]]) -> bool:
     return any("error" in answer and answer["error"]["code"] == NotReady.code for answer in answers)
-
-
-@functools.cache
-def _checkpoint(model: str) -> Checkpoint:
-    return find_checkpoint(model)  # keeps its fingerprint, for which it read every byte of its files
 
 
 @functools.cache
@@ -65,14 +49,14 @@ class GroundingDINO:
         self, project_id: str | None = None, label_config: str | None = None, settings: Settings | None = None
     ) -> None:
         number, _, created = (project_id or "").partition(".")  # as Label Studio writes it: number and birthday
-        self.project_id, self._created = number, int(created) if created.isdigit() else None
-        self.label_config = label_config or ""
+        self.project_id = number
         self.settings = settings or with_redis(Settings.from_env())
+        self._asking = Asking(self.settings, label_config or "", number, int(created) if created.isdigit() else None)
 
     @property
     def model_version(self) -> str:
         """Fingerprint of weights, prompts and thresholds; that of the weights alone while there is no usable config."""
-        return self._version_of(self._usable_plan())
+        return self._asking.model_version
 
     @property
     def queue(self) -> PredictQueue:
@@ -81,7 +65,7 @@ class GroundingDINO:
 
     def prepare(self) -> None:
         """Reads the checkpoint's files for their fingerprint, so that no request has to wait for it."""
-        log.info("serving %s", self._checkpoint.model_version())
+        log.info("serving %s", self._asking.checkpoint.model_version())
 
     def setup(self) -> str:
         """Called when a project connects and before every retrieval; returns the model version, whatever the config."""
@@ -103,47 +87,34 @@ class GroundingDINO:
         """
         start, deadline = time.time(), time.monotonic() + self.settings.predict_deadline
         with DESK:
-            chunks = self._chunks(tasks, self._plan(), context)
+            size = self.settings.batch_size or self.queue.batch_size()
+            chunks = self._asking.chunks(tasks, size, context)
             jobs = self.queue.enqueue(chunks, at_front=len(tasks) == 1)
         stored = not context and self._can_push(tasks)  # Label Studio keeps no answer to interactive work
         if stored and len(tasks) > self.settings.push_above:
-            self._outbox.add(self._project, chunks, start)
+            self._outbox.add(self.project_id, chunks, start)
             return [{"error": PUSHED_LATER.to_dict()}] * len(tasks)
         answers = [self._answers(job, chunk["tasks"], deadline) for job, chunk in zip(jobs, chunks, strict=True)]
         if stored:
             self._push_late(chunks, answers, start)
         return [answer for chunk in answers for answer in chunk]
 
-    def _chunks(
-        self, tasks: Sequence[Mapping[str, Any]], plan: Plan, context: Mapping[str, Any] | None
-    ) -> list[dict[str, Any]]:
-        """What the workers are given, one batch of tasks each."""
-        rows = [_row(task, plan, context) for task in tasks]
-        size = self.settings.batch_size or self.queue.batch_size()
-        common = {
-            "plan": plan.to_dict(),
-            "model_version": self._version_of(plan),
-            "fingerprint": self._checkpoint.fingerprint,
-            "learned": [self.project_id, self._learned.id] if self._weights and self._learned else None,
-        }
-        return [{"tasks": rows[i : i + size], **common} for i in range(0, len(rows), size)]
-
     def _can_push(self, tasks: Sequence[Mapping[str, Any]]) -> bool:
         """Whether predictions of these tasks may be brought into Label Studio by its import."""
         return (
-            bool(self.settings.label_studio_url and self.settings.label_studio_api_key and self._project)
+            bool(self.settings.label_studio_url and self.settings.label_studio_api_key and self.project_id)
             and all(isinstance(task.get("id"), int) for task in tasks)
-            and not self._outbox.is_strange(self._project)
+            and not self._outbox.is_strange(self.project_id)
         )
 
     def _push_late(self, chunks: list[dict[str, Any]], answers: list[list[dict[str, Any]]], start: float) -> None:
         """Leaves what is not finished to the pusher; takes back, in place, answers that it has delivered meanwhile."""
         late = [chunk for chunk, parts in zip(chunks, answers, strict=True) if _are_late(parts)]
-        self._outbox.add(self._project, late, start)
+        self._outbox.add(self.project_id, late, start)
         for chunk, parts in zip(chunks, answers, strict=True):
             ready = {task["id"]: i for i, task in enumerate(chunk["tasks"]) if "error" not in parts[i]}
             ways = self._outbox.claim(
-                PULL, self._project, chunk["model_version"], list(ready), time.time(), start - LISTING
+                PULL, self.project_id, chunk["model_version"], list(ready), time.time(), start - LISTING
             )
             for task, way in ways.items():
                 if way:
@@ -200,7 +171,7 @@ class GroundingDINO:
 
     def versions(self) -> list[str]:
         """Model versions that projects were told, and the one of the weights alone."""
-        own = self._checkpoint.model_version()
+        own = self._asking.checkpoint.model_version()
         try:
             return [own, *(version for version in known_versions(self._connection) if version != own)]
         except QueueUnavailable:
@@ -229,46 +200,12 @@ class GroundingDINO:
         return self.queue.ready_workers()
 
     @property
-    def _checkpoint(self) -> Checkpoint:
-        return _checkpoint(self.settings.model)
-
-    @functools.cached_property
-    def _learned(self) -> Version | None:
-        """What serves of what was learned for this project; one look for a request, so that all of it is of one."""
-        if not self.project_id:
-            return None
-        versions = Versions(self.settings.model_dir, self.project_id)
-        return versions.serving(self._checkpoint.fingerprint, self._created)
-
-    @property
-    def _weights(self) -> str:
-        return self._learned.weights if self._learned else ""
-
-    def _version_of(self, plan: Plan | None) -> str:
-        return self._checkpoint.model_version(plan, self._weights)
-
-    @property
-    def _project(self) -> str:
-        return self.project_id
-
-    @property
     def _outbox(self) -> Outbox:
         return Outbox(self._connection)
 
     @property
     def _connection(self) -> Redis:
         return _connection(self.settings.redis_url)
-
-    def _usable_plan(self) -> Plan | None:
-        try:
-            return self._plan()
-        except LabelingConfigError as error:
-            log.warning("project %s: %s", self.project_id, error)
-            return None
-
-    def _plan(self) -> Plan:
-        plan = read_plan(self.label_config, self.settings.box_threshold, self.settings.nms_iou)
-        return self._learned.applied_to(plan) if self._learned else plan
 
 
 with contextlib.suppress(ImportError):  # label-studio-ml's `init_app` takes only what counts as its subclass

@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 
 from backend import jobs
+from backend.asking import to_row
 from backend.demo import samples
 from backend.labeling import read_plan
 from backend.settings import Settings
 from backend.views import views
-from model import _row
 from tests.pictures import beside, data_uri, draw_regions, label_of
 from tests.running import ROOT
 
@@ -60,7 +60,7 @@ def test_an_example(example: tuple[str, ...], tools: jobs.Tools) -> None:
     _, config, text, caption, picture = example
     data = json.loads(text)
     plan = read_plan(config, 0.3, 0.7)
-    row = _row({"id": 1, "data": with_pictures(data)}, plan, context(data))
+    row = to_row({"id": 1, "data": with_pictures(data)}, plan, context(data))
     seen = list(views(plan, row["data"], jobs.Prompt.from_dict(row["prompt"]) if "prompt" in row else None))
     phrases = [phrase for label in seen[0].asked.labels for phrase in label.phrases]
     assert " . ".join([*phrases, *seen[0].asked.negatives]) + " ." == caption
