@@ -17,7 +17,7 @@ from redis import Redis
 
 from backend.asking import Asking
 from backend.errors import BackendError, BadRequest, NotReady, QueueUnavailable
-from backend.fit_queue import Evidence, Trainings
+from backend.fit_queue import Annotation, Evidence, Trainings
 from backend.outbox import PULL, Outbox
 from backend.private_redis import with_redis
 from backend.queues import PredictQueue, connect, known_versions, remember_version
@@ -31,6 +31,10 @@ DELETIONS = ("ANNOTATIONS_DELETED", "ANNOTATION_DELETED")
 ANNOTATION_EVENTS = ("ANNOTATION_CREATED", "ANNOTATION_UPDATED", "ANNOTATIONS_CREATED", *DELETIONS)
 PUSHED_LATER = NotReady("the predictions of so many tasks are pushed into the project as they are made")
 PUSHED_NOW = NotReady("the prediction was pushed into the project a moment ago")
+
+
+def _is_annotation(row: Any) -> bool:
+    return isinstance(row, Mapping) and isinstance(row.get("id"), int) and isinstance(row.get("task"), int | None)
 
 
 def _are_late(answers: Sequence[Mapping[str, Any]]) -> bool:
@@ -163,11 +167,11 @@ class GroundingDINO:
         return Trainings(self._connection).start(self.project_id, train or self.settings.train)
 
     def _record(self, event: str, annotations: Any) -> None:
-        evidence = Evidence(self._connection, self.project_id)
-        for row in annotations if isinstance(annotations, list) else [annotations]:
-            if isinstance(row, Mapping) and isinstance(row.get("id"), int):
-                updated_at, task = str(row.get("updated_at") or ""), row.get("task")
-                evidence.record(row["id"], task if isinstance(task, int) else None, updated_at, event in DELETIONS)
+        rows = [row for row in (annotations if isinstance(annotations, list) else [annotations]) if _is_annotation(row)]
+        evidence = [
+            Annotation(row["id"], row.get("task"), str(row.get("updated_at") or ""), event in DELETIONS) for row in rows
+        ]
+        Evidence(self._connection, self.project_id).record(evidence)
 
     def versions(self) -> list[str]:
         """Model versions that projects were told, and the one of the weights alone."""
@@ -178,9 +182,15 @@ class GroundingDINO:
             return [own]
 
     def trainings(self) -> list[dict[str, Any]]:
-        """How each project's training goes, or went; none while Redis does not answer."""
+        """How each project's training goes, or went, and how many annotations its events told of.
+
+        None while Redis does not answer.
+        """
         try:
-            return Trainings(self._connection).all()
+            rows = Trainings(self._connection).all()
+            return [
+                {**row, "annotations": len(Evidence(self._connection, row["project"]).annotations())} for row in rows
+            ]
         except QueueUnavailable:
             return []
 

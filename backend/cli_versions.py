@@ -21,6 +21,7 @@ WORDS = {
     "reading": "reading annotations",
     "loading": "loading pictures",
     "measuring": "measuring what serves now",
+    "rehearsing": "looking for what the model knows already",
     "training": "fine-tuning, rounds",
 }
 

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -24,19 +24,39 @@ BACKBONES = ("model.backbone.", "model.text_backbone.")
 DECODER = ("model.decoder.", "bbox_embed.", "class_embed.", "model.encoder_output_bbox_embed.")
 FROZEN = {"encoder": BACKBONES + DECODER, "head": BACKBONES, "all": ()}  # by the setting TRAIN
 AVERAGE_DECAY = 0.99
+REHEARSED = 3  # examples of what is known for each of the annotators' in a round
 WORTH = 0.002  # of the score, below which a round brought nothing
 
 Tensors = dict[str, Tensor]
 
 
+class Pictures(Protocol):
+    """Pictures by address, as the model reads them."""
+
+    def get(self, uri: str) -> Prepared:
+        """One of them."""
+
+    def shape(self, uri: str) -> tuple[int, ...]:
+        """Channels, height and width of one of them."""
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What is trained on: examples of annotators, and those that the model made of what it knows."""
+
+    examples: Sequence[Example]
+    known: Sequence[Example]
+    pictures: Pictures
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """How long and how hard; a round looks at every example once, but at 100 at least and at `most_looks` at most."""
+    """How long and how hard; a round looks at every example of the annotators once, within the limits."""
 
     train: str = "encoder"  # a key of FROZEN
     rounds: int = 30
     least_looks: int = 100
-    most_looks: int = 2000
+    most_looks: int = 500
     warm_up: int = 25  # batches
     batch_size: int = 4
     learning_rate: float = 1e-4
@@ -47,27 +67,25 @@ class Recipe:
 def fine_tune(
     model: Any,
     tokenizer: Any,
-    examples: Sequence[Example],
-    pictures: Callable[[Example], Prepared],
+    lesson: Lesson,
     judge: Callable[[Any], float],
     recipe: Recipe,
     state: Path,
-    on_round: Callable[[int, float], object],
+    on_round: Callable[[int], object],
 ) -> Tensors:
     """The trained tensors by name, as they were when `judge` liked them best; none if that was before training.
 
     Args:
         model: as `load_model` gives it, not a detector's.
         tokenizer: of the model.
-        examples: to train on.
-        pictures: an example's picture as the model reads it.
-        judge: scores a model on examples that are held out; higher is better.
+        lesson: what to train on.
+        judge: scores a model on examples that it is not trained on; higher is better.
         recipe: how long and how hard.
         state: a file from which it goes on after a kill, and to which it writes.
-        on_round: called with the number of rounds done and the mean loss.
+        on_round: called with the number of rounds done.
     """
     names = choose_parameters(model, recipe.train)
-    average = moving_average(model)
+    average, device = moving_average(model), next(model.parameters()).device
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, recipe.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / recipe.warm_up, 1))
@@ -75,18 +93,19 @@ def fine_tune(
     run.load(state)
     while run.rounds < recipe.rounds and run.rounds - run.best_round < recipe.patience:
         rng = np.random.default_rng([recipe.seed, run.rounds])
-        batches = draw_batches(examples, pictures, tokenizer, recipe, rng, model.config.max_text_len)
-        on_device = (_to(batch, next(model.parameters()).device) for batch in batches)
-        mean_loss = train_one_epoch(model, on_device, optimizer, scheduler, average, AVERAGE_DECAY, half_precision())
+        batches = draw_batches(lesson, tokenizer, recipe, rng, model.config.max_text_len)
+        on_device = (_to(batch, device) for batch in batches)
+        train_one_epoch(model, on_device, optimizer, scheduler, average, AVERAGE_DECAY, half_precision(device))
         run.finish_round(judge(average))
         run.save(state)
-        on_round(run.rounds, mean_loss)
+        on_round(run.rounds)
     return run.tensors
 
 
-def half_precision() -> torch.dtype | None:
+def half_precision(device: torch.device) -> torch.dtype | None:
     """bfloat16 on GPUs that have it: unlike float16 it needs no scaling of the loss."""
-    return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else None
+    has_it = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if has_it else None
 
 
 class _Run:
@@ -151,41 +170,43 @@ def _chosen(model: Any, names: Sequence[str]) -> Tensors:
 
 
 def draw_batches(
-    examples: Sequence[Example],
-    pictures: Callable[[Example], Prepared],
-    tokenizer: Any,
-    recipe: Recipe,
-    rng: np.random.Generator,
-    most_tokens: int,
+    lesson: Lesson, tokenizer: Any, recipe: Recipe, rng: np.random.Generator, most_tokens: int
 ) -> Iterator[Batch]:
     """A round of batches in random order: pictures of equal size, each with its own caption."""
-    times = max(math.ceil(recipe.least_looks / max(len(examples), 1)), 1)
-    order = [int(i) for _ in range(times) for i in rng.permutation(len(examples))][: recipe.most_looks]
-    waiting: dict[torch.Size, list[tuple[Example, Prepared]]] = defaultdict(list)
-    for number in order:
-        example = examples[number]
-        picture = pictures(example)
-        group = waiting[picture.pixels.shape]
-        group.append((example, picture))
+    waiting: dict[tuple[int, ...], list[Example]] = defaultdict(list)
+    for example in _in_order(lesson, recipe, rng):
+        group = waiting[lesson.pictures.shape(example.view.uri)]
+        group.append(example)
         if len(group) == recipe.batch_size:
-            yield _batch(group, tokenizer, rng, most_tokens)
+            yield _batch(group, lesson.pictures, tokenizer, rng, most_tokens)
             group.clear()
     for group in waiting.values():
         if group:
-            yield _batch(group, tokenizer, rng, most_tokens)
+            yield _batch(group, lesson.pictures, tokenizer, rng, most_tokens)
+
+
+def _in_order(lesson: Lesson, recipe: Recipe, rng: np.random.Generator) -> list[Example]:
+    """The examples of a round, those of annotators and those of the rehearsal among each other."""
+    times = max(math.ceil(recipe.least_looks / max(len(lesson.examples), 1)), 1)
+    own = [int(i) for _ in range(times) for i in rng.permutation(len(lesson.examples))][: recipe.most_looks]
+    known = rng.permutation(len(lesson.known))[: REHEARSED * len(own)]
+    looks = [*(lesson.examples[i] for i in own), *(lesson.known[int(i)] for i in known)]
+    return [looks[int(i)] for i in rng.permutation(len(looks))]
 
 
 def _batch(
-    group: Sequence[tuple[Example, Prepared]], tokenizer: Any, rng: np.random.Generator, most_tokens: int
+    group: Sequence[Example], pictures: Pictures, tokenizer: Any, rng: np.random.Generator, most_tokens: int
 ) -> Batch:
-    captions, targets = [], []
-    for example, picture in group:
+    captions, targets, pixels = [], [], []
+    for example in group:
+        picture = pictures.get(example.view.uri)
         phrases = draw_phrases(example, rng)
         caption = build_captions(tokenizer, list(phrases.values()), most_tokens)[0]  # those of true boxes come first
         caption = build_caption(tokenizer, [caption.phrases[int(i)] for i in rng.permutation(len(caption.phrases))])
         captions.append(caption)
         targets.append(_target(example, picture, phrases, caption.phrases))
-    return Batch(torch.stack([picture.pixels for _, picture in group]), captions, targets)
+        pixels.append(picture.pixels)
+    return Batch(torch.stack(pixels), captions, targets)
 
 
 def draw_phrases(example: Example, rng: np.random.Generator) -> Mapping[str, str]:

@@ -5,6 +5,7 @@ It goes on where it was when its worker is killed. Whatever goes wrong, the vers
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import logging
@@ -22,15 +23,15 @@ from safetensors.torch import save
 from backend.checkpoints import load_checkpoint, take_weights
 from backend.detector import Detector
 from backend.detectors import device_of
-from backend.errors import BackendError, StudioAway
+from backend.errors import BackendError, QueueUnavailable, StudioAway
 from backend.examples import Example, fingerprint, read_examples
 from backend.fit_queue import Trainings
 from backend.images import Images
 from backend.labeling import Plan, read_plan
 from backend.learned import Version, Versions
-from backend.learning import Learned, Material, learn
+from backend.learning import MOST_JUDGED, Learned, Material, learn
 from backend.queues import connect
-from backend.recovery import lost_chunk
+from backend.recovery import MOST_DEATHS, lost_chunk
 from backend.settings import Settings
 from backend.shelf import Shelf
 from backend.sources import Sources
@@ -40,7 +41,8 @@ from backend.versions import find_checkpoint
 
 log = logging.getLogger(__name__)
 
-MOST_DEATHS = 5  # of workers over one training
+MOST_EXAMPLES = 5000  # pictures that a training looks at: the last ones annotated
+REPORT_PAUSES = (1, 5, 30)  # s, while Redis is away
 PAUSES = (1, 5, 15, 30, 60, 120, 300)  # s, while Label Studio is away
 REPORT_EVERY = 0.5  # s
 
@@ -64,31 +66,36 @@ def fit(payload: Mapping[str, Any]) -> dict[str, Any]:
     """
     keep_freed_memory()
     torch.set_num_threads(max((os.cpu_count() or 2) // 2, 1))  # the predict worker wants some too
-    settings = Settings.from_env()
-    trainings, project = Trainings(connect(settings.redis_url)), payload["project"]
-    report = _reporter(trainings, project)
+    settings, project = Settings.from_env(), payload["project"]
+    trainings = Trainings(connect(settings.redis_url))
+    training = _Training(settings, payload, _reporter(trainings, project))
+    outcome = _outcome(settings, training, project)
+    log.info("project %s: %s", project, outcome["text"])
+    training.clear()
+    for pause in REPORT_PAUSES:
+        try:
+            trainings.report(project, **outcome)
+            break
+        except QueueUnavailable:
+            time.sleep(pause)
+    return outcome
+
+
+def _outcome(settings: Settings, training: _Training, project: str) -> dict[str, Any]:
     try:
         if not (settings.label_studio_url and settings.label_studio_api_key):
-            raise CannotLearn(
-                "training reads annotations: set LABEL_STUDIO_URL and LABEL_STUDIO_API_KEY of fit workers"
-            )
+            raise CannotLearn("training reads annotations: set LABEL_STUDIO_URL and LABEL_STUDIO_API_KEY")
         chunk = lost_chunk()
         if chunk and chunk.deaths > MOST_DEATHS:
             raise CannotLearn(f"{chunk.deaths} workers died over this training; their logs say more")
-        outcome = {"state": "done", **_Training(settings, payload, report).run()}
+        return {"state": "done", **training.run()}
     except BackendError as error:
-        outcome = {"state": "failed", "text": str(error)}
+        return {"state": "failed", "text": str(error)}
     except OSError as error:
-        outcome = {
-            "state": "failed",
-            "text": f"MODEL_DIR cannot be used ({error.strerror}); is its disk full?",
-        }
+        return {"state": "failed", "text": f"MODEL_DIR cannot be used ({error.strerror}); is its disk full?"}
     except Exception as error:
         log.exception("the training of project %s failed", project)
-        outcome = {"state": "failed", "text": f"an error of ours ({type(error).__name__}); the worker's log says more"}
-    log.info("project %s: %s", project, outcome["text"])
-    trainings.report(project, **outcome)
-    return outcome
+        return {"state": "failed", "text": f"an error of ours ({type(error).__name__}); the worker's log says more"}
 
 
 Report = Callable[..., None]
@@ -102,7 +109,8 @@ def _reporter(trainings: Trainings, project: str) -> Report:
         nonlocal last_state, last_time
         if state != last_state or done == of or time.monotonic() - last_time > REPORT_EVERY:
             last_state, last_time = state, time.monotonic()
-            trainings.report(project, state, done=done, of=of)
+            with contextlib.suppress(QueueUnavailable):  # the training does not need it
+                trainings.report(project, state, done=done, of=of)
 
     return report
 
@@ -133,6 +141,7 @@ class _Training:
         """Learns, and says what came of it."""
         self._report("reading")
         snapshot = self._snapshot()
+        at_first = self._versions.current_id()
         serving = self._versions.serving(self._checkpoint.fingerprint, snapshot["created"])
         plan = read_plan(snapshot["label_config"], self._settings.box_threshold, self._settings.nms_iou)
         present = serving.applied_to(plan) if serving else plan
@@ -143,21 +152,35 @@ class _Training:
         device = device_of(self._settings)
 
         def make_detector(model: Any) -> Detector:
-            return Detector(model, tokenizer, image_format, device)
+            made = Detector(model, tokenizer, image_format, device)
+            made.batch_size = batch_size
+            return made
 
+        batch_size = 1
         detector = make_detector(self._serving_model(model, serving))
+        batch_size = detector.batch_size = self._settings.batch_size or detector.fitting_batch()
+        examples = _last(examples, MOST_EXAMPLES if self._train != "thresholds" else MOST_JUDGED)
         shelf, examples = self._shelve(examples, detector, left_out)
-        self._report("measuring")
-        has_weights = bool(serving and serving.weights)
-        material = Material(examples, lambda e: shelf.get(e.view.uri), model, make_detector, not has_weights)
-        learned = learn(
-            material, detector, self._train, tokenizer, self._desk / "state.pt",
-            lambda done, of: self._report("training", done, of),
-        )  # fmt: skip
+        labels = {control.from_name: {label.name for label in control.labels} for control in plan.controls}
+        is_fresh = not (serving and serving.weights)
+        material = Material(examples, shelf, labels, model, tokenizer, make_detector, device, is_fresh)
+        learned = learn(material, detector, self._train, self._desk, self._report)
         version = self._keep(learned, plan, serving, snapshot["created"], fingerprint(examples))
-        shutil.rmtree(self._desk, ignore_errors=True)
         text = f"{learned.text}{_listed(left_out)}"
+        if version and not self._promote(version, at_first):
+            text = f"not promoted, because another version was meanwhile; {text}"
         return {"text": text, "version": version, "metrics": learned.metrics, "left_out": dict(left_out)}
+
+    def clear(self) -> None:
+        """Takes away what only a training that is killed would need."""
+        shutil.rmtree(self._desk, ignore_errors=True)
+
+    def _promote(self, version: str, at_first: str) -> bool:
+        """Promotes, unless somebody has changed what serves since the training began."""
+        if self._versions.current_id() != at_first:
+            return False
+        self._versions.promote(version)
+        return True
 
     def _serving_model(self, model: Any, serving: Version | None) -> Any:
         own = copy.deepcopy(model)
@@ -191,16 +214,17 @@ class _Training:
         images = Images(Sources.from_settings(settings, self._studio), settings.max_image_pixels)
         shelf = Shelf(self._desk / "pictures", images, detector)
         uris = {example.view.uri: example.task for example in examples}
-        failed = _patiently(lambda: shelf.fetch(uris, lambda done: self._report("loading", done, len(uris))))
+        failed = shelf.fetch(uris, lambda done: self._report("loading", done, len(uris)))
+        if failed:  # Label Studio may have been away
+            _patiently(self._studio.release)
+            failed = shelf.fetch({uri: uris[uri] for uri in failed}, lambda done: None)
         for reason in failed.values():
             log.warning("project %s: a picture is left out: %s", self._project, reason)
         left_out.update({"pictures that cannot be read": len(failed)} if failed else {})
         return shelf, [example for example in examples if example.view.uri not in failed]
 
     def _keep(self, learned: Learned, plan: Plan, serving: Version | None, created: int, data: str) -> str:
-        """Writes and promotes a version, if there is something to promote, and returns its id."""
-        if not (learned.thresholds or learned.tensors):
-            return ""
+        """Writes a version, if there is something to keep, and returns its id."""
         before = {
             control.from_name: {label.name: label.threshold for label in control.labels} for control in plan.controls
         }
@@ -208,6 +232,8 @@ class _Training:
             name: {label: (before[name][label], now) for label, now in own.items() if label in before.get(name, {})}
             for name, own in learned.thresholds.items()
         }
+        if not (thresholds or learned.tensors):
+            return ""
         version = Version(
             id=time.strftime("%Y%m%d-%H%M%S-", time.gmtime()) + data[:4],
             checkpoint=self._checkpoint.fingerprint,
@@ -227,8 +253,11 @@ class _Training:
 
         has_weights = learned.tensors or (serving and serving.weights)
         self._versions.add(version, write_weights if has_weights else None)
-        self._versions.promote(version.id)
         return version.id
+
+
+def _last(examples: Sequence[Example], most: int) -> list[Example]:
+    return sorted(examples, key=lambda example: example.task)[-most:]
 
 
 def _listed(left_out: Counter[str]) -> str:

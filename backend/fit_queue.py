@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from redis import Redis
@@ -11,7 +13,7 @@ from rq import Queue, Retry
 from rq.exceptions import DuplicateJobError, NoSuchJobError
 from rq.serializers import JSONSerializer
 
-from backend.queues import FIT, FIT_FUNCTION, AllowedJob, final_result, redis_errors
+from backend.queues import CHUNK_KEY, FIT, FIT_FUNCTION, AllowedJob, final_result, redis_errors
 
 PROGRESS_KEY = "gdino:training:"  # + project -> JSON: state, done, of, text, time, and in the end the outcome
 EVIDENCE_KEY = "gdino:evidence:"  # + project -> hash of annotation id -> JSON: task, updated_at, is_deleted
@@ -21,13 +23,19 @@ RETRIES = 3  # of a training whose worker was killed; it goes on where it was
 
 # Events come twice, late and in any order. Of one annotation the last change counts, and a deletion ends it.
 RECORD = """
-local old = redis.call('HGET', KEYS[1], ARGV[1])
-if old then
-    local was, now = cjson.decode(old), cjson.decode(ARGV[2])
-    if was.is_deleted or (not now.is_deleted and was.updated_at >= now.updated_at) then return end
+for i = 3, #ARGV, 2 do
+    local old = redis.call('HGET', KEYS[1], ARGV[i])
+    local now, is_newer = cjson.decode(ARGV[i + 1]), redis.call('HLEN', KEYS[1]) < tonumber(ARGV[2])
+    if old then
+        local was = cjson.decode(old)
+        is_newer = not was.is_deleted and (now.is_deleted or was.updated_at < now.updated_at)
+    end
+    if is_newer then redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1]) end
 end
-redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
+redis.call('EXPIRE', KEYS[1], ARGV[1])
 """
+EVIDENCE_TTL, MOST_EVIDENCE = 90 * 24 * 3600, 200_000  # s, and annotations of a project
+ROWS = 1000  # annotations in one call: Redis serves nobody else meanwhile
 
 
 def fit_queue(connection: Redis) -> Queue:
@@ -66,6 +74,7 @@ class Trainings:
         if final_result(job) is None:
             return False
         job.delete()
+        self._connection.delete(CHUNK_KEY + job_id)  # how often its workers died
         return True
 
     def _enqueue(self, job_id: str, project: str, train: str) -> None:
@@ -112,21 +121,37 @@ class Trainings:
         return [json.loads(row) for row in rows if row]
 
 
+@dataclass(frozen=True)
+class Annotation:
+    """What an event says of one annotation."""
+
+    number: int
+    task: int | None
+    updated_at: str  # as Label Studio writes it, which sorts by time
+    is_deleted: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is kept of it."""
+        return {"task": self.task, "updated_at": self.updated_at, "is_deleted": self.is_deleted}
+
+
 class Evidence:
     """Which annotations a project has, as its events tell; what they hold is asked of Label Studio when it matters."""
 
     def __init__(self, connection: Redis, project: str) -> None:
         self._connection, self._key = connection, EVIDENCE_KEY + project
 
-    def record(self, annotation: int, task: int | None, updated_at: str, is_deleted: bool = False) -> None:
-        """Notes an annotation; the same event again, or an older one late, changes nothing.
+    def record(self, rows: Sequence[Annotation]) -> None:
+        """Notes annotations; the same event again, or an older one late, changes nothing.
 
         Raises:
             QueueUnavailable: Redis does not answer.
         """
-        row = {"task": task, "updated_at": updated_at, "is_deleted": is_deleted}
-        with redis_errors():
-            self._connection.eval(RECORD, 1, self._key, str(annotation), json.dumps(row))
+        for start in range(0, len(rows), ROWS):
+            piece = rows[start : start + ROWS]
+            words = [word for row in piece for word in (str(row.number), json.dumps(row.to_dict()))]
+            with redis_errors():
+                self._connection.eval(RECORD, 1, self._key, EVIDENCE_TTL, MOST_EVIDENCE, *words)
 
     def annotations(self) -> dict[int, int | None]:
         """Each annotation that is not deleted, with its task.

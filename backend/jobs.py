@@ -29,14 +29,13 @@ from backend.settings import Settings
 from backend.sources import Sources
 from backend.studio import Studio
 from backend.versions import find_checkpoint
-from backend.views import Asked, Prompt, View, views
+from backend.views import MOST_VIEWS, Asked, Prompt, View, views
 from backend.watchdog import Watchdog
 
 DOWNLOADS = 8  # pictures of one chunk that are fetched at the same time
 LOAD_TIMEOUT = 60  # s for all pictures of a chunk; each has its own limits, but a server may trickle its headers
 
 LEAST_SLICE = 8  # pictures loaded at a time, at least
-MOST_VIEWS = 500  # pictures of one task, all controls together
 
 log = logging.getLogger(__name__)
 

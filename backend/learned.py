@@ -110,13 +110,18 @@ class Versions:
 
     def current_id(self) -> str:
         """The id of the version that is to serve; empty: the checkpoint as it came."""
+        return self._mark()[0]
+
+    def _mark(self) -> tuple[str, str]:
+        """The ids of what is to serve, and of what did before."""
         try:
-            return str(json.loads((self.folder / CURRENT).read_text())["version"])
+            row = json.loads((self.folder / CURRENT).read_text())
+            return str(row["version"]), str(row["previous"])
         except FileNotFoundError:
-            return ""
+            return "", ""
         except (OSError, ValueError, KeyError, TypeError) as error:
             log.error("%s cannot be read (%s); serving the checkpoint as it came", self.folder / CURRENT, error)
-            return ""
+            return "", ""
 
     def serving(self, checkpoint: str, created: int | None = None) -> Version | None:
         """The version that serves: the promoted one, or the next sound one before it; None: the checkpoint as it came.
@@ -168,12 +173,15 @@ class Versions:
             CheckpointError: there is no such version, or it is damaged.
             OSError: the disk cannot be written.
         """
+        self._promote(version, previous=self.current_id())
+
+    def _promote(self, version: str, previous: str) -> None:
         if version:
             self.get(version)
         self.folder.mkdir(parents=True, exist_ok=True)
         handle, aside = tempfile.mkstemp(prefix=".current-", dir=self.folder)
         with os.fdopen(handle, "w") as file:
-            json.dump({"version": version}, file)
+            json.dump({"version": version, "previous": previous}, file)
         Path(aside).chmod(0o644)
         _sync(Path(aside))
         Path(aside).replace(self.folder / CURRENT)
@@ -184,12 +192,18 @@ class Versions:
         Raises:
             CheckpointError: nothing was learned yet.
         """
-        version = self.current_id()
-        if not version:
+        version, previous = self._mark()
+        if version == previous == "":
             raise CheckpointError(f"project {self.project} is served by the checkpoint as it came already")
-        parent = self._parent_of(version)
-        self.promote(parent)
-        return parent
+        while previous and not self._is_sound(previous):
+            previous = self._parent_of(previous)
+        self._promote(previous, previous=self._parent_of(previous))
+        return previous
+
+    def _is_sound(self, version: str) -> bool:
+        with contextlib.suppress(CheckpointError):
+            return bool(self.get(version))
+        return False
 
     def _folder_of(self, version: str) -> Path:
         if not ID.fullmatch(version):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+import json
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,24 +15,26 @@ import numpy as np
 import torch
 
 from backend.detector import Detector
-from backend.evaluation import FLOOR, Judged, calibrate, cross_calibrated, is_better
+from backend.evaluation import Judged, is_better
+from backend.exam import Exam, Thresholds
 from backend.examples import Example
-from backend.finetune import Recipe, Tensors, fine_tune
-from backend.preprocess import Prepared
-from backend.regions import Box, Detection
+from backend.finetune import Lesson, Pictures, Recipe, Tensors, fine_tune
+from backend.labeling import Label
 from backend.rehearsal import known_words, rehearse
 
+log = logging.getLogger(__name__)
+
 LEAST_TO_TRAIN, LEAST_TO_JUDGE = 10, 5  # pictures
-MOST_JUDGED = 500  # pictures that thresholds are chosen by
+MOST_JUDGED, MOST_TO_STOP = 500, 150  # pictures to choose thresholds by, and to look at after each round
+BATCH_SIZES = (4, 2, 1)  # pictures
+MOST_BOXES = 300  # on a picture that is trained on
 MOST_ON_CPU = 20_000_000  # parameters; to train more of them takes days there
-SLICE = 16  # pictures looked at together
 
 # Weights between the old and the new ones keep what the old ones knew (Wortsman et al., "Robust fine-tuning of
 # zero-shot models", 2022). The least share of the new ones is taken that scores within this of the best.
 SHARES, NEAR = (0.35, 0.5, 0.65, 0.8, 0.9, 1.0), 0.02
 
-Thresholds = dict[str, dict[str, float]]  # control -> label -> threshold
-Rounds = Callable[[int, int], object]
+Report = Callable[[str, int, int], object]  # what is being done, how far, of how much
 
 
 @dataclass(frozen=True)
@@ -46,121 +49,140 @@ class Learned:
 
 @dataclass(frozen=True)
 class Material:
-    """What there is to learn from: examples, and the model as the checkpoint has it."""
+    """What there is to learn from, and the model as the checkpoint has it."""
 
     examples: Sequence[Example]
-    pictures: Callable[[Example], Prepared]
+    pictures: Pictures
+    labels: Mapping[str, Collection[str]]  # by control: those that may get other thresholds
     model: Any  # not a detector's
+    tokenizer: Any
     make_detector: Callable[[Any], Detector]
+    device: str
     is_fresh: bool  # whether what serves now has never been trained on these examples
 
-    def held_out(self) -> list[Example]:
-        """The examples that training never sees."""
-        return [example for example in self.examples if example.is_held_out]
+    def exam(self, parts: Collection[str], most: int = MOST_JUDGED) -> Exam:
+        """The last examples of these parts."""
+        return Exam([e for e in self.examples if e.part in parts][-most:], self.pictures, self.labels)
 
-    def truth(self, examples: Sequence[Example]) -> list[list[tuple[Box, str]]]:
-        """The true boxes in pixels."""
-        return [[(_in_pixels(box, self.pictures(e).size), label) for box, label in e.truth] for e in examples]
-
-    def found(self, detector: Detector, examples: Sequence[Example]) -> list[list[Detection]]:
-        """What a detector finds, down to the lowest score that a threshold may have."""
-        by_asked: dict[Any, list[int]] = defaultdict(list)
-        for i, example in enumerate(examples):
-            by_asked[example.view.asked].append(i)
-        found: list[list[Detection]] = [[] for _ in examples]
-        for asked, places in by_asked.items():
-            labels = [dataclasses.replace(label, threshold=FLOOR) for label in asked.labels]
-            for start in range(0, len(places), SLICE):
-                piece = places[start : start + SLICE]
-                shown = [self.pictures(examples[i]) for i in piece]
-                answers = detector.detect_prepared(shown, labels, asked.negatives, asked.nms_iou)
-                for i, answer in zip(piece, answers, strict=True):
-                    found[i] = answer if isinstance(answer, list) else []
-        return found
+    def to_train_on(self) -> list[Example]:
+        """The examples for fine-tuning: not those whose boxes are more than any query could find."""
+        return [e for e in self.examples if e.part == "train" and len(e.truth) <= MOST_BOXES]
 
 
-def _in_pixels(box: Box, size: tuple[int, int]) -> Box:
-    return box[0] * size[0], box[1] * size[1], box[2] * size[0], box[3] * size[1]
-
-
-def learn(material: Material, serving: Detector, train: str, tokenizer: Any, state: Path, on_round: Rounds) -> Learned:
+def learn(material: Material, serving: Detector, train: str, desk: Path, report: Report) -> Learned:
     """Thresholds and weights that are better than what serves, beyond what the choice of pictures explains.
 
     Args:
         material: what there is to learn from.
         serving: the detector that the project is served by now.
         train: as in the settings.
-        tokenizer: of the model.
-        state: the file from which fine-tuning goes on after a kill.
-        on_round: called with the rounds done and the most there may be.
+        desk: the folder from which fine-tuning goes on after a kill.
+        report: called as it goes on.
     """
-    judged_by = list(material.examples if material.is_fresh else material.held_out())[:MOST_JUDGED]
-    if len(judged_by) < LEAST_TO_JUDGE:
-        return Learned(f"{_pictures(len(judged_by))} to judge by are too few; annotate at least {LEAST_TO_JUDGE}", {})
-    found, truth = material.found(serving, judged_by), material.truth(judged_by)
-    before = Judged(found, truth, _present(judged_by))
-    chosen = Judged(found, truth, _crossed(found, truth, judged_by))
-    reason, weights = _tuned(material, serving, train, tokenizer, state, on_round)
+    exam = material.exam(("train", "stop", "gate") if material.is_fresh else ("stop", "gate"))
+    if len(exam.examples) < LEAST_TO_JUDGE:
+        return Learned(f"{_pictures(exam.examples)} to judge by are too few; annotate at least {LEAST_TO_JUDGE}", {})
+    report("measuring", 0, 0)
+    found = exam.take(serving)
+    before, chosen = exam.judged(found, exam.present), exam.judged(found, exam.cross_calibrated(found))
+    reason, weights = _tuned(material, serving, train, desk, report)
     if weights:
         return weights
-    metrics = {"before": asdict(before.metrics()), "after": asdict(chosen.metrics()), "pictures": len(judged_by)}
-    figures = f"F1 {before.metrics().f1:.2f} -> {chosen.metrics().f1:.2f} on {_pictures(len(judged_by))}"
-    if is_better(before, chosen):
-        return Learned(f"thresholds: {figures}; {reason}", metrics, _calibrated(found, truth, judged_by))
+    figures, metrics = _compared(before, chosen)
+    if is_better(before, chosen) and (thresholds := exam.calibrated(found)):
+        return Learned(f"thresholds: {figures}; {reason}", metrics, thresholds)
     return Learned(f"nothing that is surely better: other thresholds {figures}; {reason}", metrics)
 
 
-def _tuned(
-    material: Material, serving: Detector, train: str, tokenizer: Any, state: Path, on_round: Rounds
-) -> tuple[str, Learned | None]:
-    """Better weights, if there are; else why not."""
-    held, seen = material.held_out(), [example for example in material.examples if not example.is_held_out]
-    if reason := _no_training(material, serving, train, len(seen), len(held)):
-        return reason, None
-    truth = material.truth(held)
-    before = Judged(material.found(serving, held), truth, _present(held))
-    recipe = Recipe(train)
-    judge = _judge(material, held, truth)
-    plain = material.make_detector(copy.deepcopy(material.model))
-    known = rehearse(seen, material.pictures, plain, known_words(tokenizer), np.random.default_rng(0))
-    model = copy.deepcopy(material.model).to(serving.device)
-    tensors = fine_tune(
-        model, tokenizer, [*seen, *known], material.pictures, judge, recipe, state,
-        lambda done, loss: on_round(done, recipe.rounds),
-    )  # fmt: skip
-    if not tensors:
-        return "fine-tuning brought nothing on the held-out pictures", None
-    tensors = _least_share(material.model, tensors, judge)
-    found = material.found(material.make_detector(_with(material.model, tensors)), held)
-    after = Judged(found, truth, _crossed(found, truth, held))
+def _compared(before: Judged, after: Judged) -> tuple[str, dict[str, Any]]:
     old, new = before.metrics(), after.metrics()
-    figures = f"AP50 {old.ap50:.2f} -> {new.ap50:.2f}, F1 {old.f1:.2f} -> {new.f1:.2f} on {_pictures(len(held))}"
+    text = f"AP50 {old.ap50:.2f} -> {new.ap50:.2f}, F1 {old.f1:.2f} -> {new.f1:.2f} on {_pictures(before.truth)}"
+    return text, {"before": asdict(old), "after": asdict(new), "pictures": len(before.truth)}
+
+
+def _tuned(material: Material, serving: Detector, train: str, desk: Path, report: Report) -> tuple[str, Learned | None]:
+    """Better weights, if there are; else why not."""
+    held = material.exam(("stop", "gate"))
+    if reason := _no_training(material, held, train):
+        return reason, None
+    tensors = _trained(material, train, desk, report)
+    if isinstance(tensors, str):
+        return tensors, None
+    found = held.take(material.make_detector(_with(material.model, tensors)))
+    before = held.judged(held.take(serving), held.present, "gate")
+    after = held.judged(found, held.cross_calibrated(found), "gate")
+    figures, metrics = _compared(before, after)
     if not is_better(before, after):
         return f"fine-tuned weights are not surely better: {figures}", None
-    metrics = {"before": asdict(old), "after": asdict(new), "pictures": len(held)}
-    return "", Learned(f"weights and thresholds: {figures}", metrics, _calibrated(found, truth, held), tensors)
+    return "", Learned(f"weights and thresholds: {figures}", metrics, held.calibrated(found), tensors)
 
 
-def _no_training(material: Material, serving: Detector, train: str, seen: int, held: int) -> str:
+def _no_training(material: Material, held: Exam, train: str) -> str:
     """Why there is no fine-tuning; empty where there is."""
     size = sum(parameter.numel() for parameter in material.model.parameters())
     if train == "thresholds":
         return "TRAIN=thresholds leaves the weights as they are"
-    if serving.device.type == "cpu" and size > MOST_ON_CPU:
+    if material.device == "cpu" and size > MOST_ON_CPU:
         return f"fine-tuning {size // 1_000_000} million weights needs a GPU, and this worker has none"
-    if seen < LEAST_TO_TRAIN:
-        return f"fine-tuning needs {LEAST_TO_TRAIN} pictures to train on, and there are {seen}"
-    if held < LEAST_TO_JUDGE:
-        return f"fine-tuning needs {LEAST_TO_JUDGE} pictures held out, and there are {held}"
+    counts = {part: sum(example.part == part for example in held.examples) for part in ("stop", "gate")}
+    counts["train"] = len(material.to_train_on())
+    for part, what in (("train", "to train on"), ("stop", "to tell when to stop"), ("gate", "to judge by")):
+        least = LEAST_TO_TRAIN if part == "train" else LEAST_TO_JUDGE
+        if counts[part] < least:
+            return f"fine-tuning needs {least} pictures {what}, and there are {counts[part]}: annotate more"
     return ""
 
 
-def _judge(material: Material, held: Sequence[Example], truth: Any) -> Callable[[Any], float]:
-    thresholds = _present(held)
+def _trained(material: Material, train: str, desk: Path, report: Report) -> Tensors | str:
+    """The tensors that are worth a look at the gate, or why there are none; on less memory in smaller batches."""
+    lesson = Lesson(material.to_train_on(), _known(material, desk, report), material.pictures)
+    for batch_size in BATCH_SIZES:
+        try:
+            return _attempt(material, lesson, Recipe(train, batch_size=batch_size), desk, report)
+        except torch.OutOfMemoryError:
+            log.warning("out of memory with batches of %d", batch_size)
+        torch.cuda.empty_cache()
+    return f"fine-tuning needs more memory than {material.device} has"
 
+
+def _attempt(material: Material, lesson: Lesson, recipe: Recipe, desk: Path, report: Report) -> Tensors | str:
+    judge = _judge(material, material.exam(("stop",), MOST_TO_STOP))
+    model = copy.deepcopy(material.model).to(material.device)
+    tensors = fine_tune(
+        model, material.tokenizer, lesson, judge, recipe, desk / "state.pt",
+        lambda done: report("training", done, recipe.rounds),
+    )  # fmt: skip
+    return _least_share(material.model, tensors, judge) if tensors else "fine-tuning brought nothing"
+
+
+def _known(material: Material, desk: Path, report: Report) -> list[Example]:
+    """The rehearsal's examples; made once, and found again after a kill."""
+    path, examples = desk / "known.json", material.to_train_on()
+    by_uri = {example.view.uri: example for example in examples}
+    if not path.exists():
+        plain = material.make_detector(copy.deepcopy(material.model))
+        known = rehearse(
+            examples, material.pictures, plain, known_words(material.tokenizer), np.random.default_rng(0),
+            lambda done, of: report("rehearsing", done, of),
+        )  # fmt: skip
+        rows = [[e.view.uri, [label.name for label in e.view.asked.labels], e.truth] for e in known]
+        aside = path.with_suffix(".new")
+        aside.write_text(json.dumps(rows))
+        aside.replace(path)
+    return [_with_phrases(by_uri[uri], phrases, truth) for uri, phrases, truth in json.loads(path.read_text())]
+
+
+def _with_phrases(example: Example, phrases: Sequence[str], truth: Sequence[Any]) -> Example:
+    labels = tuple(Label(phrase, (phrase,), 0.0) for phrase in phrases)
+    asked = dataclasses.replace(example.view.asked, labels=labels, negatives=())
+    view = dataclasses.replace(example.view, asked=asked)
+    return dataclasses.replace(example, view=view, truth=tuple((tuple(box), label) for box, label in truth))
+
+
+def _judge(material: Material, exam: Exam) -> Callable[[Any], float]:
     def judge(model: Any) -> float:
-        found = material.found(material.make_detector(copy.deepcopy(model)), held)
-        return Judged(found, truth, thresholds).metrics().ap50
+        found = exam.take(material.make_detector(copy.deepcopy(model)))
+        return exam.judged(found, exam.present).metrics().ap50
 
     return judge
 
@@ -177,48 +199,14 @@ def _with(model: Any, tensors: Tensors) -> Any:
 
 def _least_share(model: Any, tensors: Tensors, judge: Callable[[Any], float]) -> Tensors:
     """Tensors between the model's own and the trained ones: as near to its own as scores nearly as well."""
-    own = dict(model.named_parameters())
-    with torch.no_grad():
-        mixed = {s: {n: torch.lerp(own[n].cpu(), t, s) for n, t in tensors.items()} for s in SHARES}
-    scores = {share: judge(_with(model, mixed[share])) for share in SHARES}
-    return mixed[next(share for share in SHARES if scores[share] >= max(scores.values()) - NEAR)]
+    own = {name: parameter.detach().cpu() for name, parameter in model.named_parameters() if name in tensors}
+
+    def mixed(share: float) -> Tensors:
+        return {name: torch.lerp(own[name], tensor, share) for name, tensor in tensors.items()}
+
+    scores = {share: judge(_with(model, mixed(share))) for share in SHARES}
+    return mixed(next(share for share in SHARES if scores[share] >= max(scores.values()) - NEAR))
 
 
-# -- thresholds by control --------------------------------------------------------------------------------------------
-
-
-def _present(examples: Sequence[Example]) -> list[Mapping[str, float]]:
-    return [{label.name: label.threshold for label in example.view.asked.labels} for example in examples]
-
-
-def _by_control(examples: Sequence[Example]) -> dict[str, list[int]]:
-    places: dict[str, list[int]] = defaultdict(list)
-    for i, example in enumerate(examples):
-        places[example.view.from_name].append(i)
-    return places
-
-
-def _of_control(examples: Sequence[Example], places: Sequence[int]) -> dict[str, float]:
-    return {label: threshold for i in places for label, threshold in _present([examples[i]])[0].items()}
-
-
-def _calibrated(found: Any, truth: Any, examples: Sequence[Example]) -> Thresholds:
-    return {
-        name: calibrate([found[i] for i in places], [truth[i] for i in places], _of_control(examples, places))
-        for name, places in _by_control(examples).items()
-    }
-
-
-def _crossed(found: Any, truth: Any, examples: Sequence[Example]) -> list[Mapping[str, float]]:
-    """For each example thresholds that were chosen without it."""
-    thresholds: list[Mapping[str, float]] = [{} for _ in examples]
-    for places in _by_control(examples).values():
-        of_control = _of_control(examples, places)
-        crossed = cross_calibrated([found[i] for i in places], [truth[i] for i in places], of_control)
-        for i, own in zip(places, crossed, strict=True):
-            thresholds[i] = own
-    return thresholds
-
-
-def _pictures(count: int) -> str:
-    return "1 picture" if count == 1 else f"{count} pictures"
+def _pictures(rows: Sequence[Any]) -> str:
+    return "1 picture" if len(rows) == 1 else f"{len(rows)} pictures"

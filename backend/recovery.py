@@ -20,11 +20,12 @@ from rq.job import Job, JobStatus
 from rq.registry import StartedJobRegistry
 
 from backend.errors import WorkerDied
-from backend.queues import CHUNK_KEY, READY_TTL, RESULT_TTL
+from backend.queues import CHUNK_KEY, READY_TTL
 
 log = logging.getLogger(__name__)
 
 LOCK_KEY, LOCK_MS = "gdino:recovery", 1500
+NOTES_TTL = 24 * 3600  # s that the notes about a lost job are kept
 MOST_DEATHS = 20  # of workers over one chunk, before what is left of it fails
 
 
@@ -43,7 +44,7 @@ class LostChunk:
         """Notes that the task of this number is in hand."""
         with self._connection.pipeline() as pipeline:
             pipeline.hset(self._key, "at", number)
-            pipeline.expire(self._key, RESULT_TTL)
+            pipeline.expire(self._key, NOTES_TTL)
             pipeline.execute()
 
     def keep(self, number: int, answer: Mapping[str, Any]) -> None:
@@ -51,7 +52,7 @@ class LostChunk:
         with self._connection.pipeline() as pipeline:
             pipeline.hset(self._key, str(number), json.dumps(answer))
             pipeline.hdel(self._key, "at")
-            pipeline.expire(self._key, RESULT_TTL)
+            pipeline.expire(self._key, NOTES_TTL)
             pipeline.execute()
 
     def answers(self) -> dict[int, dict[str, Any]]:
@@ -66,7 +67,7 @@ class LostChunk:
     def record_death(self) -> None:
         """Counts a dead worker; the task that it had in hand, if it had just one, is answered with an error."""
         self._connection.hincrby(self._key, "deaths", 1)
-        self._connection.expire(self._key, RESULT_TTL)
+        self._connection.expire(self._key, NOTES_TTL)
         if at := self._connection.hget(self._key, "at"):
             log.error("a task ended two workers and is left out")
             self.keep(int(at), died())

@@ -16,12 +16,13 @@ import numpy as np
 
 from backend.detector import Detector
 from backend.examples import Example
+from backend.finetune import Pictures
 from backend.labeling import Label
 from backend.preprocess import Prepared
 from backend.regions import Detection
 from backend.views import Asked
 
-MOST_PICTURES = 500
+MOST_PICTURES = 300
 SURE = 0.3  # lowest score of what counts as known
 MOST_WORDS, MOST_PAIRS = 60, 40  # looked for in a picture
 TOGETHER = 6  # phrases
@@ -41,19 +42,24 @@ def known_words(tokenizer: Any) -> list[str]:
 
 def rehearse(
     examples: Sequence[Example],
-    pictures: Callable[[Example], Prepared],
+    pictures: Pictures,
     detector: Detector,
     words: Sequence[str],
     rng: np.random.Generator,
+    on_picture: Callable[[int, int], object],
 ) -> list[Example]:
-    """Examples on the same pictures, for other phrases than those that are being learned."""
+    """Examples on the same pictures, for other phrases than those that are being learned.
+
+    `on_picture` is called with the number of pictures done and of all.
+    """
     learned = {phrase for example in examples for label in example.view.asked.labels for phrase in label.phrases}
-    by_picture = {example.view.uri: example for example in examples}.values()
-    return [
-        made
-        for example in by_picture
-        for made in _of_picture(example, pictures(example), detector, words, learned, rng)
-    ]
+    by_picture = list({example.view.uri: example for example in examples}.values())
+    chosen = [by_picture[int(number)] for number in rng.permutation(len(by_picture))[:MOST_PICTURES]]
+    made: list[Example] = []
+    for done, example in enumerate(chosen, 1):
+        made += _of_picture(example, pictures.get(example.view.uri), detector, words, learned, rng)
+        on_picture(done, len(chosen))
+    return made
 
 
 def _of_picture(
@@ -76,7 +82,7 @@ def _of_picture(
         found = detector.detect_prepared([picture], labels)[0]
         if isinstance(found, list):
             view = dataclasses.replace(example.view, asked=Asked(labels, (), 1.0))
-            yield Example(example.task, view, tuple(_as_truth(d, picture.size) for d in found), False)
+            yield Example(example.task, view, tuple(_as_truth(d, picture.size) for d in found), example.part)
 
 
 def _some(phrases: Sequence[str], most: int, rng: np.random.Generator) -> list[str]:

@@ -121,7 +121,7 @@ def _supervise(settings: Settings, redis: list[Part], stop: threading.Event) -> 
         parts.append(_part(f"worker {number + 1}", ["worker"], own))
     if settings.label_studio_url and settings.label_studio_api_key:
         parts.append(_part("pusher", ["push"], env))
-        parts.append(_part("fit worker", ["worker", "--queue", "fit"], {**env, "DEVICE": devices[0]}))
+        parts.append(_part("fit worker", ["worker", "--queue", "fit"], {**env, "DEVICE": devices[-1]}))
     greeting = threading.Thread(target=welcome, args=(settings, say, stop), daemon=True)
     greeting.start()
     while not stop.is_set():

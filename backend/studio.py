@@ -110,8 +110,7 @@ class Studio:
             StudioError: Label Studio refused.
             StudioAway: it did not answer.
         """
-        is_task = {"filter": "filter:tasks:id", "operator": "equal", "type": "Number", "value": task}
-        query = {"filters": {"conjunction": "and", "items": [is_task]}}
+        query = {"filters": {"conjunction": "and", "items": [_is("id", "equal", task)]}}
         options = {"project": project, "fields": "all", "resolve_uri": "false", "query": json.dumps(query)}
         tasks = self._call("GET", "/api/tasks", params=options)["tasks"]
         return tasks[0]["data"] if tasks else None
@@ -132,20 +131,24 @@ class Studio:
         return int(datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp())
 
     def annotated_tasks(self, project: str) -> Iterator[dict[str, Any]]:
-        """Id, data and annotations of each task that has any, in the order of their ids; raises as `task_data`."""
+        """Id, data and annotations of each task that has any, skipped ones last; raises as `task_data`."""
+        yield from self._tasks(project, [_is("total_annotations", "greater", 0)])
+        yield from self._tasks(
+            project, [_is("total_annotations", "equal", 0), _is("cancelled_annotations", "greater", 0)]
+        )
+
+    def _tasks(self, project: str, items: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """The tasks that fit all `items`, by id and not by page: pages shift while people annotate."""
         last = 0
         while True:
-            items = [
-                {"filter": "filter:tasks:total_annotations", "operator": "greater", "type": "Number", "value": 0},
-                {"filter": "filter:tasks:id", "operator": "greater", "type": "Number", "value": last},
-            ]
-            query = {"filters": {"conjunction": "and", "items": items}, "ordering": ["tasks:id"]}
-            options = {"project": project, "fields": "all", "resolve_uri": "false", "page_size": PAGE}
-            tasks = self._call("GET", "/api/tasks", params={**options, "query": json.dumps(query)})["tasks"]
+            filters = {"conjunction": "and", "items": [*items, _is("id", "greater", last)]}
+            query = json.dumps({"filters": filters, "ordering": ["tasks:id"]})
+            options = {"project": project, "fields": "all", "resolve_uri": "false", "page_size": PAGE, "query": query}
+            tasks = self._call("GET", "/api/tasks", params=options)["tasks"]
             yield from ({key: task[key] for key in ("id", "data", "annotations")} for task in tasks)
             if len(tasks) < PAGE:
                 return
-            last = tasks[-1]["id"]  # by id, not by page: pages shift while people annotate
+            last = tasks[-1]["id"]
 
     def backends(self, project: str) -> list[dict[str, Any]]:
         """The models that are connected to a project; raises as `task_data`."""
@@ -206,6 +209,11 @@ class Studio:
         except requests.RequestException as error:
             text = f"Label Studio does not answer at {self._shown} ({type(error).__name__})"
             raise StudioAway(text, reached=not never_connected(error)) from None
+
+
+def _is(column: str, operator: str, value: int) -> dict[str, Any]:
+    """A filter of Label Studio's Data Manager."""
+    return {"filter": f"filter:tasks:{column}", "operator": operator, "type": "Number", "value": value}
 
 
 def never_connected(error: Exception) -> bool:

@@ -17,6 +17,7 @@ from backend.labeling import Control, Label, Plan, clean_phrase, words
 PATH = re.compile(r"\$([\w$]+(?:\.\w+|\[[0-9]{1,9}\])*)")
 INDEX = re.compile(r"[0-9]{1,9}")
 FIELD = re.compile(r"\$(\w+)")
+MOST_VIEWS = 500  # pictures of one task, all controls together
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class View:
     uri: str
     page: int | None
     asked: Asked
+    control: str = ""  # as the plan names it; a Repeater makes other names of it
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def _of_control(plan: Plan, control: Control, data: Mapping[str, Any], prompt: P
         pages = enumerate(found) if one.has_pages and isinstance(found, list) else [(None, found)]
         for page, uri in pages:
             address = uri if isinstance(uri, str) else ""
-            yield View(one.from_name, one.to_name, one.labels_name, address, page, asked)
+            yield View(one.from_name, one.to_name, one.labels_name, address, page, asked, control.from_name)
 
 
 def _repeated(control: Control, data: Mapping[str, Any]) -> Iterator[Control]:

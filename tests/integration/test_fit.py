@@ -21,7 +21,7 @@ from backend.fit_queue import Trainings
 from backend.learned import Versions
 from backend.settings import Settings
 from backend.studio import PAGE
-from tests.pictures import config_for, data_uri, scenes
+from tests.pictures import config_for, encode, scenes
 from tests.running import Served, http_server, reply, wait_for
 
 DRAWN = scenes(8, (160, 120), seed=21)
@@ -35,7 +35,7 @@ def region(label: str, x: float, y: float, width: float, height: float) -> dict[
 
 
 def annotated(number: int, result: list[dict[str, Any]]) -> dict[str, Any]:
-    data = {"image": data_uri(DRAWN[number % len(DRAWN)].image)}
+    data = {"image": f"/data/upload/7/{number}.png"}
     return {"id": number, "data": data, "annotations": [{"id": number, "result": result, "updated_at": "2026"}]}
 
 
@@ -50,6 +50,14 @@ def truth(number: int) -> list[dict[str, Any]]:
     ]
 
 
+def fits(task: dict[str, Any], item: dict[str, Any]) -> bool:
+    """Whether a task passes a filter of the Data Manager; a skipped annotation counts as cancelled alone."""
+    skipped = [bool(annotation.get("was_cancelled")) for annotation in task["annotations"]]
+    counts = {"id": task["id"], "total_annotations": skipped.count(False), "cancelled_annotations": skipped.count(True)}
+    value = counts[item["filter"].removeprefix("filter:tasks:")]
+    return value > item["value"] if item["operator"] == "greater" else value == item["value"]
+
+
 class Stub:
     """Answers as Label Studio does; the first `away` requests for tasks find it gone."""
 
@@ -58,6 +66,13 @@ class Stub:
 
     def __call__(self, request: BaseHTTPRequestHandler) -> None:
         parts = urlsplit(request.path)
+        if parts.path.startswith("/data/upload/"):
+            number = int(Path(parts.path).stem)
+            reply(request, encode(DRAWN[number % len(DRAWN)].image))
+            return
+        if parts.path == "/api/version":
+            reply(request, b'{"release": "1.23.2"}')
+            return
         if parts.path.startswith("/api/projects/"):
             reply(request, json.dumps({"label_config": self.config, "created_at": "2026-11-22T07:57:05.3Z"}).encode())
             return
@@ -65,8 +80,9 @@ class Stub:
         if self.asked <= self.away:
             reply(request, b"{}", 503)
             return
-        last = json.loads(parse_qs(parts.query)["query"][0])["filters"]["items"][1]["value"]
-        rows = [task for task in self.tasks if task["id"] > last][:PAGE]
+        items = json.loads(parse_qs(parts.query)["query"][0])["filters"]["items"]
+        rows = [task for task in self.tasks if all(fits(task, item) for item in items)]
+        rows = sorted(rows, key=lambda task: task["id"])[:PAGE]
         reply(request, json.dumps({"tasks": rows}).encode())
 
 
@@ -100,7 +116,7 @@ SKIPPED = {**annotated(1, []), "annotations": [{"result": [], "was_cancelled": T
     [
         ([], "there are no annotations to learn from"),
         ([annotated(1, truth(1))], "1 picture to judge by are too few"),
-        ([SKIPPED, SKIPPED], "left out: 2 tasks that were skipped"),
+        ([SKIPPED, {**SKIPPED, "id": 2}], "left out: 2 tasks that were skipped"),
         ([annotated(n, truth(n)) for n in range(1, 7)], "fine-tuning needs 10 pictures to train on, and there are"),
     ],
 )  # fmt: skip
@@ -150,11 +166,9 @@ def deleting(number: int) -> list[dict[str, Any]]:
 
 
 def test_a_full_disk_leaves_what_serves(train: Train, tmp_path: Path) -> None:
-    tasks = [annotated(n, truth(n)) for n in range(1, 30)]
+    tasks = [annotated(n, truth(n)) for n in range(1, 61)]
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(
-        resource.RLIMIT_FSIZE, (4_000_000, hard)
-    )  # files may not grow beyond: the state of a training does
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))  # the state of a training is larger
     try:
         outcome = train(Stub(tasks, config=CONFIG.replace("red", "zorp")), "encoder")
     finally:
@@ -166,7 +180,7 @@ def test_a_full_disk_leaves_what_serves(train: Train, tmp_path: Path) -> None:
 
 @pytest.mark.timeout(300)
 def test_killed_in_the_middle_it_goes_on_where_it_was(start_server: Callable[..., Served]) -> None:
-    tasks = [annotated(n, truth(n)) for n in range(1, 41)]
+    tasks = [annotated(n, truth(n)) for n in range(1, 61)]
     for task in tasks:  # a word to learn, so that training takes some rounds
         for row in task["annotations"][0]["result"]:
             row["value"]["rectanglelabels"] = ["zorp"]

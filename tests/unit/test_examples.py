@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from backend.examples import fingerprint, is_held_out, read_examples
+from backend.examples import fingerprint, part_of, read_examples
 from backend.labeling import read_plan
 
 CONFIG = (
@@ -83,8 +83,8 @@ def test_other_tools_on_the_picture_are_passed_over() -> None:
 
 
 def test_a_rectangle_with_labels_beside_it() -> None:
-    shape = region(from_name="box", type="rectangle")
-    label = region(type="labels", value={"labels": ["cat"]})
+    shape = region(from_name="box", type="rectangle", id="a")
+    label = region(type="labels", id="a", value={"labels": ["cat"]})
     (example,), _ = read([task({"result": [shape, label]})], PAIR)
     assert [name for _, name in example.truth] == ["cat"]
 
@@ -95,11 +95,33 @@ def test_each_page_has_its_own_boxes() -> None:
     assert [(e.view.uri, len(e.truth)) for e in examples] == [("http://x/0", 0), ("http://x/1", 2)]
 
 
-def test_the_held_out_share_is_a_quarter_and_never_changes() -> None:
-    held = [number for number in range(4000) if is_held_out("1", number)]
-    assert 900 < len(held) < 1100
-    assert held[:5] == [n for n in range(held[4] + 1) if is_held_out("1", n)]
-    assert held != [number for number in range(4000) if is_held_out("2", number)]
+def test_the_parts_have_their_shares_and_never_change() -> None:
+    parts = [part_of("1", number) for number in range(4000)]
+    shares = {part: parts.count(part) / 4000 for part in ("train", "stop", "gate")}
+    assert shares == {
+        "train": pytest.approx(0.65, abs=0.03),
+        "stop": pytest.approx(0.15, abs=0.03),
+        "gate": pytest.approx(0.2, abs=0.03),
+    }
+    assert parts == [part_of("1", number) for number in range(4000)]
+    assert parts != [part_of("2", number) for number in range(4000)]
+
+
+def test_an_odd_task_does_not_end_the_training() -> None:
+    odd = [
+        task({"result": [{**region(), "value": [1]}]}),
+        task({"result": [region(value={"rectanglelabels": [["cat"]]})]}),
+    ]
+    examples, left_out = read([*odd, task({"result": [region()]})])
+    assert (len(examples), left_out) == (1, {"tasks that cannot be read": 2})
+
+
+def test_a_rectangle_without_a_label_beside_it() -> None:
+    shape, label = (
+        region(from_name="box", type="rectangle", id="a"),
+        region(type="labels", id="b", value={"labels": ["cat"]}),
+    )
+    assert read([task({"result": [shape, label]})], PAIR) == ([], {"tasks with boxes without a label": 1})
 
 
 def test_the_fingerprint_is_of_what_is_learned_not_of_its_order() -> None:

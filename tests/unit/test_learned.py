@@ -43,6 +43,16 @@ def test_what_is_promoted_serves_and_rolling_back_goes_one_step(versions: Versio
     assert [version.id for version in versions.all()] == [first.id, second.id]
 
 
+def test_rolling_back_leads_to_what_served_before_not_to_what_was_learned_before(versions: Versions) -> None:
+    first, second = add(versions, 1), add(versions, 2, "v-0001")
+    versions.promote(first.id)
+    assert versions.roll_back() == second.id
+    versions.promote(first.id)
+    versions.promote(second.id)
+    (versions.folder / first.id / WEIGHTS).unlink()
+    assert versions.roll_back() == ""  # past the damaged one
+
+
 @pytest.mark.parametrize("damage", ["weights", "about", "gone", "half"])
 def test_a_damaged_version_is_refused_and_the_one_before_serves(versions: Versions, damage: str) -> None:
     first = add(versions, 1)
