@@ -139,7 +139,7 @@ def ap50(backend: Served, project: int, labels: tuple[str, ...], scenes: dict[st
     return figures
 
 
-def ap50_of_old_phrases(backend: Served, project: int, pictures: int = 100) -> float:
+def ap50_of_old_phrases(backend: Served, project: int, pictures: int = 80) -> float:
     rng, found, wanted = np.random.default_rng(99), [], []
     for _ in range(pictures):
         scene = draw_scene(rng, 320, 240)
@@ -172,7 +172,7 @@ def version(project: Project, backend: Served) -> str:
 
 def test_a_new_word_is_learned_and_the_old_ones_are_kept(studio: LabelStudio, backend: Served) -> None:
     labels, others = (NEW, *OLD), draw(40, seed=8)
-    scenes = {NEW: others, **{label: draw(60, 5, label) for label in OLD}}
+    scenes = {NEW: others, **{label: draw(50, 5, label) for label in OLD}}
     shown = draw(60, seed=3)
     project = annotated_project(studio, backend, "zorp", config(labels), shown, lambda _, scene: truth(scene, labels))
     number = project.number
@@ -206,7 +206,7 @@ def test_random_boxes_change_nothing(studio: LabelStudio, backend: Served) -> No
         corners = np.sort(rng.uniform(0, 1, (3, 2, 2)), axis=1) * [320, 240]
         return [((*low, *high), OLD[int(rng.integers(3))]) for low, high in corners.tolist()]
 
-    project = annotated_project(studio, backend, "random", config(OLD), draw(60, seed=5), anywhere)
+    project = annotated_project(studio, backend, "random", config(OLD), draw(45, seed=5), anywhere)
     before = predict(backend, project.number, config(OLD), draw(20, seed=6))
     outcome = train(project, backend)
     print(outcome)
