@@ -206,11 +206,14 @@ def test_random_boxes_change_nothing(studio: LabelStudio, backend: Served) -> No
         corners = np.sort(rng.uniform(0, 1, (3, 2, 2)), axis=1) * [320, 240]
         return [((*low, *high), OLD[int(rng.integers(3))]) for low, high in corners.tolist()]
 
-    project = annotated_project(studio, backend, "random", config(OLD), draw(45, seed=5), anywhere)
+    project = annotated_project(studio, backend, "random", config(OLD), draw(60, seed=5), anywhere)
     before = predict(backend, project.number, config(OLD), draw(20, seed=6))
     outcome = train(project, backend)
     print(outcome)
     assert (outcome["state"], outcome["version"]) == ("done", "")
+    assert (
+        "fine-tuning brought nothing" in outcome["text"] or "are not surely better" in outcome["text"]
+    )  # it was tried
     assert predict(backend, project.number, config(OLD), draw(20, seed=6)) == before
     assert "promoted" not in run(backend, "versions", "list", "--project", str(project.number)).stdout
 
