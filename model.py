@@ -20,7 +20,7 @@ from backend.errors import BackendError, BadRequest, NotReady, QueueUnavailable
 from backend.fit_queue import Annotation, Evidence, Trainings
 from backend.outbox import PULL, Outbox
 from backend.private_redis import with_redis
-from backend.queues import PredictQueue, connect, known_versions, remember_version
+from backend.queues import PredictQueue, connect, known_versions, note_import, remember_version
 from backend.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -149,6 +149,8 @@ class GroundingDINO:
         """
         if event == "START_TRAINING":
             return {"job": self.train()}
+        if event == "TASKS_CREATED" and self.project_id and self.settings.preannotate_on_import:
+            note_import(self._connection, self.project_id)
         if event in ANNOTATION_EVENTS and self.project_id:
             self._record(event, data.get("annotation") or data.get("annotations"))
         return {"status": "recorded"}

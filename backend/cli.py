@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import os
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -16,6 +17,7 @@ from backend.cli_versions import add_commands, follow, report
 from backend.errors import BackendError, SettingsError
 from backend.fit_queue import Trainings
 from backend.fit_worker import run as serve_fit
+from backend.imports import Imports
 from backend.private_redis import with_redis
 from backend.push import Pusher
 from backend.queues import connect, worker_name
@@ -101,7 +103,11 @@ def push(**options: str | None) -> None:
     if not (settings.label_studio_url and settings.label_studio_api_key):
         raise SettingsError("set LABEL_STUDIO_URL and LABEL_STUDIO_API_KEY: without them nothing can be pushed")
     studio = Studio(settings.label_studio_url, settings.label_studio_api_key)
-    Pusher(connect(settings.redis_url), studio, worker_name()).run(stop_on_signals())
+    stop, name = stop_on_signals(), worker_name()
+    if settings.preannotate_on_import:
+        imports = Imports(settings, connect(settings.redis_url), studio, name)
+        threading.Thread(target=imports.run, args=(stop,), daemon=True).start()
+    Pusher(connect(settings.redis_url), studio, name).run(stop)
 
 
 @cli.command()
@@ -133,6 +139,28 @@ def train(project: str, **options: str | None) -> None:
     trainings = Trainings(connect(settings.redis_url))
     trainings.start(project, settings.train)
     sys.exit(report(follow(trainings, project)))
+
+
+@cli.command()
+@click.option("--project", required=True, metavar="NUMBER", help="of Label Studio")
+@click.option("--tasks", default="", metavar="NUMBERS", help="only these, with commas between")
+@click.option("--view", default="", metavar="NUMBER", help="only those of this tab of the Data Manager")
+@click.option("--limit", type=int, default=0, metavar="COUNT", help="at most so many")
+@click.option("--dry-run", is_flag=True, help="say what would be done")
+@click.option("--replace", is_flag=True, help="delete this model's older predictions once the new ones are in")
+@settings_options
+def preannotate(
+    project: str, tasks: str, view: str, limit: int, dry_run: bool, replace: bool, **options: str | None
+) -> None:
+    """Predict a whole project; Ctrl-C stops, and the same command goes on. Exit code 1: some tasks failed."""
+    from backend.cli_bulk import preannotate as run  # loads the pusher: other commands do without
+
+    settings = with_redis(_settings({"log_level": "ERROR", **{k: v for k, v in options.items() if v is not None}}))
+    try:
+        sys.exit(run(settings, project, tasks, view, limit, dry_run, replace))
+    except KeyboardInterrupt:
+        print("stopped; what is on its way is still brought in, and the same command goes on", file=sys.stderr)
+        sys.exit(130)
 
 
 add_commands(cli, settings_options, _settings)

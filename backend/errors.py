@@ -11,6 +11,7 @@ BackendError                      500  internal
 ├── CheckpointError               500  checkpoint
 ├── StudioError                   502  label_studio
 │   ├── StudioRefused             502  label_studio_key
+│   ├── StudioMissing             502  label_studio_missing
 │   └── StudioAway                503  label_studio_away
 ├── QueueUnavailable              503  queue_unavailable
 ├── Overloaded                    503  overloaded
@@ -94,6 +95,12 @@ class StudioRefused(StudioError):
     """Label Studio refused our key; another one may open what waits for it."""
 
     code = "label_studio_key"
+
+
+class StudioMissing(StudioError):
+    """Label Studio has no such thing: the number of a project, a task or a tab is wrong."""
+
+    code = "label_studio_missing"
 
 
 class StudioAway(StudioError):

@@ -47,6 +47,7 @@ PAUSES = (1, 5, 15, 30, 60, 120, 300)  # s, while Label Studio is away
 REPORT_EVERY = 0.5  # s
 
 Value = TypeVar("Value")
+Report = Callable[..., None]
 
 
 class CannotLearn(BackendError):
@@ -68,10 +69,8 @@ def fit(payload: Mapping[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(max((os.cpu_count() or 2) // 2, 1))  # the predict worker wants some too
     settings, project = Settings.from_env(), payload["project"]
     trainings = Trainings(connect(settings.redis_url))
-    training = _Training(settings, payload, _reporter(trainings, project))
-    outcome = _outcome(settings, training, project)
+    outcome = _outcome(settings, payload, _reporter(trainings, project))
     log.info("project %s: %s", project, outcome["text"])
-    training.clear()
     for pause in REPORT_PAUSES:
         try:
             trainings.report(project, **outcome)
@@ -81,24 +80,23 @@ def fit(payload: Mapping[str, Any]) -> dict[str, Any]:
     return outcome
 
 
-def _outcome(settings: Settings, training: _Training, project: str) -> dict[str, Any]:
+def _outcome(settings: Settings, payload: Mapping[str, Any], report: Report) -> dict[str, Any]:
     try:
         if not (settings.label_studio_url and settings.label_studio_api_key):
             raise CannotLearn("training reads annotations: set LABEL_STUDIO_URL and LABEL_STUDIO_API_KEY")
         chunk = lost_chunk()
         if chunk and chunk.deaths > MOST_DEATHS:
             raise CannotLearn(f"{chunk.deaths} workers died over this training; their logs say more")
-        return {"state": "done", **training.run()}
+        training = _Training(settings, payload, report)
+        with contextlib.closing(training):
+            return {"state": "done", **training.run()}
     except BackendError as error:
         return {"state": "failed", "text": str(error)}
     except OSError as error:
         return {"state": "failed", "text": f"MODEL_DIR cannot be used ({error.strerror}); is its disk full?"}
     except Exception as error:
-        log.exception("the training of project %s failed", project)
+        log.exception("the training of project %s failed", payload["project"])
         return {"state": "failed", "text": f"an error of ours ({type(error).__name__}); the worker's log says more"}
-
-
-Report = Callable[..., None]
 
 
 def _reporter(trainings: Trainings, project: str) -> Report:
@@ -148,21 +146,12 @@ class _Training:
         examples, left_out = read_examples(present, self._project, snapshot["tasks"])
         if not examples:
             raise CannotLearn(f"there are no annotations to learn from{_listed(left_out)}")
-        model, tokenizer, image_format = load_checkpoint(self._checkpoint.source)
-        device = device_of(self._settings)
-
-        def make_detector(model: Any) -> Detector:
-            made = Detector(model, tokenizer, image_format, device)
-            made.batch_size = batch_size
-            return made
-
-        batch_size = 1
+        model, tokenizer, make_detector = self._loaded()
         detector = make_detector(self._serving_model(model, serving))
-        batch_size = detector.batch_size = self._settings.batch_size or detector.fitting_batch()
         examples = _last(examples, MOST_EXAMPLES if self._train != "thresholds" else MOST_JUDGED)
         shelf, examples = self._shelve(examples, detector, left_out)
         labels = {control.from_name: {label.name for label in control.labels} for control in plan.controls}
-        is_fresh = not (serving and serving.weights)
+        is_fresh, device = not (serving and serving.weights), device_of(self._settings)
         material = Material(examples, shelf, labels, model, tokenizer, make_detector, device, is_fresh)
         learned = learn(material, detector, self._train, self._desk, self._report)
         version = self._keep(learned, plan, serving, snapshot["created"], fingerprint(examples))
@@ -171,7 +160,21 @@ class _Training:
             text = f"not promoted, because another version was meanwhile; {text}"
         return {"text": text, "version": version, "metrics": learned.metrics, "left_out": dict(left_out)}
 
-    def clear(self) -> None:
+    def _loaded(self) -> tuple[Any, Any, Callable[[Any], Detector]]:
+        """The model as it came, its tokenizer, and what makes detectors of models, all with batches that fit."""
+        model, tokenizer, image_format = load_checkpoint(self._checkpoint.source)
+        device = device_of(self._settings)
+        fitting = self._settings.batch_size
+        fitting = fitting or Detector(copy.deepcopy(model), tokenizer, image_format, device).fitting_batch()
+
+        def make_detector(own: Any) -> Detector:
+            made = Detector(own, tokenizer, image_format, device)
+            made.batch_size = fitting
+            return made
+
+        return model, tokenizer, make_detector
+
+    def close(self) -> None:
         """Takes away what only a training that is killed would need."""
         shutil.rmtree(self._desk, ignore_errors=True)
 

@@ -77,6 +77,12 @@ class Outbox:
             rows = self._connection.hmget(ENTRIES_KEY, chunks) if chunks else []
         return [Entry(chunk.decode(), **json.loads(row)) for chunk, row in zip(chunks, rows, strict=True) if row]
 
+    def holds(self, chunks: Sequence[str]) -> set[str]:
+        """Those of these chunks that are still to be pushed."""
+        with redis_errors():
+            scores = self._connection.zmscore(ORDER_KEY, list(chunks)) if chunks else []
+        return {chunk for chunk, score in zip(chunks, scores, strict=True) if score is not None}
+
     def remove(self, entries: Sequence[Entry]) -> None:
         """Forgets chunks that are delivered, or cannot be."""
         with redis_errors(), self._connection.pipeline() as pipeline:

@@ -37,6 +37,7 @@ TO_FRONT = "if redis.call('LREM', KEYS[1], 1, ARGV[1]) == 1 then redis.call('LPU
 READY_KEY = "gdino:ready:"  # + worker name -> its batch size; a worker with its model loaded keeps it alive
 READY_TTL = 10  # s; a killed worker counts as gone after this
 BATCH_SIZE = 4  # pictures in one job while no worker has said what it wants
+IMPORTED_KEY = "gdino:imported"  # sorted set: project -> when it last got tasks
 PROJECTS_KEY = "gdino:projects"  # hash: project id -> model version given at /setup
 
 JOB_TIMEOUT = 3600  # s; a task of 500 pages on a CPU takes as long, and the watchdog ends what hangs
@@ -262,6 +263,16 @@ def remember_version(connection: Redis, project: str, model_version: str) -> Non
     """
     with redis_errors():
         connection.hset(PROJECTS_KEY, project, model_version)
+
+
+def note_import(connection: Redis, project: str) -> None:
+    """Notes that a project got tasks.
+
+    Raises:
+        QueueUnavailable: Redis does not answer.
+    """
+    with redis_errors():
+        connection.zadd(IMPORTED_KEY, {project: time.time()})
 
 
 def known_versions(connection: Redis) -> list[str]:

@@ -45,6 +45,7 @@ class Settings:
     batch_size: int = _setting(0, "pictures in a job and a forward pass; 0: what takes a second and fits", minimum=0)
     predict_deadline: int = _setting(90, "time after which /predict answers with what is finished", "seconds", 1)
     push_above: int = _setting(50, "tasks in a request above which predictions are pushed, with a key", minimum=0)
+    preannotate_on_import: bool = _setting(False, "`true`: tasks are predicted as they are imported, with a key")
     forward_timeout: int = _setting(120, "time after which a forward pass counts as hung", "seconds", 1)
     allowed_image_hosts: str = _setting("", "hosts or networks at private addresses with pictures, with commas")
     local_files_document_root: str = _setting("", "Label Studio's folder of local files, where it is mounted here too")
@@ -92,6 +93,10 @@ class Settings:
 
 def _convert(cls: type[Settings], name: str, text: str) -> Any:
     kind = type(getattr(cls, name))  # the class attribute is the default
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise SettingsError(f"{name.upper()} must be true or false, not {text!r}")
+        return text.lower() == "true"
     try:
         return kind(text) if kind is not type(Path()) else Path(text)
     except ValueError:

@@ -19,7 +19,7 @@ import requests
 from urllib3.exceptions import NewConnectionError
 from urllib3.util import parse_url
 
-from backend.errors import StudioAway, StudioError, StudioRefused
+from backend.errors import StudioAway, StudioError, StudioMissing, StudioRefused
 
 TIMEOUT = (3, 10)  # seconds to connect, and between bytes
 IMPORT_TIMEOUT = (3, 60)
@@ -138,17 +138,42 @@ class Studio:
         )
 
     def _tasks(self, project: str, items: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """The tasks that fit all `items`, by id and not by page: pages shift while people annotate."""
         last = 0
-        while True:
-            filters = {"conjunction": "and", "items": [*items, _is("id", "greater", last)]}
-            query = json.dumps({"filters": filters, "ordering": ["tasks:id"]})
-            options = {"project": project, "fields": "all", "resolve_uri": "false", "page_size": PAGE, "query": query}
+        while page := self._page(project, items, last)["tasks"]:
+            yield from ({key: task[key] for key in ("id", "data", "annotations")} for task in page)
+            last = page[-1]["id"]
+
+    def _page(self, project: str, items: list[dict[str, Any]], after: int, size: int = PAGE) -> Any:
+        """The first tasks behind a number that fit all `items`; not by page: pages shift while people work."""
+        filters = {"conjunction": "and", "items": [*items, _is("id", "greater", after)]}
+        query = json.dumps({"filters": filters, "ordering": ["tasks:id"]})
+        options = {"project": project, "fields": "all", "resolve_uri": "false", "page_size": size, "query": query}
+        return self._call("GET", "/api/tasks", params=options)
+
+    def page_without(self, project: str, version: str, after: int, numbers: Sequence[int] = ()) -> list[dict[str, Any]]:
+        """Id, data, annotations and `versions` of the next tasks without a prediction of a version; as `task_data`."""
+        return [_with_versions(task) for task in self._page(project, _without(version, numbers), after)["tasks"]]
+
+    def count_without(self, project: str, version: str, numbers: Sequence[int] = ()) -> int:
+        """How many tasks have no prediction of a version; raises as `task_data`."""
+        return int(self._page(project, _without(version, numbers), 0, 1)["total"])
+
+    def page_of_view(self, view: str, page: int) -> list[dict[str, Any]]:
+        """A page, from 1, of a tab of the Data Manager, as `page_without`; empty behind the last."""
+        options = {"view": view, "fields": "all", "resolve_uri": "false", "page_size": PAGE, "page": page}
+        try:
             tasks = self._call("GET", "/api/tasks", params=options)["tasks"]
-            yield from ({key: task[key] for key in ("id", "data", "annotations")} for task in tasks)
-            if len(tasks) < PAGE:
-                return
-            last = tasks[-1]["id"]
+        except StudioMissing:
+            return []
+        return [_with_versions(task) for task in tasks]
+
+    def predictions_of(self, task: int) -> list[dict[str, Any]]:
+        """The predictions of a task; raises as `task_data`."""
+        return list(self._call("GET", "/api/predictions", params={"task": task}))
+
+    def delete_prediction(self, number: int) -> None:
+        """Deletes a prediction; raises as `task_data`."""
+        self._call("DELETE", f"/api/predictions/{number}")
 
     def backends(self, project: str) -> list[dict[str, Any]]:
         """The models that are connected to a project; raises as `task_data`."""
@@ -174,7 +199,7 @@ class Studio:
             StudioError: Label Studio refused.
             StudioAway: it did not answer.
         """
-        return [str(row["model_version"]) for row in self._call("GET", "/api/predictions", params={"task": task})]
+        return [str(row["model_version"]) for row in self.predictions_of(task)]
 
     def import_predictions(self, project: str, predictions: Sequence[Mapping[str, Any]]) -> int:
         """Stores predictions, all or none, and says how many; whatever is there already stays as well.
@@ -195,6 +220,10 @@ class Studio:
             raise StudioAway(f"Label Studio cannot answer now (HTTP {reply.status_code})")
         if reply.status_code in (401, 403):
             raise StudioRefused(f"Label Studio refused LABEL_STUDIO_API_KEY for {path} (HTTP {reply.status_code})")
+        if reply.status_code == 404:
+            raise StudioMissing(f"Label Studio has no {path}")
+        if reply.status_code == 204:
+            return None
         if not reply.ok:
             raise StudioError(f"Label Studio refused {method} {path} (HTTP {reply.status_code}): {reply.text[:200]}")
         try:
@@ -211,9 +240,20 @@ class Studio:
             raise StudioAway(text, reached=not never_connected(error)) from None
 
 
-def _is(column: str, operator: str, value: int) -> dict[str, Any]:
+def _is(column: str, operator: str, value: Any, kind: str = "Number") -> dict[str, Any]:
     """A filter of Label Studio's Data Manager."""
-    return {"filter": f"filter:tasks:{column}", "operator": operator, "type": "Number", "value": value}
+    return {"filter": f"filter:tasks:{column}", "operator": operator, "type": kind, "value": value}
+
+
+def _without(version: str, numbers: Sequence[int]) -> list[dict[str, Any]]:
+    """Filters for tasks without a prediction of a version, of these numbers if there are any."""
+    among = [_is("id", "in_list", list(numbers))] if numbers else []
+    return [*among, _is("predictions_model_versions", "not_contains", [version], "List")]
+
+
+def _with_versions(task: Mapping[str, Any]) -> dict[str, Any]:
+    versions = [str(row["model_version"]) for row in task.get("predictions") or []]
+    return {**{key: task[key] for key in ("id", "data", "annotations")}, "versions": versions}
 
 
 def never_connected(error: Exception) -> bool:

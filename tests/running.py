@@ -44,6 +44,7 @@ class Served:
         self.model_dir = folder / "data"
         given = {"MODEL": "demo", "PORT": str(self.port), "MODEL_DIR": str(self.model_dir)}
         given |= {"ALLOWED_IMAGE_HOSTS": "127.0.0.0/8", **env}  # the tests' own pictures
+        self.env = env
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "backend", "serve"],

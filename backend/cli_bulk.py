@@ -1,0 +1,67 @@
+"""Commands for many pictures: `preannotate`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from backend.errors import SettingsError
+from backend.preannotate import Preannotation, Tally
+from backend.queues import connect
+from backend.settings import Settings
+from backend.studio import Studio
+
+
+def preannotate(
+    settings: Settings, project: str, numbers: str, view: str, limit: int, dry_run: bool, replace: bool
+) -> int:
+    """Runs the command; returns its exit code: 0 all done, 1 some failed.
+
+    Raises:
+        SettingsError: an option is not what it must be.
+        BackendError: it could not run.
+    """
+    if not (settings.label_studio_url and settings.label_studio_api_key):
+        raise SettingsError("set LABEL_STUDIO_URL and LABEL_STUDIO_API_KEY: without them there are no tasks to read")
+    if not project.isdigit():
+        raise SettingsError("--project must be a project's number")
+    wanted = _numbers(numbers)
+    studio = Studio(settings.label_studio_url, settings.label_studio_api_key)
+    run = Preannotation(settings, connect(settings.redis_url), studio, project)
+    count = run.to_do(wanted)
+    print(f"project {project}: {count} tasks have no prediction of {run.asking.model_version}", file=sys.stderr)
+    if dry_run:
+        for control in run.asking.plan.controls:
+            for label in control.labels:
+                print(f"{control.from_name}: {label.name}: {', '.join(label.phrases)}; from {label.threshold}")
+        return 0
+    most = limit or (sys.maxsize if view else count)
+    with tqdm(total=min(most, count), unit="task", file=sys.stderr) as bar:
+
+        def progress(done: int, failed: int) -> None:
+            bar.n = done
+            bar.set_postfix(failed=failed, refresh=False)
+            bar.refresh()
+
+        tally = run.run(run.pages(wanted, view), most, progress, replace)
+    return _sum_up(tally, Path(f"preannotate-{project}-failures.csv"))
+
+
+def _numbers(text: str) -> list[int]:
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if not all(word.isdigit() for word in words):
+        raise SettingsError("--tasks must be task numbers with commas between")
+    return [int(word) for word in words]
+
+
+def _sum_up(tally: Tally, path: Path) -> int:
+    print(f"{tally.done - len(tally.failures)} tasks predicted, {len(tally.failures)} failed")
+    if not tally.failures:
+        return 0
+    for reason, count in tally.by_reason().most_common():
+        print(f"  {count}: {reason}")
+    tally.write(path)
+    print(f"each of them is in {path}; the same command tries them again")
+    return 1

@@ -1,0 +1,140 @@
+"""A whole project by one command, killed on the way, with a real Label Studio."""
+
+import collections
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.studio import LEGACY_TOKEN, LabelStudio, Project
+from tests.pictures import config_for, encode, scenes
+from tests.running import ROOT, Served, http_server, reply, wait_for
+
+pytestmark = pytest.mark.timeout(900)
+
+TASKS, BROKEN = 1000, 3
+DRAWN = scenes(5, (96, 96))
+JPEGS = [encode(scene.image, "JPEG", quality=95) for scene in DRAWN]
+
+
+@pytest.fixture(scope="module")
+def pictures() -> Iterator[str]:
+    with http_server(lambda request: reply(request, JPEGS[int(Path(request.path).stem) % len(JPEGS)])) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def backend(studio: LabelStudio, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("bulk")
+    keys = {"LABEL_STUDIO_URL": studio.url, "LABEL_STUDIO_API_KEY": LEGACY_TOKEN}
+    server = Served(folder, PREANNOTATE_ON_IMPORT="true", **keys)
+    try:
+        server.wait_until_ready()
+        yield server
+    finally:
+        server.stop()
+
+
+def create_project(studio: LabelStudio, pictures: str, count: int) -> Project:
+    project = studio.create_project("bulk", config_for(DRAWN), {})
+    tasks = [{"data": {"image": f"{pictures}/{number}.jpg"}} for number in range(count)]
+    if tasks:
+        studio.call("POST", f"/api/projects/{project.number}/import", json=tasks)
+    return project
+
+
+def start(backend: Served, folder: Path, *words: str) -> subprocess.Popen[str]:
+    """`preannotate` as a process of its own, in a folder of its own."""
+    given = {"MODEL": "demo", "MODEL_DIR": str(backend.model_dir), "PYTHONPATH": str(ROOT)}
+    keys = {name: value for name, value in backend.env.items() if name.startswith("LABEL_STUDIO")}
+    command = [sys.executable, "-m", "backend", "preannotate", *words]
+    return subprocess.Popen(
+        command, cwd=folder, env={**os.environ, **given, **keys}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def per_task(project: Project) -> collections.Counter:
+    return collections.Counter(prediction["task"] for prediction in project.predictions())
+
+
+def test_a_project_of_1000_tasks_with_the_command_killed_twice(
+    studio: LabelStudio, backend: Served, pictures: str, tmp_path: Path
+) -> None:
+    project = create_project(studio, pictures, TASKS)
+    number = ("--project", str(project.number))
+    dry, _ = start(backend, tmp_path, *number, "--dry-run").communicate(timeout=60)
+    assert f"{TASKS} tasks have no prediction of demo-" in dry, dry
+    assert project.predictions() == []
+    for least in (1, 300):
+        killed = start(backend, tmp_path, *number)
+        wait_for(lambda least=least: len(project.predictions()) >= least, 120, "some predictions")
+        killed.send_signal(signal.SIGKILL)
+        killed.communicate(timeout=10)
+    last = start(backend, tmp_path, *number)
+    said, _ = last.communicate(timeout=300)
+    assert last.returncode == 0, said[-3000:]
+    wait_for(lambda: len(per_task(project)) == TASKS, 60, "a prediction for every task")
+    time.sleep(3)
+    assert set(per_task(project).values()) == {1}
+    again = start(backend, tmp_path, *number)
+    said, _ = again.communicate(timeout=60)
+    assert (again.returncode, "0 tasks predicted" in said) == (0, True), said
+
+
+def test_failures_are_listed_and_old_versions_replaced(
+    studio: LabelStudio, backend: Served, pictures: str, tmp_path: Path
+) -> None:
+    project = create_project(studio, pictures, 20)
+    bad = [{"data": {"image": f"http://127.0.0.1:1/{number}.jpg"}} for number in range(BROKEN)]
+    studio.call("POST", f"/api/projects/{project.number}/import", json=bad)
+    tasks = [task["id"] for task in project.tasks()]
+    foreign = {"task": tasks[0], "result": [], "score": 0.5, "model_version": "somebody-else"}
+    old = [{"task": task, "result": [], "score": 0.5, "model_version": "demo-00000000"} for task in tasks[:5]]
+    studio.call("POST", f"/api/projects/{project.number}/import/predictions", json=[foreign, *old])
+    run = start(backend, tmp_path, "--project", str(project.number), "--replace")
+    said, _ = run.communicate(timeout=120)
+    assert run.returncode == 1, said
+    assert f"20 tasks predicted, {BROKEN} failed" in said
+    rows = (tmp_path / f"preannotate-{project.number}-failures.csv").read_text().splitlines()
+    assert [row.split(",")[:2] for row in rows[1:]] == [[str(task), "image"] for task in tasks[20:]]
+    versions = collections.Counter(p["model_version"] for p in project.predictions())
+    assert versions.pop("somebody-else") == 1
+    assert list(versions.values()) == [20]
+    assert "demo-00000000" not in versions
+
+
+def test_tasks_are_predicted_as_they_are_imported(studio: LabelStudio, backend: Served, pictures: str) -> None:
+    project = create_project(studio, pictures, 0)
+    project.connect(backend.url)
+    for count in (10, 25):
+        tasks = [{"data": {"image": f"{pictures}/{number}.jpg"}} for number in range(count)]
+        studio.call("POST", f"/api/projects/{project.number}/import", json=tasks)
+    wait_for(lambda: len(per_task(project)) == 35, 60, "predictions")
+    time.sleep(3)
+    assert set(per_task(project).values()) == {1}
+
+
+def test_only_some_tasks(studio: LabelStudio, backend: Served, pictures: str, tmp_path: Path) -> None:
+    project = create_project(studio, pictures, 12)
+    tasks = [task["id"] for task in project.tasks()]
+    some = ",".join(map(str, tasks[:5]))
+    for words, count in ((("--tasks", some, "--limit", "2"), 2), (("--tasks", some), 5), (("--limit", "3"), 8)):
+        run = start(backend, tmp_path, "--project", str(project.number), *words)
+        said, _ = run.communicate(timeout=60)
+        assert run.returncode == 0, said
+        assert len(project.predictions()) == count
+    tab = studio.call("POST", "/api/dm/views", json={"project": project.number, "data": {"title": "all"}})["id"]
+    run = start(backend, tmp_path, "--project", str(project.number), "--view", str(tab))
+    said, _ = run.communicate(timeout=60)
+    assert run.returncode == 0, said
+    assert set(per_task(project).values()) == {1}
+    assert len(per_task(project)) == 12
+    wrong = start(backend, tmp_path, "--project", "99999")
+    said, _ = wrong.communicate(timeout=60)
+    assert (wrong.returncode, "Traceback" in said) == (2, False), said
