@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -161,6 +162,35 @@ def preannotate(
     except KeyboardInterrupt:
         print("stopped; what is on its way is still brought in, and the same command goes on", file=sys.stderr)
         sys.exit(130)
+
+
+@cli.command()
+@click.argument("images", nargs=-1, required=True)
+@click.option("--labels", default="", metavar="NAMES", help='what to look for, such as "red circle, blue square"')
+@click.option("--labels-file", type=click.Path(exists=True, dir_okay=False), help="a file with one of them a line")
+@click.option("--labels-from", type=click.Path(exists=True, dir_okay=False), help="a labeling config as XML")
+@click.option("--out", required=True, type=click.Path(file_okay=False), help="folder to write")
+@click.option("--format", "formats", default="yolo", help="of yolo, coco and labelstudio, with commas between")
+@click.option("--val", type=click.FloatRange(0, 1), default=0.2, help="share of pictures for validation; default: 0.2")
+@click.option("--preview", is_flag=True, help="draw the boxes on copies of the pictures, and a sheet for each label")
+@click.option("--zip", "as_zip", is_flag=True, help="pack the folder as well")
+@click.option("--sample", type=int, default=0, metavar="COUNT", help="try so many first: counts by threshold, sheets")
+@click.option("--force", is_flag=True, help="write a finished folder anew")
+@settings_options
+def label(
+    images: tuple[str, ...], labels: str, labels_file: str | None, labels_from: str | None, out: str, formats: str,
+    val: float, preview: bool, as_zip: bool, sample: int, force: bool, **options: str | None,
+) -> None:  # fmt: skip
+    """Label pictures in files, folders or patterns; the same command goes on where it was stopped."""
+    from backend import cli_label as bulk  # loads Pillow: other commands do without
+
+    chosen = tuple(word.strip() for word in formats.split(","))
+    if not set(chosen) <= set(bulk.FORMATS):
+        raise SettingsError(f"--format must be of {', '.join(bulk.FORMATS)}")
+    config = bulk.config_from(labels, labels_file, labels_from)
+    settings = _settings({"log_level": "ERROR", **{k: v for k, v in options.items() if v is not None}})
+    wanted = bulk.Wanted(Path(out), chosen, val, preview, as_zip, sample, force)
+    sys.exit(bulk.label(settings, images, config, wanted))
 
 
 add_commands(cli, settings_options, _settings)

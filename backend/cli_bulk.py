@@ -1,4 +1,4 @@
-"""Commands for many pictures: `preannotate`."""
+"""The command `preannotate`."""
 
 from __future__ import annotations
 

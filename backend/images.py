@@ -62,7 +62,7 @@ class Images:
                 if image.width * image.height > self._max_pixels:
                     edges = f"{image.width} x {image.height}"
                     raise ImageError(f"the picture has {edges} pixels, above MAX_IMAGE_PIXELS ({self._max_pixels})")
-                size = image.size[::-1] if image.getexif().get(ORIENTATION, 1) in SIDEWAYS else image.size
+                size = shown_size(image)
                 _reduce(image, self._needed(*image.size))
                 return Picture(to_rgb(ImageOps.exif_transpose(image)), size)
         except UnidentifiedImageError:
@@ -71,6 +71,11 @@ class Images:
             raise
         except Exception as error:  # decoders raise whatever a damaged file leads them to
             raise ImageError(f"the picture is damaged ({type(error).__name__}: {error})") from None
+
+
+def shown_size(image: Image.Image) -> Size:
+    """Width and height of a picture as people see it, told by its header."""
+    return image.size[::-1] if image.getexif().get(ORIENTATION, 1) in SIDEWAYS else image.size
 
 
 def _not_a_picture(body: bytes, content_type: str) -> str:

@@ -210,6 +210,16 @@ class PredictQueue:
             return list(result.return_value["answers"]), False
         return None, job is None or result is not None
 
+    def forget(self, payload: dict[str, Any]) -> None:
+        """Takes a chunk and its answers out of Redis, which would keep them for an hour.
+
+        Raises:
+            QueueUnavailable: Redis does not answer.
+        """
+        with redis_errors():
+            if job := self._fetch(chunk_id(payload)):
+                job.delete()
+
     def waiting(self) -> int:
         """How many chunks wait.
 

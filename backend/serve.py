@@ -112,22 +112,54 @@ def serve(settings: Settings) -> None:
             (settings.model_dir / private_redis.URL_FILE).unlink(missing_ok=True)
 
 
-def _supervise(settings: Settings, redis: list[Part], stop: threading.Event) -> None:
-    env = {**os.environ, **settings.to_env()}
-    parts = [_part("web front", ["web"], env)]
-    devices = _devices(settings.device)
-    for number in range(settings.workers or len(devices)):
-        own = {**env, "DEVICE": devices[number % len(devices)]}
-        parts.append(_part(f"worker {number + 1}", ["worker"], own))
-    if settings.label_studio_url and settings.label_studio_api_key:
-        parts.append(_part("pusher", ["push"], env))
-        parts.append(_part("fit worker", ["worker", "--queue", "fit"], {**env, "DEVICE": devices[-1]}))
-    greeting = threading.Thread(target=welcome, args=(settings, say, stop), daemon=True)
-    greeting.start()
+@contextlib.contextmanager
+def own_workers(settings: Settings) -> Iterator[Settings]:
+    """Workers, and a Redis where none is configured, for as long as this lasts; the settings that lead to them.
+
+    Raises:
+        SettingsError: MODEL_DIR is in use or cannot be written, or Redis does not start.
+        CheckpointError: there is no such MODEL.
+    """
+    stop = threading.Event()
+    find_checkpoint(settings.model)
+    with _own_folder(settings.model_dir), tempfile.TemporaryDirectory(prefix="gdino-", dir=SOCKET_ROOT) as private:
+        redis, settings = _private_redis(settings, Path(private), stop)
+        parts = [*redis, *_workers(settings, {**os.environ, **settings.to_env()})]
+        tending = threading.Thread(target=_tend, args=(parts, stop), daemon=True)
+        tending.start()
+        try:
+            yield settings
+        finally:
+            stop.set()
+            tending.join()
+            for part in reversed(parts):
+                part.stop(time.monotonic() + GRACE)
+            (settings.model_dir / private_redis.URL_FILE).unlink(missing_ok=True)
+
+
+def _tend(parts: list[Part], stop: threading.Event) -> None:
     while not stop.is_set():
-        for part in [*redis, *parts]:
+        for part in parts:
             part.tend()
         stop.wait(0.2)
+
+
+def _workers(settings: Settings, env: dict[str, str]) -> list[Part]:
+    devices = _devices(settings.device)
+    names = range(settings.workers or len(devices))
+    return [_part(f"worker {n + 1}", ["worker"], {**env, "DEVICE": devices[n % len(devices)]}) for n in names]
+
+
+def _supervise(settings: Settings, redis: list[Part], stop: threading.Event) -> None:
+    env = {**os.environ, **settings.to_env()}
+    parts = [_part("web front", ["web"], env), *_workers(settings, env)]
+    if settings.label_studio_url and settings.label_studio_api_key:
+        parts.append(_part("pusher", ["push"], env))
+        last = {**env, "DEVICE": _devices(settings.device)[-1]}  # of several GPUs the one that is asked last
+        parts.append(_part("fit worker", ["worker", "--queue", "fit"], last))
+    greeting = threading.Thread(target=welcome, args=(settings, say, stop), daemon=True)
+    greeting.start()
+    _tend([*redis, *parts], stop)
     say("stopping")
     deadline = time.monotonic() + GRACE
     for part in parts:

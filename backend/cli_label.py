@@ -1,0 +1,146 @@
+"""The command `label`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import random
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from backend.errors import QueueUnavailable, SettingsError
+from backend.export import Labelled, place_pictures, write_coco, write_labelstudio, write_yolo
+from backend.folder import File, find_files
+from backend.label import Labelling, Row, config_of, labelled
+from backend.preview import write_previews
+from backend.private_redis import with_redis
+from backend.queues import PredictQueue, connect
+from backend.serve import own_workers
+from backend.settings import Settings
+
+DONE = ".finished"
+FORMATS = ("yolo", "coco", "labelstudio")
+THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+SAMPLE_FLOOR = 0.1  # lowest score that a sample is looked at with
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What `label` is to write, and where."""
+
+    out: Path
+    formats: tuple[str, ...]
+    val: float
+    preview: bool
+    zip: bool
+    sample: int
+    force: bool
+
+
+def label(settings: Settings, words: Sequence[str], label_config: str, wanted: Wanted) -> int:
+    """Runs the command; returns its exit code: 0 all done, 1 some pictures failed.
+
+    Raises:
+        SettingsError: an option is not what it must be, or something would be overwritten.
+        BackendError: it could not run.
+    """
+    files = find_files(words)
+    if wanted.sample:
+        files = sorted(random.Random(0).sample(files, min(wanted.sample, len(files))), key=lambda file: file.key)
+        settings = dataclasses.replace(settings, box_threshold=SAMPLE_FLOOR)
+        wanted = dataclasses.replace(wanted, out=wanted.out / "sample", force=True)
+    if (wanted.out / DONE).exists() and not wanted.force:
+        raise SettingsError(f"{wanted.out} is finished already; give another --out, or --force to write it anew")
+    wanted.out.mkdir(parents=True, exist_ok=True)
+    with _workers_of(settings) as running:
+        run = Labelling(running, connect(running.redis_url), label_config, wanted.out)
+        _answer_all(run, files)
+    kept = run.kept()
+    rows = [labelled(file, kept[file.key]) for file in files if file.key in kept]
+    if wanted.sample:
+        _show_sample(rows, run.labels, wanted.out)
+    else:
+        _write(rows, run, wanted)
+    failed = len(files) - len(rows)
+    print(f"{len(rows)} pictures with {sum(len(row.boxes) for row in rows)} boxes in {wanted.out}, {failed} failed")
+    return 1 if failed else 0
+
+
+def config_from(labels: str, labels_file: str | None, labels_from: str | None) -> str:
+    """The labeling config that one of the three options means; raises SettingsError where it is not just one."""
+    if sum(map(bool, (labels, labels_file, labels_from))) != 1:
+        raise SettingsError("give one of --labels, --labels-file and --labels-from")
+    if labels_from:
+        return Path(labels_from).read_text()
+    words = Path(labels_file).read_text().splitlines() if labels_file else labels.split(",")
+    names = list(dict.fromkeys(word.strip() for word in words if word.strip()))
+    if not names:
+        raise SettingsError("there are no labels in what was given")
+    return config_of(names)
+
+
+@contextlib.contextmanager
+def _workers_of(settings: Settings) -> Iterator[Settings]:
+    """The workers of a running server, or else some of our own."""
+    if settings.redis_url or _is_served(settings):
+        yield with_redis(settings)
+    else:
+        with own_workers(settings) as running:
+            yield running
+
+
+def _is_served(settings: Settings) -> bool:
+    """Whether a server runs in MODEL_DIR: one that was killed leaves its address behind."""
+    try:
+        return PredictQueue(connect(with_redis(settings).redis_url)).waiting() >= 0
+    except (SettingsError, QueueUnavailable):
+        return False
+
+
+def _answer_all(run: Labelling, files: Sequence[File]) -> None:
+    left = len(files) - len(run.kept().keys() & {file.key for file in files})
+    failed: list[tuple[str, str]] = []
+    with tqdm(total=len(files), initial=len(files) - left, unit="picture", file=sys.stderr) as bar:
+
+        def on_answer(row: Row) -> None:
+            if "error" in row:
+                failed.append((row["key"], row["error"]))
+                bar.set_postfix(failed=len(failed), refresh=False)
+            bar.update()
+
+        run.run(files, on_answer)
+    for key, reason in failed:
+        print(f"skipped {key}: {reason}")
+
+
+def _write(rows: Sequence[Labelled], run: Labelling, wanted: Wanted) -> None:
+    labels, out = run.labels, wanted.out
+    place_pictures(rows, out, wanted.val)
+    if "yolo" in wanted.formats:
+        write_yolo(rows, labels, out, wanted.val)
+    if "coco" in wanted.formats:
+        write_coco(rows, labels, out, wanted.val)
+    if "labelstudio" in wanted.formats:
+        write_labelstudio(rows, out, wanted.val, run.field)
+        (out / "labelstudio.xml").write_text(run.label_config)
+    if wanted.preview:
+        write_previews(rows, labels, out)
+    (out / DONE).write_text("finished\n")
+    if wanted.zip:
+        shutil.make_archive(str(out), "zip", out)
+
+
+def _show_sample(rows: Sequence[Labelled], labels: Sequence[str], out: Path) -> None:
+    """How many boxes each threshold would give, and the sheets to look at."""
+    print("boxes at threshold " + "".join(f"{threshold:>7}" for threshold in THRESHOLDS))
+    for name in labels:
+        scores = [score for row in rows for own, score, _ in row.boxes if own == name]
+        counts = "".join(f"{sum(score >= threshold for score in scores):>7}" for threshold in THRESHOLDS)
+        print(f"{name[:18]:<18} {counts}")
+    write_previews(rows, labels, out)
+    print(f"look at {out / 'preview'}, then run again without --sample, with --box-threshold as you like it")

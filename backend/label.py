@@ -1,0 +1,149 @@
+"""A folder of pictures labelled through the queue; what is answered is kept as it comes, so that it can go on."""
+
+from __future__ import annotations
+
+import base64
+import json
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from xml.sax.saxutils import quoteattr
+
+from PIL import Image
+from redis import Redis
+
+from backend.asking import Asking
+from backend.errors import SettingsError
+from backend.export import Labelled
+from backend.folder import File
+from backend.images import shown_size
+from backend.labeling import Plan
+from backend.queues import PredictQueue
+from backend.settings import Settings
+
+CHUNKS_A_WORKER, MOST_BYTES = 3, 64_000_000  # on their way at a time; the pictures travel through Redis
+PAUSE = 0.02  # s between looks
+FIELD = "image"
+
+Row = dict[str, Any]  # key, and prediction or error
+
+
+def config_of(labels: Sequence[str]) -> str:
+    """The labeling config that looks for these labels."""
+    rows = "".join(f"<Label value={quoteattr(label)}/>" for label in labels)
+    image = f'<Image name="image" value="${FIELD}"/>'
+    return f'<View>{image}<RectangleLabels name="label" toName="image">{rows}</RectangleLabels></View>'
+
+
+class Labelling:
+    """One run over some pictures."""
+
+    def __init__(self, settings: Settings, connection: Redis, label_config: str, out: Path) -> None:
+        """Reads the config; raises LabelingConfigError or SettingsError where it cannot serve for a folder."""
+        self._settings, self._queue = settings, PredictQueue(connection)
+        self.asking = Asking(settings, label_config)
+        self.label_config, self.field = label_config, _field_of(self.asking.plan)
+        self._kept = out / ".answers.jsonl"
+
+    @property
+    def labels(self) -> list[str]:
+        """All labels in their order; their places are YOLO's class numbers."""
+        rows = [label.name for control in self.asking.plan.controls for label in control.labels]
+        return list(dict.fromkeys(rows))
+
+    def kept(self) -> dict[str, Row]:
+        """What is answered already, by key; nothing of another version, and no failures: they are tried again."""
+        if not self._kept.exists():
+            return {}
+        head, *lines = self._kept.read_text().splitlines()
+        if json.loads(head) != {"model_version": self.asking.model_version}:
+            return {}
+        rows = [json.loads(line) for line in lines if line.endswith("}")]  # a kill may have cut the last one off
+        return {row["key"]: row for row in rows if "prediction" in row}
+
+    def run(self, files: Sequence[File], on_answer: Callable[[Row], object]) -> None:
+        """Labels the pictures that are not yet; raises QueueUnavailable where Redis does not answer."""
+        done = self.kept()
+        self._kept.parent.mkdir(parents=True, exist_ok=True)
+        with self._kept.open("a" if done else "w") as file:
+            if not done:
+                file.write(json.dumps({"model_version": self.asking.model_version}) + "\n")
+            for row in self._answers([file for file in files if file.key not in done]):
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+                on_answer(row)
+
+    def _answers(self, files: Sequence[File]) -> Iterator[Row]:
+        size = self._settings.batch_size or self._queue.batch_size()
+        waiting, open_ = deque(files), deque[tuple[list[File], dict[str, Any], int]]()
+        while waiting or open_:
+            most = CHUNKS_A_WORKER * max(self._queue.ready_workers(), 1)
+            while waiting and len(open_) < most and sum(bytes_ for *_, bytes_ in open_) < MOST_BYTES:
+                piece = [waiting.popleft() for _ in range(min(size, len(waiting)))]
+                yield from self._send(piece, open_)
+            if open_ and (answers := self._answered(open_[0][1])) is not None:
+                piece, payload, _ = open_.popleft()
+                yield from ({"key": file.key, **_kept(answer)} for file, answer in zip(piece, answers, strict=True))
+                self._queue.forget(payload)
+            elif open_:
+                time.sleep(PAUSE)
+
+    def _send(self, files: Sequence[File], open_: deque[Any]) -> Iterator[Row]:
+        """Puts a chunk on its way; the files that cannot be read are answered at once."""
+        read, tasks, total = [], [], 0
+        for number, file in enumerate(files):
+            try:
+                body = file.path.read_bytes()
+            except OSError as error:
+                yield {"key": file.key, "error": f"the file cannot be read ({error.strerror})"}
+                continue
+            read.append(file)
+            total += len(body)
+            uri = "data:;base64," + base64.b64encode(body).decode()
+            tasks.append({"id": number, "data": {self.field: uri}})
+        for payload in self.asking.chunks(tasks, max(len(tasks), 1)):
+            self._queue.enqueue([payload])
+            open_.append((read, payload, total))
+
+    def _answered(self, payload: Mapping[str, Any]) -> list[Any] | None:
+        answers, has_failed = self._queue.outcome(dict(payload))
+        if answers is None and has_failed:
+            failed = {"error": {"detail": "the worker failed on this picture; its log says why"}}
+            return [failed] * len(payload["tasks"])
+        return answers
+
+
+def _kept(answer: Mapping[str, Any]) -> Row:
+    return {"error": answer["error"]["detail"]} if "error" in answer else {"prediction": dict(answer)}
+
+
+def _field_of(plan: Plan) -> str:
+    values = {control.image for control in plan.controls}
+    if len(values) != 1 or any(control.has_pages or control.repeat for control in plan.controls):
+        raise SettingsError("a folder can be labelled with a config of one Image whose value is a field of the task")
+    (value,) = values
+    if not value.startswith("$") or not value[1:].isidentifier():
+        raise SettingsError(f"to label a folder, the Image must have a field such as $image as value, not {value!r}")
+    return value[1:]
+
+
+def labelled(file: File, row: Row) -> Labelled:
+    """A row that was answered, as it is written."""
+    with Image.open(file.path) as image:
+        width, height = shown_size(image)
+    regions = [region for region in row["prediction"]["result"] if _label_of(region)]
+    boxes = tuple((_label_of(region), region["score"], _box(region, width, height)) for region in regions)
+    return Labelled(file, width, height, boxes, row["prediction"])
+
+
+def _label_of(region: Mapping[str, Any]) -> str:
+    labels = region["value"].get("rectanglelabels") or region["value"].get("labels") or [""]
+    return str(labels[0])
+
+
+def _box(region: Mapping[str, Any], width: int, height: int) -> tuple[float, float, float, float]:
+    value = region["value"]
+    x, y = value["x"] * width / 100, value["y"] * height / 100
+    return x, y, x + value["width"] * width / 100, y + value["height"] * height / 100
