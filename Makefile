@@ -64,6 +64,7 @@ e2e: install-dev install-studio  ## Drive a real Label Studio and a real browser
 bench: install-dev  ## Measure start-up, latency, memory, the queue, and the detector
 	@$(BIN)/python -m tests.bench
 	@$(BIN)/python -m tests.bench_queue
+	@$(BIN)/python -m tests.bench_bulk
 	@$(BIN)/python -m tests.bench_detector
 
 clean:  ## Remove what was installed

@@ -93,7 +93,7 @@ class Labelling:
     def _send(self, files: Sequence[File], open_: deque[Any]) -> Iterator[Row]:
         """Puts a chunk on its way; the files that cannot be read are answered at once."""
         read, tasks, total = [], [], 0
-        for number, file in enumerate(files):
+        for file in files:
             try:
                 body = file.path.read_bytes()
             except OSError as error:
@@ -102,7 +102,7 @@ class Labelling:
             read.append(file)
             total += len(body)
             uri = "data:;base64," + base64.b64encode(body).decode()
-            tasks.append({"id": number, "data": {self.field: uri}})
+            tasks.append({"id": file.key, "data": {self.field: uri}})  # the same picture twice is two jobs
         for payload in self.asking.chunks(tasks, max(len(tasks), 1)):
             self._queue.enqueue([payload])
             open_.append((read, payload, total))

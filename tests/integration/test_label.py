@@ -171,6 +171,17 @@ def test_a_sample_says_what_thresholds_would_give(pictures: dict[str, Scene], tm
     assert len(list((tmp_path / "out" / "sample" / "preview").glob("0*.jpg"))) == 8
 
 
+def test_the_same_picture_many_times_is_labelled_each_time(tmp_path: Path) -> None:
+    (tmp_path / "same").mkdir()
+    picture = draw_scene(np.random.default_rng(1), 96, 96).image
+    for number in range(12):
+        picture.save(tmp_path / "same" / f"{number}.png")
+    words = (tmp_path / "same", "--labels", "circle", "--out", tmp_path / "out")
+    done = label(*words, MODEL_DIR=str(tmp_path / "data"), BATCH_SIZE="1")
+    assert done.returncode == 0, done.stdout
+    assert len(of_split(tmp_path / "out")) == 12
+
+
 def test_killed_it_goes_on_where_it_was(tmp_path: Path) -> None:
     folder, rng = tmp_path / "many", np.random.default_rng(5)
     folder.mkdir()
