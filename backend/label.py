@@ -57,19 +57,19 @@ class Labelling:
         """What is answered already, by key; nothing of another version, and no failures: they are tried again."""
         if not self._kept.exists():
             return {}
-        head, *lines = self._kept.read_text().splitlines()
-        if json.loads(head) != {"model_version": self.asking.model_version}:
+        rows = list(_readable(self._kept.read_text().splitlines()))
+        if not rows or rows[0] != {"model_version": self.asking.model_version}:
             return {}
-        rows = [json.loads(line) for line in lines if line.endswith("}")]  # a kill may have cut the last one off
-        return {row["key"]: row for row in rows if "prediction" in row}
+        return {row["key"]: row for row in rows[1:] if "prediction" in row}
 
     def run(self, files: Sequence[File], on_answer: Callable[[Row], object]) -> None:
         """Labels the pictures that are not yet; raises QueueUnavailable where Redis does not answer."""
         done = self.kept()
-        self._kept.parent.mkdir(parents=True, exist_ok=True)
-        with self._kept.open("a" if done else "w") as file:
-            if not done:
-                file.write(json.dumps({"model_version": self.asking.model_version}) + "\n")
+        aside = self._kept.with_suffix(".new")
+        rows = [{"model_version": self.asking.model_version}, *done.values()]
+        aside.write_text("".join(json.dumps(row) + "\n" for row in rows))  # without what a kill cut off
+        aside.replace(self._kept)
+        with self._kept.open("a") as file:
             for row in self._answers([file for file in files if file.key not in done]):
                 file.write(json.dumps(row) + "\n")
                 file.flush()
@@ -78,8 +78,8 @@ class Labelling:
     def _answers(self, files: Sequence[File]) -> Iterator[Row]:
         size = self._settings.batch_size or self._queue.batch_size()
         waiting, open_ = deque(files), deque[tuple[list[File], dict[str, Any], int]]()
+        most = CHUNKS_A_WORKER * max(self._queue.ready_workers(), 1)
         while waiting or open_:
-            most = CHUNKS_A_WORKER * max(self._queue.ready_workers(), 1)
             while waiting and len(open_) < most and sum(bytes_ for *_, bytes_ in open_) < MOST_BYTES:
                 piece = [waiting.popleft() for _ in range(min(size, len(waiting)))]
                 yield from self._send(piece, open_)
@@ -113,6 +113,15 @@ class Labelling:
             failed = {"error": {"detail": "the worker failed on this picture; its log says why"}}
             return [failed] * len(payload["tasks"])
         return answers
+
+
+def _readable(lines: Sequence[str]) -> Iterator[Row]:
+    """The rows of a file whose last line may be cut off."""
+    for line in lines:
+        try:
+            yield json.loads(line)
+        except ValueError:
+            return
 
 
 def _kept(answer: Mapping[str, Any]) -> Row:
