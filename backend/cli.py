@@ -190,7 +190,11 @@ def label(
     config = bulk.config_from(labels, labels_file, labels_from)
     settings = _settings({"log_level": "ERROR", **{k: v for k, v in options.items() if v is not None}})
     wanted = bulk.Wanted(Path(out), chosen, val, preview, as_zip, sample, force)
-    sys.exit(bulk.label(settings, images, config, wanted))
+    try:
+        sys.exit(bulk.label(settings, images, config, wanted))
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        sys.exit(130)
 
 
 add_commands(cli, settings_options, _settings)

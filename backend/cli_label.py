@@ -16,14 +16,15 @@ from tqdm import tqdm
 from backend.errors import QueueUnavailable, SettingsError
 from backend.export import Labelled, place_pictures, write_coco, write_labelstudio, write_yolo
 from backend.folder import File, find_files
-from backend.label import Labelling, Row, config_of, labelled
+from backend.label import ANSWERS, Labelling, Row, config_of, labelled
 from backend.preview import write_previews
 from backend.private_redis import with_redis
 from backend.queues import PredictQueue, connect
 from backend.serve import own_workers
 from backend.settings import Settings
 
-DONE = ".finished"
+DONE, SAMPLE = ".finished", "sample"
+WRITTEN = ("images", "labels", "annotations", "preview")  # folders
 FORMATS = ("yolo", "coco", "labelstudio")
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 SAMPLE_FLOOR = 0.1  # lowest score that a sample is looked at with
@@ -53,10 +54,8 @@ def label(settings: Settings, words: Sequence[str], label_config: str, wanted: W
     if wanted.sample:
         files = sorted(random.Random(0).sample(files, min(wanted.sample, len(files))), key=lambda file: file.key)
         settings = dataclasses.replace(settings, box_threshold=SAMPLE_FLOOR)
-        wanted = dataclasses.replace(wanted, out=wanted.out / "sample", force=True)
-    if (wanted.out / DONE).exists() and not wanted.force:
-        raise SettingsError(f"{wanted.out} is finished already; give another --out, or --force to write it anew")
-    wanted.out.mkdir(parents=True, exist_ok=True)
+        wanted = dataclasses.replace(wanted, out=wanted.out / SAMPLE, force=True)
+    _clear(wanted)
     with _workers_of(settings) as running:
         run = Labelling(running, connect(running.redis_url), label_config, wanted.out)
         _answer_all(run, files)
@@ -69,6 +68,17 @@ def label(settings: Settings, words: Sequence[str], label_config: str, wanted: W
     failed = len(files) - len(rows)
     print(f"{len(rows)} pictures with {sum(len(row.boxes) for row in rows)} boxes in {wanted.out}, {failed} failed")
     return 1 if failed else 0
+
+
+def _clear(wanted: Wanted) -> None:
+    """Makes room for what is written; raises SettingsError where something else is there, and --force is not given."""
+    is_begun = (wanted.out / ANSWERS).exists() and not (wanted.out / DONE).exists()
+    others = [path for path in wanted.out.glob("*") if path.name != SAMPLE]
+    if others and not (is_begun or wanted.force):
+        raise SettingsError(f"{wanted.out} holds something already; give another --out, or --force to write it anew")
+    for name in WRITTEN if wanted.force else ():
+        shutil.rmtree(wanted.out / name, ignore_errors=True)
+    wanted.out.mkdir(parents=True, exist_ok=True)
 
 
 def config_from(labels: str, labels_file: str | None, labels_from: str | None) -> str:

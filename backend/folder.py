@@ -36,20 +36,22 @@ def find_files(words: Sequence[str]) -> list[File]:
     """
     found: dict[Path, str] = {}
     for word in words:
-        rows = list(_of(word))
+        rows = list(_of(word, is_alone=len(words) == 1))
         if not rows:
             raise SettingsError(f"{word}: no pictures there")
-        for path, name in rows:
-            found.setdefault(path.resolve(), name)
+        for path, key in rows:
+            found.setdefault(path.resolve(), key)
     return sorted(_named(found), key=lambda file: file.name)
 
 
-def _of(word: str) -> Iterator[tuple[Path, str]]:
+def _of(word: str, is_alone: bool = False) -> Iterator[tuple[Path, str]]:
+    """Pictures and their keys: paths as they were asked for, or below the one folder that was."""
     path = Path(word)
     if path.is_dir():
-        yield from ((p, p.relative_to(path).as_posix()) for p in path.rglob("*") if _is_picture(p))
+        base = path if is_alone else Path()
+        yield from ((p, p.relative_to(base).as_posix().lstrip("/")) for p in path.rglob("*") if _is_picture(p))
     elif path.is_file():
-        yield path, path.name
+        yield path, path.as_posix().lstrip("/")
     else:
         for match in glob.glob(word, recursive=True):
             yield from _of(match)
@@ -69,8 +71,7 @@ def _named(found: dict[Path, str]) -> Iterator[File]:
     for path, key in found.items():
         name = path.name
         if stems[path.stem] > 1:
-            whole = key if "/" in key else f"{path.parent.name}/{key}"
-            name = whole.replace("/", "__")
+            name = key.replace("/", "__")
         if Path(name).stem in taken:
             name = f"{Path(name).stem}-{path.suffix[1:].lower()}{path.suffix}"
         taken.add(Path(name).stem)

@@ -26,6 +26,7 @@ from backend.settings import Settings
 CHUNKS_A_WORKER, MOST_BYTES = 3, 64_000_000  # on their way at a time; the pictures travel through Redis
 PAUSE = 0.02  # s between looks
 FIELD = "image"
+ANSWERS = ".answers.jsonl"  # in the folder that is written
 
 Row = dict[str, Any]  # key, and prediction or error
 
@@ -45,7 +46,7 @@ class Labelling:
         self._settings, self._queue = settings, PredictQueue(connection)
         self.asking = Asking(settings, label_config)
         self.label_config, self.field = label_config, _field_of(self.asking.plan)
-        self._kept = out / ".answers.jsonl"
+        self._kept = out / ANSWERS
 
     @property
     def labels(self) -> list[str]:

@@ -159,6 +159,13 @@ def test_a_finished_folder_is_not_overwritten(out: Path) -> None:
     assert of_split(out) == before
 
 
+def test_a_folder_that_is_not_ours_is_left_alone(pictures: dict[str, Scene], tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("precious")
+    done = label(pictures_folder(), "--labels", "circle", "--out", tmp_path, MODEL_DIR=str(tmp_path / "data"))
+    assert (done.returncode, "holds something already" in done.stderr) == (2, True)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
 def test_a_sample_says_what_thresholds_would_give(pictures: dict[str, Scene], tmp_path: Path) -> None:
     words = ("--labels", "circle,star", "--out", tmp_path / "out", "--sample", "8")
     done = label(pictures_folder() / "a", *words, MODEL_DIR=str(tmp_path / "data"))

@@ -1,0 +1,49 @@
+from pathlib import Path
+
+import pytest
+
+from backend.errors import SettingsError
+from backend.folder import find_files
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("a/1.jpg", "b/1.jpg", "b/2.PNG", "b/deep/3.webp", "b/2.jpg", "b/notes.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def keys(*words: str) -> list[str]:
+    return sorted(file.key for file in find_files(words))
+
+
+def test_folders_files_and_patterns(folder: Path) -> None:
+    assert keys(".") == ["a/1.jpg", "b/1.jpg", "b/2.PNG", "b/2.jpg", "b/deep/3.webp"]
+    assert keys("b") == ["1.jpg", "2.PNG", "2.jpg", "deep/3.webp"]
+    assert keys("a", "b/2.jpg") == ["a/1.jpg", "b/2.jpg"]
+    assert keys("*/1.jpg") == ["a/1.jpg", "b/1.jpg"]
+    assert keys("a", "a/1.jpg", "*/1.jpg") == ["a/1.jpg", "b/1.jpg"]  # each once
+
+
+def test_names_are_kept_where_they_can_be_and_never_shared(folder: Path) -> None:
+    names = {file.key: file.name for file in find_files(["."])}
+    assert names["b/deep/3.webp"] == "3.webp"
+    assert (names["a/1.jpg"], names["b/1.jpg"]) == ("a__1.jpg", "b__1.jpg")
+    stems = [Path(name).stem for name in names.values()]
+    assert len(set(stems)) == len(stems)  # 2.jpg and 2.PNG would share a file of labels
+
+
+def test_a_picture_stays_in_its_part_when_others_come(folder: Path) -> None:
+    before = {file.key: file.is_for_validation(0.4) for file in find_files(["b"])}
+    for number in range(200):
+        (folder / "b" / f"new{number}.jpg").write_bytes(b"x")
+    after = {file.key: file.is_for_validation(0.4) for file in find_files(["b"])}
+    assert {key: after[key] for key in before} == before
+    assert 50 < sum(after.values()) < 110
+
+
+def test_what_leads_nowhere_is_said(folder: Path) -> None:
+    with pytest.raises(SettingsError, match="none: no pictures there"):
+        find_files(["a", "none"])
