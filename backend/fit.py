@@ -9,7 +9,6 @@ import contextlib
 import copy
 import json
 import logging
-import os
 import shutil
 import time
 from collections import Counter
@@ -17,7 +16,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from safetensors.torch import save
 
 from backend.checkpoints import load_checkpoint, take_weights
@@ -66,7 +64,6 @@ def fit(payload: Mapping[str, Any]) -> dict[str, Any]:
         `state`, done or failed, `text` that people read, and of what was done `version`, `metrics`, `left_out`.
     """
     keep_freed_memory()
-    torch.set_num_threads(max((os.cpu_count() or 2) // 2, 1))  # the predict worker wants some too
     settings, project = Settings.from_env(), payload["project"]
     trainings = Trainings(connect(settings.redis_url))
     outcome = _outcome(settings, payload, _reporter(trainings, project))
