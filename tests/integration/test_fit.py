@@ -5,7 +5,7 @@ import os
 import resource
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import requests
-import torch
 from redis import Redis
 
 from backend import fit as fit_module
@@ -91,9 +90,8 @@ Train = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture
-def train(connection: Redis, redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Train]:
-    """Trains project 7 in this process, whose threads come back afterwards; what comes of it."""
-    threads = torch.get_num_threads()
+def train(connection: Redis, redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
+    """Trains project 7 in this process; what comes of it."""
     monkeypatch.setattr(fit_module, "PAUSES", (0.01, 0.01, 0.01))
 
     def run(stub: Stub, train: str = "thresholds", run: str = "1") -> dict[str, Any]:
@@ -107,8 +105,7 @@ def train(connection: Redis, redis_url: str, tmp_path: Path, monkeypatch: pytest
         assert Trainings(connection).progress("7")["text"] == outcome["text"]
         return outcome
 
-    yield run
-    torch.set_num_threads(threads)  # the models of other tests add in another order with fewer
+    return run
 
 
 SKIPPED = {**annotated(1, []), "annotations": [{"result": [], "was_cancelled": True}]}
