@@ -51,13 +51,11 @@ class Shelf:
         def fetch(uri: str) -> None:
             try:
                 self._put(uri, uris[uri])
-            except DiskFull:
-                raise
             except ImageError as error:
                 failed[uri] = str(error)
+            except (BackendError, OSError):  # the disk, or Label Studio: no picture's own fault
+                raise
             except Exception as error:  # one odd picture is left out alone
-                if isinstance(error, (BackendError, OSError)):
-                    raise
                 failed[uri] = f"the picture cannot be read ({type(error).__name__})"
 
         with ThreadPoolExecutor(DOWNLOADS) as pool:
