@@ -1,7 +1,8 @@
 """gunicorn's door: `gunicorn _wsgi:app`."""
 
 from backend.api import create_app
-from backend.settings import Settings, set_up_logging
+from backend.logs import set_up_logging
+from backend.settings import Settings
 from model import GroundingDINO
 
 settings = Settings.from_env()

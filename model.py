@@ -20,7 +20,8 @@ from backend.errors import BackendError, BadRequest, NotReady, QueueUnavailable
 from backend.fit_queue import Annotation, Evidence, Trainings
 from backend.outbox import PULL, Outbox
 from backend.private_redis import with_redis
-from backend.queues import PredictQueue, connect, known_versions, note_import, remember_version
+from backend.projects import fates, known_versions, predicted
+from backend.queues import PredictQueue, connect, note_import, redis_errors
 from backend.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -75,7 +76,8 @@ class GroundingDINO:
         """Called when a project connects and before every retrieval; returns the model version, whatever the config."""
         version = self.model_version
         try:
-            remember_version(self._connection, str(self.project_id), version)
+            with redis_errors():
+                self._asking.remember(self._connection)
         except QueueUnavailable as error:
             log.warning("%s", error)
         return version
@@ -93,7 +95,7 @@ class GroundingDINO:
         with DESK:
             size = self.settings.batch_size or self.queue.batch_size()
             chunks = self._asking.chunks(tasks, size, context)
-            jobs = self.queue.enqueue(chunks, at_front=len(tasks) == 1)
+            jobs = self.queue.enqueue(chunks, at_front=len(tasks) == 1, project=self.project_id)
         stored = not context and self._can_push(tasks)  # Label Studio keeps no answer to interactive work
         if stored and len(tasks) > self.settings.push_above:
             self._outbox.add(self.project_id, chunks, start)
@@ -170,8 +172,18 @@ class GroundingDINO:
 
     def _record(self, event: str, annotations: Any) -> None:
         rows = [row for row in (annotations if isinstance(annotations, list) else [annotations]) if _is_annotation(row)]
+        is_deletion = event in DELETIONS
+        with redis_errors():
+            given = predicted(self._connection, self.project_id, [row.get("task") for row in rows])
         evidence = [
-            Annotation(row["id"], row.get("task"), str(row.get("updated_at") or ""), event in DELETIONS) for row in rows
+            Annotation(
+                row["id"],
+                row.get("task"),
+                str(row.get("updated_at") or ""),
+                is_deletion,
+                {} if is_deletion else fates(row, boxes),
+            )
+            for row, boxes in zip(rows, given, strict=True)
         ]
         Evidence(self._connection, self.project_id).record(evidence)
 
@@ -179,7 +191,8 @@ class GroundingDINO:
         """Model versions that projects were told, and the one of the weights alone."""
         own = self._asking.checkpoint.model_version()
         try:
-            return [own, *(version for version in known_versions(self._connection) if version != own)]
+            with redis_errors():
+                return [own, *(version for version in known_versions(self._connection) if version != own)]
         except QueueUnavailable:
             return [own]
 

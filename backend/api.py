@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
 from concurrent.futures import TimeoutError as FutureTimeout  # another class than the builtin in Python 3.10
+from contextvars import copy_context
 from typing import Any
 
 from flask import Flask, Response, jsonify, request
@@ -16,7 +17,9 @@ from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from backend.door import SecretPath, check_login, require_login
 from backend.errors import BackendError, BadRequest, NotFound, Overloaded, RequestTooLarge
+from backend.following import follow_requests
 from backend.settings import Settings
+from backend.web_pages import web_pages
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +40,8 @@ def create_app(make_model: Callable[..., Any], settings: Settings) -> Flask:
     app = Flask(__name__)
     app.config["MAX_CONTENT_LENGTH"] = MAX_BODY
     app.before_request(lambda: check_login(settings))
+    app.register_blueprint(web_pages(settings))
+    follow_requests(app)
     app.wsgi_app = SecretPath(app.wsgi_app, settings.path_secret)  # type: ignore[method-assign]
     _map_errors(app)
     waiting = threading.BoundedSemaphore(MOST_WAITING)
@@ -97,7 +102,7 @@ def _kept_alive(predict: Callable[[], list[Any]], waiting: threading.BoundedSema
 
     if not waiting.acquire(blocking=False):
         raise Overloaded(f"{MOST_WAITING} requests are waiting already; ask again in a minute")
-    threading.Thread(target=run, daemon=True).start()
+    threading.Thread(target=copy_context().run, args=(run,), daemon=True).start()
     try:
         return jsonify(results=outcome.result(SILENCE))
     except FutureTimeout:
@@ -150,6 +155,8 @@ def _map_errors(app: Flask) -> None:
     def on_purpose(error: BackendError) -> tuple[Response, int]:
         log.warning("%s %s: %s: %s", request.method, request.path, error.code, error)
         answer = jsonify(error=error.to_dict())
+        if error.status == 401:
+            answer.headers["WWW-Authenticate"] = 'Basic realm="Grounding DINO"'  # browsers ask for it then
         if error.status == 503:
             answer.headers["Retry-After"] = RETRY_AFTER
         return answer, error.status

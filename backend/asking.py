@@ -8,9 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from redis import Redis
+
 from backend.errors import LabelingConfigError
 from backend.labeling import Plan, read_plan
 from backend.learned import Version, Versions
+from backend.projects import remember
 from backend.settings import Settings
 from backend.versions import Checkpoint, find_checkpoint
 from backend.views import read_prompt
@@ -71,15 +74,28 @@ class Asking:
             plan = None
         return self.checkpoint.model_version(plan, self.learned.weights if self.learned else "")
 
+    def remember(self, connection: Redis) -> None:
+        """Notes the project's labels and version for the status page; raises RedisError."""
+        try:
+            plan: Plan | None = self.plan
+        except LabelingConfigError:
+            plan = None
+        remember(connection, self._project, self.model_version, plan, self._label_config)
+
     def chunks(
-        self, tasks: Sequence[Mapping[str, Any]], size: int, context: Mapping[str, Any] | None = None
+        self,
+        tasks: Sequence[Mapping[str, Any]],
+        size: int,
+        context: Mapping[str, Any] | None = None,
+        plan: Plan | None = None,
     ) -> list[dict[str, Any]]:
-        """What the workers are given, at most `size` tasks each; raises as `plan`."""
-        rows = [to_row(task, self.plan, context) for task in tasks]
+        """What the workers are given, at most `size` tasks each, for this `plan` or the own; raises as `plan`."""
+        plan = plan or self.plan
+        rows = [to_row(task, plan, context) for task in tasks]
         weights = self.learned.weights if self.learned else ""
         common = {
-            "plan": self.plan.to_dict(),
-            "model_version": self.checkpoint.model_version(self.plan, weights),
+            "plan": plan.to_dict(),
+            "model_version": self.checkpoint.model_version(plan, weights),
             "fingerprint": self.checkpoint.fingerprint,
             "learned": [self._project, self.learned.id] if self.learned and weights else None,
         }

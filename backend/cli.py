@@ -19,12 +19,13 @@ from backend.errors import BackendError, SettingsError
 from backend.fit_queue import Trainings
 from backend.fit_worker import run as serve_fit
 from backend.imports import Imports
+from backend.logs import set_up_logging
 from backend.private_redis import with_redis
 from backend.push import Pusher
 from backend.queues import connect, worker_name
 from backend.serve import gunicorn_command, stop_on_signals
 from backend.serve import serve as run_everything
-from backend.settings import Settings, set_up_logging
+from backend.settings import Settings
 from backend.studio import Studio
 
 # Turns that one of torch's threads waits for the others before it sleeps. The default is without end: two busy

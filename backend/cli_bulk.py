@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -9,7 +10,8 @@ from tqdm import tqdm
 
 from backend.errors import SettingsError
 from backend.preannotate import Preannotation, Tally
-from backend.queues import connect
+from backend.queues import connect, worker_name
+from backend.recent import Bulk
 from backend.settings import Settings
 from backend.studio import Studio
 
@@ -29,7 +31,8 @@ def preannotate(
         raise SettingsError("--project must be a project's number")
     wanted = _numbers(numbers)
     studio = Studio(settings.label_studio_url, settings.label_studio_api_key)
-    run = Preannotation(settings, connect(settings.redis_url), studio, project)
+    connection = connect(settings.redis_url)
+    run = Preannotation(settings, connection, studio, project)
     count = run.to_do(wanted)
     print(f"project {project}: {count} tasks have no prediction of {run.asking.model_version}", file=sys.stderr)
     if dry_run:
@@ -38,12 +41,15 @@ def preannotate(
                 print(f"{control.from_name}: {label.name}: {', '.join(label.phrases)}; from {label.threshold}")
         return 0
     most = limit or (sys.maxsize if view else count)
-    with tqdm(total=min(most, count), unit="task", file=sys.stderr) as bar:
+    shown = Bulk(connection, worker_name(), f"preannotate, project {project}")
+    most_there = min(most, count)
+    with contextlib.closing(shown), tqdm(total=most_there, unit="task", file=sys.stderr) as bar:
 
         def progress(done: int, failed: int) -> None:
             bar.n = done
             bar.set_postfix(failed=failed, refresh=False)
             bar.refresh()
+            shown.report(done, failed, most_there)
 
         tally = run.run(run.pages(wanted, view), most, progress, replace)
     return _sum_up(tally, Path(f"preannotate-{project}-failures.csv"))

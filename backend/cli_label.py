@@ -19,7 +19,8 @@ from backend.folder import File, find_files
 from backend.label import ANSWERS, Labelling, Row, config_of, labelled
 from backend.preview import write_previews
 from backend.private_redis import with_redis
-from backend.queues import PredictQueue, connect
+from backend.queues import PredictQueue, connect, worker_name
+from backend.recent import Bulk
 from backend.serve import own_workers
 from backend.settings import Settings
 
@@ -57,8 +58,9 @@ def label(settings: Settings, words: Sequence[str], label_config: str, wanted: W
         wanted = dataclasses.replace(wanted, out=wanted.out / SAMPLE, force=True)
     _clear(wanted)
     with _workers_of(settings) as running:
-        run = Labelling(running, connect(running.redis_url), label_config, wanted.out)
-        _answer_all(run, files)
+        connection = connect(running.redis_url)
+        run = Labelling(running, connection, label_config, wanted.out)
+        _answer_all(run, files, Bulk(connection, worker_name(), f"label, {len(files)} pictures"))
     kept = run.kept()
     rows = [labelled(file, kept[file.key]) for file in files if file.key in kept]
     if wanted.sample:
@@ -112,16 +114,18 @@ def _is_served(settings: Settings) -> bool:
         return False
 
 
-def _answer_all(run: Labelling, files: Sequence[File]) -> None:
+def _answer_all(run: Labelling, files: Sequence[File], shown: Bulk) -> None:
     left = len(files) - len(run.kept().keys() & {file.key for file in files})
     failed: list[tuple[str, str]] = []
-    with tqdm(total=len(files), initial=len(files) - left, unit="picture", file=sys.stderr) as bar:
+    progress = tqdm(total=len(files), initial=len(files) - left, unit="picture", file=sys.stderr)
+    with contextlib.closing(shown), progress as bar:
 
         def on_answer(row: Row) -> None:
             if "error" in row:
                 failed.append((row["key"], row["error"]))
                 bar.set_postfix(failed=len(failed), refresh=False)
             bar.update()
+            shown.report(int(bar.n), len(failed), len(files))
 
         run.run(files, on_answer)
     for key, reason in failed:

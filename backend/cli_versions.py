@@ -89,5 +89,5 @@ def report(row: dict[str, Any]) -> int:
     """Prints a training's outcome; returns the exit code."""
     print(f"{row['state']}: {row['text']}")
     if row.get("version"):
-        print(f"promoted: version {row['version']}")
+        print(f"{'promoted' if row['is_promoted'] else 'kept'}: version {row['version']}")
     return 0 if row["state"] == "done" else 1

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from backend.captions import Caption, build_captions
 from backend.errors import ImageError
 from backend.labeling import Label
+from backend.metrics import BATCH_PICTURES
 from backend.preprocess import ImageFormat, Prepared, Size, prepare
 from backend.regions import Detection, best_of_overlapping, clip, cxcywh_to_xyxy
 from backend.speed import speed_up
@@ -180,6 +181,7 @@ class Detector:
         self, batch: Sequence[Prepared], captions: Sequence[Caption], owners: Mapping[str, Label]
     ) -> list[list[Detection]]:
         pixel_values = self._stacked(batch)
+        BATCH_PICTURES.observe(len(batch))
         found: list[list[Detection]] = [[] for _ in batch]
         for caption in captions:
             logits, boxes_cxcywh = self._forward(pixel_values, caption)

@@ -10,6 +10,7 @@ import torch
 
 from backend.checkpoints import load_checkpoint, load_model, take_weights
 from backend.detector import Detector
+from backend.errors import SettingsError
 from backend.learned import Versions
 from backend.settings import Settings
 from backend.versions import find_checkpoint
@@ -26,7 +27,7 @@ class Detectors:
         """Raises CheckpointError where the model cannot be loaded."""
         self._settings = settings
         self._source = find_checkpoint(settings.model).source
-        self.plain = Detector(*load_checkpoint(self._source), device_of(settings), _precision(settings))
+        self.plain = Detector(*load_checkpoint(self._source), device_of(settings), precision_of(settings))
         self._learned: OrderedDict[tuple[str, ...], Detector] = OrderedDict()
 
     def get(self, learned: Sequence[str] | None) -> Detector:
@@ -57,13 +58,23 @@ class Detectors:
 
 
 def device_of(settings: Settings) -> str:
-    """The torch device that the settings mean."""
+    """The torch device that the settings mean.
+
+    Raises:
+        SettingsError: there is no such device.
+    """
     if settings.device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=settings.device)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
+        reason = str(error).splitlines()[0]
+        raise SettingsError(f"DEVICE={settings.device} cannot be used ({reason}); try cpu, or auto") from None
     return settings.device
 
 
-def _precision(settings: Settings) -> torch.dtype:
+def precision_of(settings: Settings) -> torch.dtype:
+    """The precision of the parts that need not be exact."""
     name = settings.precision
     if name == "auto":
         name = "float16" if device_of(settings).startswith("cuda") else "float32"

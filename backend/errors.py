@@ -16,6 +16,8 @@ BackendError                      500  internal
 ├── QueueUnavailable              503  queue_unavailable
 ├── Overloaded                    503  overloaded
 ├── WorkerDied                    500  worker_died
+├── CannotLearn (fit.py)          500  cannot_learn
+├── DiskFull (shelf.py)           500  disk_full
 └── NotReady                      503  not_ready
 
 Each class carries its HTTP status and its code. The text says what to do and never holds a secret: users read it.

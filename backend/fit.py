@@ -20,7 +20,7 @@ from safetensors.torch import save
 
 from backend.checkpoints import load_checkpoint, take_weights
 from backend.detector import Detector
-from backend.detectors import device_of
+from backend.detectors import device_of, precision_of
 from backend.errors import BackendError, QueueUnavailable, StudioAway
 from backend.examples import Example, fingerprint, read_examples
 from backend.fit_queue import Trainings
@@ -61,7 +61,8 @@ def fit(payload: Mapping[str, Any]) -> dict[str, Any]:
         payload: `project` its number, `train` as in the settings, `run` a name that no other training has.
 
     Returns:
-        `state`, done or failed, `text` that people read, and of what was done `version`, `metrics`, `left_out`.
+        `state`, done or failed, `text` that people read, and of what was done `version`, `is_promoted`, `metrics`,
+        `left_out`.
     """
     keep_freed_memory()
     settings, project = Settings.from_env(), payload["project"]
@@ -153,22 +154,24 @@ class _Training:
         learned = learn(material, detector, self._train, self._desk, self._report)
         version = self._keep(learned, plan, serving, snapshot["created"], fingerprint(examples))
         text = f"{learned.text}{_listed(left_out)}"
-        if version and not self._promote(version, at_first):
+        is_promoted = bool(version) and self._promote(version, at_first)
+        if version and not is_promoted:
             text = f"not promoted, because another version was meanwhile; {text}"
-        return {"text": text, "version": version, "metrics": learned.metrics, "left_out": dict(left_out)}
+        kept = {"version": version, "is_promoted": is_promoted}
+        return {"text": text, **kept, "metrics": learned.metrics, "left_out": dict(left_out)}
 
     def _loaded(self) -> tuple[Any, Any, Callable[[Any], Detector]]:
         """The model as it came, its tokenizer, and what makes detectors of models, all with batches that fit."""
         model, tokenizer, image_format = load_checkpoint(self._checkpoint.source)
-        device = device_of(self._settings)
-        fitting = self._settings.batch_size
-        fitting = fitting or Detector(copy.deepcopy(model), tokenizer, image_format, device).fitting_batch()
+        device, precision = device_of(self._settings), precision_of(self._settings)  # judged as it will serve
 
         def make_detector(own: Any) -> Detector:
-            made = Detector(own, tokenizer, image_format, device)
-            made.batch_size = fitting
+            made = Detector(own, tokenizer, image_format, device, precision)
+            made.batch_size = fitting or made.batch_size
             return made
 
+        fitting = self._settings.batch_size
+        fitting = fitting or make_detector(copy.deepcopy(model)).fitting_batch()
         return model, tokenizer, make_detector
 
     def close(self) -> None:

@@ -24,6 +24,6 @@ def run(settings: Settings) -> bool:
     """
     os.environ.update(settings.to_env())  # where the job reads them
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 2) // 2, 1)))  # predict workers want some too
-    with ready(settings, fit_queue, FIT_READY_KEY, 1) as name:
+    with ready(settings, fit_queue, FIT_READY_KEY, device=settings.device) as name:
         log.info("fit worker %s is ready", name)
         return work(settings, FIT, name, max_jobs=1)

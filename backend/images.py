@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from backend.errors import ImageError
+from backend.metrics import timed
 from backend.sources import Sources
 
 SAFE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO")  # none runs a program
@@ -54,7 +55,10 @@ class Images:
         """
         if not uri:
             raise ImageError("the task has no picture where the labeling config looks for it")
-        return self._decode(*self._sources.read(uri, task))
+        with timed("download"):
+            body, content_type = self._sources.read(uri, task)
+        with timed("decode"):
+            return self._decode(body, content_type)
 
     def _decode(self, body: bytes, content_type: str) -> Picture:
         try:

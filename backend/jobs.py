@@ -15,16 +15,22 @@ from concurrent.futures import TimeoutError as FutureTimeout  # another class th
 from dataclasses import dataclass
 from typing import Any
 
+from rq import get_current_job
 from rq.timeouts import JobTimeoutException
 
 from backend.detector import Detector, Found
 from backend.detectors import Detectors
 from backend.errors import BackendError, CheckpointError, ImageError
+from backend.glimpse import Glimpse
 from backend.images import Images
 from backend.labeling import Plan
+from backend.logs import REQUEST
+from backend.metrics import FAILURES, PICTURES, STAGE_SECONDS, count_boxes, timed
 from backend.preprocess import Prepared
+from backend.projects import note_predicted
+from backend.recent import note_answers, note_picture
 from backend.recovery import MOST_DEATHS, LostChunk, died, lost_chunk
-from backend.regions import to_prediction, to_regions
+from backend.regions import label_of, to_prediction, to_regions
 from backend.settings import Settings
 from backend.sources import Sources
 from backend.studio import Studio
@@ -51,6 +57,7 @@ class Tools:
     fingerprint: str
     batch_size: int
     watchdog: Watchdog
+    glimpse: Glimpse
 
 
 _tools: Tools | None = None
@@ -71,7 +78,8 @@ def set_up(settings: Settings) -> Tools:
     detector.batch_size, detector.on_forward = batch_size, watchdog.beat
     sources = Sources.from_settings(settings, Studio(settings.label_studio_url, settings.label_studio_api_key))
     images = Images(sources, settings.max_image_pixels, needed=detector.image_format.size)
-    _tools = Tools(detectors, images, find_checkpoint(settings.model).fingerprint, batch_size, watchdog)
+    fingerprint = find_checkpoint(settings.model).fingerprint
+    _tools = Tools(detectors, images, fingerprint, batch_size, watchdog, Glimpse(settings.show_pictures))
     return _tools
 
 
@@ -86,16 +94,41 @@ def predict(payload: Mapping[str, Any]) -> dict[str, Any]:
         `answers`: for each task in order a prediction, or `{"error": {"code", "detail"}}`.
     """
     assert _tools, "set_up comes first"
+    job = get_current_job()
+    project, start = job.meta.get("project", "") if job else "", time.monotonic()
+    if job:
+        REQUEST.set(job.meta.get("request", "-"))
+        if job.enqueued_at:
+            STAGE_SECONDS.labels("queue_wait").observe(max(time.time() - job.enqueued_at.timestamp(), 0))
+    answers = _predicted(_tools, payload, project)
+    _count(answers)
+    if job:
+        note_answers(job.connection, project, payload["tasks"], answers)
+        note_predicted(job.connection, project, payload["tasks"], answers)
+    failed, took = sum("error" in answer for answer in answers), time.monotonic() - start
+    log.info("project %s: %d tasks in %.2f s, %d of them failed", project or "-", len(answers), took, failed)
+    return {"answers": answers}
+
+
+def _predicted(tools: Tools, payload: Mapping[str, Any], project: str) -> list[Answer]:
     try:
-        looking = _looking(_tools, payload)
+        looking = _looking(tools, payload, project)
     except CheckpointError as error:
         log.error("%s", error)
-        return {"answers": [{"error": error.to_dict()}] * len(payload["tasks"])}
+        return [{"error": error.to_dict()}] * len(payload["tasks"])
     plan, tasks, version = Plan.from_dict(payload["plan"]), payload["tasks"], payload["model_version"]
-    with _tools.watchdog.watching():
+    with tools.watchdog.watching():
         if lost := lost_chunk():
-            return {"answers": _one_by_one(looking, lost, plan, tasks, version)}
-        return {"answers": _answers(looking, plan, tasks, version)}
+            return _one_by_one(looking, lost, plan, tasks, version)
+        return _answers(looking, plan, tasks, version)
+
+
+def _count(answers: Sequence[Answer]) -> None:
+    for answer in answers:
+        if "error" in answer:
+            FAILURES.labels(answer["error"]["code"]).inc()
+        for label in filter(None, map(label_of, answer.get("result", ()))):
+            count_boxes(label)
 
 
 @dataclass(frozen=True)
@@ -106,12 +139,15 @@ class Looking:
     images: Images
     batch_size: int
     watchdog: Watchdog
+    glimpse: Glimpse
+    project: str
 
 
-def _looking(tools: Tools, payload: Mapping[str, Any]) -> Looking:
+def _looking(tools: Tools, payload: Mapping[str, Any], project: str) -> Looking:
     if payload["fingerprint"] != tools.fingerprint:
         raise OTHER_CHECKPOINT
-    return Looking(tools.detectors.get(payload.get("learned")), tools.images, tools.batch_size, tools.watchdog)
+    detector = tools.detectors.get(payload.get("learned"))
+    return Looking(detector, tools.images, tools.batch_size, tools.watchdog, tools.glimpse, project)
 
 
 def _one_by_one(
@@ -169,6 +205,7 @@ def _load(tools: Looking, uris: Mapping[str, int]) -> dict[str, Loaded]:
 
     def load(uri: str) -> Prepared:
         picture = tools.images.load(uri, uris[uri])
+        tools.glimpse.see(uri, picture.image)
         return tools.detector.prepare(picture.image, picture.size)
 
     pool, deadline = ThreadPoolExecutor(DOWNLOADS), time.monotonic() + LOAD_TIMEOUT
@@ -206,19 +243,35 @@ def _detect(tools: Looking, wanted: Sequence[tuple[int, View]], version: str) ->
             by_asked[view.asked].append(i)
     for asked, places in by_asked.items():
         shown = [picture for i in places if isinstance(picture := pictures[wanted[i][1].uri], Prepared)]
-        for i, picture, found in zip(places, shown, _found(tools.detector, asked, shown), strict=True):
-            task, view = wanted[i]
-            parts[i] = (
-                found
-                if isinstance(found, BackendError)
-                else to_regions(found, view, *picture.size, f"{task}/{version}")
-            )
+        found_in = _found(tools.detector, asked, shown)
+        with timed("post"):
+            for i, picture, found in zip(places, shown, found_in, strict=True):
+                task, view = wanted[i]
+                parts[i] = (
+                    found
+                    if isinstance(found, BackendError)
+                    else to_regions(found, view, *picture.size, f"{task}/{version}")
+                )
+    _show(tools, wanted, parts, version)
     return parts
 
 
+def _show(tools: Looking, wanted: Sequence[tuple[int, View]], parts: Sequence[Part], version: str) -> None:
+    """Now and then one of the pictures, for the status page."""
+    taken, job = tools.glimpse.take([view.uri for _, view in wanted]), get_current_job()
+    if not (taken and job):
+        return
+    place, jpeg = taken
+    regions = parts[place]
+    if not isinstance(regions, BackendError):
+        note_picture(job.connection, jpeg, regions, project=tools.project, task=wanted[place][0], model_version=version)
+
+
 def _found(detector: Detector, asked: Asked, pictures: Sequence[Prepared]) -> Sequence[Found | BackendError]:
+    PICTURES.inc(len(pictures))
     try:
-        return detector.detect_prepared(pictures, asked.labels, asked.negatives, asked.nms_iou)
+        with timed("forward"):
+            return detector.detect_prepared(pictures, asked.labels, asked.negatives, asked.nms_iou)
     except BackendError as error:
         return [error] * len(pictures)
 

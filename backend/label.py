@@ -21,6 +21,7 @@ from backend.folder import File
 from backend.images import shown_size
 from backend.labeling import Plan
 from backend.queues import PredictQueue
+from backend.regions import label_of
 from backend.settings import Settings
 
 CHUNKS_A_WORKER, MOST_BYTES = 3, 64_000_000  # on their way at a time; the pictures travel through Redis
@@ -109,8 +110,8 @@ class Labelling:
             open_.append((read, payload, total))
 
     def _answered(self, payload: Mapping[str, Any]) -> list[Any] | None:
-        answers, has_failed = self._queue.outcome(dict(payload))
-        if answers is None and has_failed:
+        answers, state = self._queue.outcome(dict(payload))
+        if state in ("failed", "gone"):
             failed = {"error": {"detail": "the worker failed on this picture; its log says why"}}
             return [failed] * len(payload["tasks"])
         return answers
@@ -143,14 +144,9 @@ def labelled(file: File, row: Row) -> Labelled:
     """A row that was answered, as it is written."""
     with Image.open(file.path) as image:
         width, height = shown_size(image)
-    regions = [region for region in row["prediction"]["result"] if _label_of(region)]
-    boxes = tuple((_label_of(region), region["score"], _box(region, width, height)) for region in regions)
+    regions = [region for region in row["prediction"]["result"] if label_of(region)]
+    boxes = tuple((label_of(region), region["score"], _box(region, width, height)) for region in regions)
     return Labelled(file, width, height, boxes, row["prediction"])
-
-
-def _label_of(region: Mapping[str, Any]) -> str:
-    labels = region["value"].get("rectanglelabels") or region["value"].get("labels") or [""]
-    return str(labels[0])
 
 
 def _box(region: Mapping[str, Any], width: int, height: int) -> tuple[float, float, float, float]:

@@ -27,7 +27,7 @@ from backend.studio import Studio
 
 log = logging.getLogger(__name__)
 
-MOST_IN_FLIGHT = 64  # chunks; more would only wait in Redis
+MOST_IN_FLIGHT = 512  # chunks; enough to do while the pusher rests
 PAUSE = 0.5  # s between looks
 LONGEST_PAUSE = 15  # s between attempts while something is away
 
@@ -152,7 +152,7 @@ class Preannotation:
         to_do = [task for task in tasks if version not in task["versions"]]
         for chunk in self.asking.chunks(to_do, size):
             self._outbox.add(self._project, [chunk], pages.read_at)
-            self._queue.enqueue([chunk])
+            self._queue.enqueue([chunk], project=self._project)
             self._open[chunk_id(chunk)] = chunk
         return len(to_do) if tasks else None
 

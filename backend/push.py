@@ -5,6 +5,7 @@ Label Studio saves what it pulls one by one (0.14 s each) and gives up after 100
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import threading
@@ -16,20 +17,25 @@ from typing import Any
 from redis import Redis
 
 from backend.errors import BackendError, QueueUnavailable, StudioAway, StudioError, StudioRefused
+from backend.handover import hand_over
+from backend.metrics import PUSH_SECONDS, PUSHED_PREDICTIONS
 from backend.outbox import PULL, PUSHED, PUSHING, Entry, Outbox
 from backend.queues import PredictQueue, redis_errors
 from backend.studio import Studio
 
 log = logging.getLogger(__name__)
 
-LOOK_AT = 100  # chunks from the head of the outbox at a time
-BATCH = 500  # predictions in one import; Label Studio inserts as many at once
+LOOK_AT = 512  # chunks from the head of the outbox at a time
+BATCH, MOST_REGIONS = 5000, 40_000  # predictions in one import, and regions: about 12 MB
+# An import makes Label Studio count all tasks of the project anew (0.6 ms each with SQLite), however little it brings:
+# while more is being made, the pusher rests so many times as long as the last import took.
+REST, LONGEST_REST = 5, 60  # times, s
 PAUSE = 1.0  # s between looks
 LONGEST_PAUSE = 15  # s between attempts while Label Studio is away
 MOST_ATTEMPTS = 3  # at a chunk that fails as a whole
 LONGEST = 3 * 24 * 3600  # s that a chunk may wait for its answers or for Label Studio
 SETTLE = 20  # s until we look what became of an import that Label Studio did not answer
-LEASE_KEY, LEASE = "gdino:pusher", 90  # s, longer than an import may take
+LEASE_KEY, LEASE = "gdino:pusher", 90  # s, longer than Label Studio needs to store what it has begun to
 
 Prediction = dict[str, Any]  # task, result, score, model_version
 
@@ -42,6 +48,7 @@ class Pusher:
         self._queue, self._outbox = PredictQueue(connection), Outbox(connection)
         self._known: set[str] = set()  # projects that were compared with Label Studio's
         self._attempts: Counter[str] = Counter()  # at chunks that failed
+        self._rests_until = 0.0  # of `time.monotonic`
 
     def run(self, stop: threading.Event) -> None:
         """Pushes until `stop` is set, whatever goes away meanwhile."""
@@ -49,6 +56,8 @@ class Pusher:
         while not stop.wait(pause):
             try:
                 self.step()
+                with redis_errors():
+                    hand_over(self._connection, self._name)
                 failures, pause = 0, PAUSE
             except BackendError as error:
                 failures += 1
@@ -63,6 +72,24 @@ class Pusher:
                 self._connection.expire(LEASE_KEY, LEASE)
         return bool(mine)
 
+    @contextlib.contextmanager
+    def _keeping_lease(self) -> Iterator[None]:
+        """An import may take longer than a lease."""
+        stop = threading.Event()
+
+        def keep() -> None:
+            while not stop.wait(LEASE / 3):
+                with contextlib.suppress(QueueUnavailable):
+                    self._has_lease()
+
+        keeping = threading.Thread(target=keep, daemon=True)
+        keeping.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            keeping.join()
+
     def step(self) -> None:
         """Pushes what is finished among the first chunks.
 
@@ -71,7 +98,8 @@ class Pusher:
             StudioRefused: it refuses the key.
             QueueUnavailable: Redis does not answer.
         """
-        if not self._has_lease():
+        is_resting = time.monotonic() < self._rests_until and self._queue.waiting() > 0
+        if is_resting or not self._has_lease():
             return
         finished = []
         for entry in self._outbox.first(LOOK_AT):
@@ -84,14 +112,14 @@ class Pusher:
 
     def _answers(self, entry: Entry) -> list[Prediction] | None:
         """What the chunk was answered; None while it was not, or if it never will be."""
-        answers, has_failed = self._queue.outcome(entry.payload)
-        if has_failed:
-            self._attempts[entry.chunk] += 1
+        answers, state = self._queue.outcome(entry.payload)
+        if state in ("failed", "gone"):
+            self._attempts[entry.chunk] += state == "failed"
             if self._attempts[entry.chunk] >= MOST_ATTEMPTS or time.time() - entry.since > LONGEST:
                 log.error("project %s: %d tasks fail in the worker", entry.project, len(entry.payload["tasks"]))
                 self._outbox.remove([entry])
             else:
-                self._queue.enqueue([entry.payload])
+                self._queue.enqueue([entry.payload], project=entry.project)
         return answers
 
     def _push_batch(self, project: str, version: str, batch: Sequence[tuple[Entry, list[Prediction]]]) -> None:
@@ -136,8 +164,10 @@ class Pusher:
             return
         if not self._has_lease():
             raise StudioAway("another pusher has taken over")
+        start = time.monotonic()
         try:
-            created = self._studio.import_predictions(project, predictions)
+            with self._keeping_lease():
+                created = self._studio.import_predictions(project, predictions)
         except (StudioAway, StudioRefused):
             raise
         except StudioError as error:
@@ -148,7 +178,11 @@ class Pusher:
             self._import(project, predictions[:half])
             self._import(project, predictions[half:])
         else:
-            log.info("project %s: %d predictions pushed", project, created)
+            took = time.monotonic() - start
+            PUSH_SECONDS.observe(took)
+            PUSHED_PREDICTIONS.inc(created)
+            self._rests_until = time.monotonic() + min(REST * took, LONGEST_REST)
+            log.info("project %s: %d predictions pushed in %.1f s", project, created, took)
             if created != len(predictions):
                 log.error("project %s: Label Studio left out %d of them", project, len(predictions) - created)
 
@@ -158,9 +192,16 @@ def _target(row: tuple[Entry, object]) -> tuple[str, str]:
 
 
 def _batches(rows: list[tuple[Entry, list[Prediction]]]) -> Iterator[list[tuple[Entry, list[Prediction]]]]:
-    size = max(BATCH // max(len(rows[0][1]), 1), 1)
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]
+    batch: list[tuple[Entry, list[Prediction]]] = []
+    tasks = regions = 0
+    for entry, answers in rows:
+        more = sum(len(answer.get("result", ())) for answer in answers)
+        if batch and (tasks + len(answers) > BATCH or regions + more > MOST_REGIONS):
+            yield batch
+            batch, tasks, regions = [], 0, 0
+        batch.append((entry, answers))
+        tasks, regions = tasks + len(answers), regions + more
+    yield batch
 
 
 def _predictions(entry: Entry, answers: Sequence[Mapping[str, Any]]) -> Iterator[Prediction]:

@@ -25,6 +25,7 @@ from rq.results import Result
 from rq.serializers import JSONSerializer
 
 from backend.errors import Overloaded, QueueUnavailable
+from backend.logs import REQUEST
 
 PREDICT = "predict"
 PREDICT_FUNCTION = "backend.jobs.predict"
@@ -34,11 +35,10 @@ ALLOWED = (PREDICT_FUNCTION, FIT_FUNCTION)
 
 CHUNK_KEY = "gdino:chunk:"  # + job id -> hash of a chunk over which a worker died: deaths, at, and answers by number
 TO_FRONT = "if redis.call('LREM', KEYS[1], 1, ARGV[1]) == 1 then redis.call('LPUSH', KEYS[1], ARGV[1]) end"
-READY_KEY = "gdino:ready:"  # + worker name -> its batch size; a worker with its model loaded keeps it alive
+READY_KEY = "gdino:ready:"  # + worker name -> JSON: batch_size, device; a worker with its model loaded keeps it alive
 READY_TTL = 10  # s; a killed worker counts as gone after this
 BATCH_SIZE = 4  # pictures in one job while no worker has said what it wants
 IMPORTED_KEY = "gdino:imported"  # sorted set: project -> when it last got tasks
-PROJECTS_KEY = "gdino:projects"  # hash: project id -> model version given at /setup
 
 JOB_TIMEOUT = 3600  # s; a task of 500 pages on a CPU takes as long, and the watchdog ends what hangs
 MOST_CHUNKS = 100_000  # waiting; about 300 MB of Redis
@@ -116,11 +116,11 @@ class PredictQueue:
         self._connection = connection
         self._queue = predict_queue(connection)
 
-    def enqueue(self, payloads: Sequence[dict[str, Any]], at_front: bool = False) -> list[Job]:
+    def enqueue(self, payloads: Sequence[dict[str, Any]], at_front: bool = False, project: str = "") -> list[Job]:
         """One job for each payload, in order; those at the front run before all that wait.
 
         A payload that is waiting, at work or well answered within the last hour keeps the job it has, so that asking
-        again goes on where the deadline cut in.
+        again goes on where the deadline cut in. `project` is whose they are, for what the status page shows.
 
         Raises:
             Overloaded: too much is waiting already; a single chunk at the front is always taken.
@@ -129,13 +129,14 @@ class PredictQueue:
         with redis_errors():
             if not at_front and len(self._queue) + len(payloads) > MOST_CHUNKS:
                 raise Overloaded(f"{len(self._queue)} chunks are waiting already; ask again later")
-            return [self._enqueue(payload, at_front) for payload in payloads]
+            meta = {"project": project, "request": REQUEST.get()}
+            return [self._enqueue(payload, at_front, meta) for payload in payloads]
 
-    def _enqueue(self, payload: dict[str, Any], at_front: bool) -> Job:
+    def _enqueue(self, payload: dict[str, Any], at_front: bool, meta: dict[str, str]) -> Job:
         job_id = chunk_id(payload)
         for _ in range(ATTEMPTS):
             try:
-                return self._enqueue_new(job_id, payload, at_front)
+                return self._enqueue_new(job_id, payload, at_front, meta)
             except DuplicateJobError:
                 if job := self._still_good(job_id):
                     if at_front:
@@ -165,13 +166,14 @@ class PredictQueue:
         except NoSuchJobError:
             return None
 
-    def _enqueue_new(self, job_id: str, payload: dict[str, Any], at_front: bool) -> Job:
+    def _enqueue_new(self, job_id: str, payload: dict[str, Any], at_front: bool, meta: dict[str, str]) -> Job:
         return self._queue.enqueue(
             PREDICT_FUNCTION,
             payload,
             job_id=job_id,
             unique=True,
             at_front=at_front,
+            meta=meta,
             job_timeout=JOB_TIMEOUT,
             result_ttl=RESULT_TTL,
             failure_ttl=RESULT_TTL,
@@ -197,8 +199,10 @@ class PredictQueue:
                 if time.monotonic() - start < SOON:  # the result of an earlier attempt is there and does not block
                     time.sleep(SOON)
 
-    def outcome(self, payload: dict[str, Any]) -> tuple[list[dict[str, Any]] | None, bool]:
-        """What a chunk was answered, None while it was not, and whether it failed as a whole or is not there.
+    def outcome(self, payload: dict[str, Any]) -> tuple[list[dict[str, Any]] | None, str]:
+        """What a chunk was answered, None if it was not, and how it stands: answered, waiting, failed, or gone.
+
+        Gone: never asked for, or its answers lay there longer than `RESULT_TTL`.
 
         Raises:
             QueueUnavailable: Redis does not answer.
@@ -207,8 +211,8 @@ class PredictQueue:
             job = self._fetch(chunk_id(payload))
             result = final_result(job) if job else None
         if result and result.return_value:
-            return list(result.return_value["answers"]), False
-        return None, job is None or result is not None
+            return list(result.return_value["answers"]), "answered"
+        return None, "gone" if job is None else "failed" if result else "waiting"
 
     def forget(self, payload: dict[str, Any]) -> None:
         """Takes a chunk and its answers out of Redis, which would keep them for an hour.
@@ -246,8 +250,8 @@ class PredictQueue:
         """
         with redis_errors():
             keys = self._ready_keys()
-            sizes = self._connection.mget(keys) if keys else []
-        return min((int(size) for size in sizes if size), default=BATCH_SIZE)
+            rows = self._connection.mget(keys) if keys else []
+        return min((int(json.loads(row)["batch_size"]) for row in rows if row), default=BATCH_SIZE)
 
     def _ready_keys(self) -> list[bytes]:
         return list(self._connection.scan_iter(f"{READY_KEY}*", count=1000))
@@ -265,16 +269,6 @@ def _is_well_answered(result: Result) -> bool:
     return not any("error" in answer for answer in result.return_value["answers"])
 
 
-def remember_version(connection: Redis, project: str, model_version: str) -> None:
-    """Notes which version a project was told at /setup.
-
-    Raises:
-        QueueUnavailable: Redis does not answer.
-    """
-    with redis_errors():
-        connection.hset(PROJECTS_KEY, project, model_version)
-
-
 def note_import(connection: Redis, project: str) -> None:
     """Notes that a project got tasks.
 
@@ -283,17 +277,6 @@ def note_import(connection: Redis, project: str) -> None:
     """
     with redis_errors():
         connection.zadd(IMPORTED_KEY, {project: time.time()})
-
-
-def known_versions(connection: Redis) -> list[str]:
-    """The versions that projects were told, sorted.
-
-    Raises:
-        QueueUnavailable: Redis does not answer.
-    """
-    with redis_errors():
-        values = connection.hvals(PROJECTS_KEY)
-    return sorted({value.decode() for value in values})  # type: ignore[union-attr]
 
 
 def worker_name() -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,3 +107,10 @@ def _percent(box_xyxy: Box, width: int, height: int) -> dict[str, float]:
         "height": min(100 * (y2 - y1) / height, 100 - y),
         "rotation": 0,
     }
+
+
+def label_of(region: Mapping[str, Any]) -> str:
+    """A region's label, empty for one that carries none: a Rectangle keeps its in a second region."""
+    value = region.get("value") or {}
+    labels = value.get("rectanglelabels") or value.get("labels") or [""]
+    return str(labels[0])

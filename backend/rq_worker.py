@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import threading
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from redis.exceptions import RedisError
 from rq import Queue, SimpleWorker
 from rq.serializers import JSONSerializer
 
+from backend.handover import hand_over
 from backend.queues import READY_TTL, AllowedJob, connect, redis_errors, worker_name
 from backend.recovery import Recovery
 from backend.settings import Settings
@@ -24,11 +26,13 @@ BEAT = 2  # s between signs of life, several of which may be late before a worke
 
 
 @contextlib.contextmanager
-def ready(settings: Settings, queue: Callable[[Redis], Queue], key: str, value: int) -> Iterator[str]:
-    """A worker's name, known as ready as long as this lasts."""
+def ready(settings: Settings, queue: Callable[[Redis], Queue], key: str, **about: Any) -> Iterator[str]:
+    """A worker's name, known as ready as long as this lasts, with what is to be known `about` it."""
     name, stop, connection = worker_name(), threading.Event(), connect(settings.redis_url)
     recovery = Recovery(connection, queue(connection), key)
-    beat = threading.Thread(target=_stay_ready, args=(connection, recovery, key + name, value, stop), daemon=True)
+    beat = threading.Thread(
+        target=_stay_ready, args=(connection, recovery, name, key, json.dumps(about), stop), daemon=True
+    )
     beat.start()
     yield name
     stop.set()
@@ -65,15 +69,16 @@ def make_worker(settings: Settings, queue: str, name: str) -> _Worker:
     )
 
 
-def _stay_ready(connection: Redis, recovery: Recovery, key: str, value: int, stop: threading.Event) -> None:
+def _stay_ready(connection: Redis, recovery: Recovery, name: str, key: str, about: str, stop: threading.Event) -> None:
     """Keeps the worker's key in Redis alive and looks for lost jobs; a thread, because a job occupies the main one."""
     while True:
         try:
-            connection.set(key, value, ex=READY_TTL)
+            connection.set(key + name, about, ex=READY_TTL)
+            hand_over(connection, name)
             recovery.requeue_lost()
         except RedisError:
             log.warning("Redis does not answer")
         if stop.wait(BEAT):
             break
     with contextlib.suppress(RedisError):  # it expires by itself
-        connection.delete(key)
+        connection.delete(key + name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
 import re
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ PRECISIONS = ("auto", "float16", "bfloat16", "float32")
 TRAIN = ("thresholds", "encoder", "head", "all")
 SECRET = re.compile(r"[A-Za-z0-9_-]{16,}")
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+LOG_FORMATS = ("text", "json")
 
 
 def _setting(default: Any, text: str, unit: str = "", minimum: float | None = None, secret: bool = False) -> Any:
@@ -29,7 +29,7 @@ class Settings:
     """One field a setting; the environment variable is the field's name in capitals."""
 
     model: str = _setting("IDEA-Research/grounding-dino-tiny", "hub id, folder, original `.pth` file, or `demo`")
-    model_dir: Path = _setting(Path("data"), "folder for our data: the private Redis and its file")
+    model_dir: Path = _setting(Path("data"), "folder for our data: learned versions, the private Redis' file")
     device: str = _setting("auto", "torch device of the workers, or several with commas; `auto`: all GPUs, or the CPU")
     workers: int = _setting(0, "predict workers that `serve` starts; 0: one for each device", minimum=0)
     redis_url: str = _setting("", "the queue's Redis; empty: a private one is started", secret=True)
@@ -53,6 +53,8 @@ class Settings:
     max_image_bytes: int = _setting(50_000_000, "largest picture file", "bytes", 1)
     port: int = _setting(9090, "port of the web front", minimum=1)
     log_level: str = _setting("INFO", f"one of {', '.join(LOG_LEVELS)}")
+    log_format: str = _setting("text", f"one of {', '.join(LOG_FORMATS)}")
+    show_pictures: bool = _setting(True, "whether the status page shows the last pictures, small")
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> Settings:
@@ -85,6 +87,8 @@ class Settings:
             raise SettingsError(f"TRAIN must be one of {', '.join(TRAIN)}")
         if self.log_level not in LOG_LEVELS:
             raise SettingsError(f"LOG_LEVEL must be one of {', '.join(LOG_LEVELS)}")
+        if self.log_format not in LOG_FORMATS:
+            raise SettingsError(f"LOG_FORMAT must be one of {', '.join(LOG_FORMATS)}")
         if self.path_secret and not SECRET.fullmatch(self.path_secret):
             raise SettingsError("PATH_SECRET must be at least 16 letters, digits, '-' and '_'")
         if bool(self.basic_auth_user) != bool(self.basic_auth_pass):
@@ -102,12 +106,6 @@ def _convert(cls: type[Settings], name: str, text: str) -> Any:
     except ValueError:
         wanted = "a whole number" if kind is int else "a number"
         raise SettingsError(f"{name.upper()} must be {wanted}, not {text!r}") from None
-
-
-def set_up_logging(settings: Settings) -> None:
-    """One line a record; urllib3's own would show addresses of pictures with the signatures in them."""
-    logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("urllib3").setLevel(logging.WARNING)
 
 
 def settings_table() -> str:

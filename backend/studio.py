@@ -22,7 +22,7 @@ from urllib3.util import parse_url
 from backend.errors import StudioAway, StudioError, StudioMissing, StudioRefused
 
 TIMEOUT = (3, 10)  # seconds to connect, and between bytes
-IMPORT_TIMEOUT = (3, 60)
+IMPORT_TIMEOUT = (3, 300)  # of a project of 100,000 tasks with SQLite about a minute
 PAGE = 100  # tasks
 RENEW_BEFORE = 60  # seconds before an access token ends
 

@@ -7,7 +7,10 @@ import os
 import signal
 import sys
 
+import torch
+
 from backend import jobs
+from backend.metrics import GPU_MEMORY
 from backend.queues import PREDICT, READY_KEY, predict_queue
 from backend.rq_worker import ready, work
 from backend.settings import Settings
@@ -29,6 +32,8 @@ def run(settings: Settings) -> None:
     tools = jobs.set_up(settings)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until RQ sets its own: whoever is ready can be stopped
     size, device = tools.batch_size, tools.detectors.plain.device
-    with ready(settings, predict_queue, READY_KEY, size) as name:
+    if device.type == "cuda":
+        GPU_MEMORY.labels(str(device)).set_function(lambda: torch.cuda.memory_reserved(device))
+    with ready(settings, predict_queue, READY_KEY, batch_size=size, device=str(device)) as name:
         log.info("worker %s is ready on %s with %d pictures a batch", name, device, size)
         work(settings, PREDICT, name)

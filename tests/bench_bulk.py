@@ -1,82 +1,144 @@
-"""`make bench`: what `label` costs beside the detector, and its memory over many pictures; one worker."""
+"""`make bench`: what `label` and `preannotate` cost beside the detector, and their memory over many pictures.
+
+Half of the cores are for the worker, and for the detector alone; all else, Label Studio too, has the other half, as if
+it were elsewhere. The half with `preannotate` needs a Label Studio in `LABEL_STUDIO_VENV` (`make install-studio`).
+"""
 
 import os
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as a worker does: threads that spin here would hold it up
+os.environ["OMP_NUM_THREADS"] = str(-(-len(os.sched_getaffinity(0)) // 2))  # read when torch is loaded
 
+import contextlib
+import io
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from PIL import Image
 
 from backend.checkpoints import load_checkpoint
 from backend.detector import Detector
-from backend.folder import File, find_files
+from backend.folder import find_files
 from backend.label import Labelling, config_of
 from backend.labeling import Label
+from backend.preannotate import Preannotation
 from backend.queues import connect
 from backend.settings import Settings
+from backend.studio import Studio
 from backend.versions import find_checkpoint
 from tests.bench import resident_mb
+from tests.e2e.studio import LEGACY_TOKEN, VENV, LabelStudio, running_label_studio
 from tests.pictures import encode, scenes
-from tests.running import Served
+from tests.running import Served, http_server, reply
 
-BATCH, RUNS, MANY = 16, 5, 10_000
-PICTURES = 40 * BATCH
+CORES = sorted(os.sched_getaffinity(0))
+FOR_WORKER, FOR_ALL_ELSE = CORES[: -(-len(CORES) // 2)], CORES[len(CORES) // 2 :]
+BATCH, RUNS, MANY = 16, 3, 10_000
+PICTURES = 125 * BATCH
 LABELS = ("circle", "square", "triangle", "star")
+JPEGS = [encode(scene.image, "JPEG", quality=95) for scene in scenes(20, (128, 96))]
 
 
-def make_folder(folder: Path, count: int) -> list[File]:
-    """So many small pictures, of which few differ."""
-    bodies = [encode(scene.image, "JPEG", quality=95) for scene in scenes(20, (128, 96))]
-    folder.mkdir()
-    for number in range(count):
-        (folder / f"{number:05}.jpg").write_bytes(bodies[number % len(bodies)])
-    return find_files([str(folder)])
+def picture(number: int) -> bytes:
+    """A small picture; no two have the same bytes, so that none is answered from what Redis keeps."""
+    return JPEGS[number % len(JPEGS)] + number.to_bytes(4, "big")
 
 
-def alone(detector: Detector, files: list[File]) -> float:
+def alone(detector: Detector) -> float:
     """Pictures a second of the detector on decoded pictures."""
-    images = [Image.open(file.path).convert("RGB") for file in files]
+    images = [Image.open(io.BytesIO(picture(number))).convert("RGB") for number in range(PICTURES)]
     labels = [Label(name, (name,), 0.3) for name in LABELS]
+    os.sched_setaffinity(0, FOR_WORKER)
     start = time.perf_counter()
     for first in range(0, len(images), BATCH):
         detector.detect(images[first : first + BATCH], labels, nms_iou=0.7)
-    return len(images) / (time.perf_counter() - start)
+    took = time.perf_counter() - start
+    os.sched_setaffinity(0, FOR_ALL_ELSE)
+    return len(images) / took
 
 
-def through(settings: Settings, files: list[File], out: Path) -> float:
+def labelled(settings: Settings, folder: Path, count: int) -> float:
     """Pictures a second of `label`, from the first to the last answer on disk."""
+    source, out = folder / f"pictures-{count}", Path(tempfile.mkdtemp(dir=folder))
+    if not source.exists():
+        source.mkdir()
+        for number in range(count):
+            (source / f"{number:05}.jpg").write_bytes(picture(number))
+    files = find_files([str(source)])
     start = time.perf_counter()
     Labelling(settings, connect(settings.redis_url), config_of(LABELS), out).run(files, lambda row: None)
     return len(files) / (time.perf_counter() - start)
 
 
+def preannotated(settings: Settings, studio: LabelStudio, pictures: str, count: int) -> float:
+    """Tasks a second of `preannotate`, from the first page that it reads until Label Studio has the last prediction."""
+    project = studio.create_project("bench", config_of(LABELS), {})
+    rows = [{"data": {"image": f"{pictures}/{project.number}/{number}.jpg"}} for number in range(count)]
+    studio.call("POST", f"/api/projects/{project.number}/import", json=rows)
+    studio_api = Studio(settings.label_studio_url, settings.label_studio_api_key)
+    start = time.perf_counter()
+    run = Preannotation(settings, connect(settings.redis_url), studio_api, str(project.number))
+    tally = run.run(run.pages(), count, lambda done, failed: None)
+    took = time.perf_counter() - start
+    assert (tally.done, tally.failures) == (count, [])
+    return count / took
+
+
+def compare(name: str, detector: Detector, whole: Callable[[int], float]) -> None:
+    """Prints a command's rate beside the detector alone, in turn, and how this process grows over many pictures."""
+    whole(BATCH)
+    rates = [(alone(detector), whole(PICTURES)) for _ in range(RUNS)]
+    ratios = [own / plain for plain, own in rates]
+    print(f"detector alone {statistics.median(plain for plain, _ in rates):.1f}/s, ", end="")
+    print(f"{name} {statistics.median(own for _, own in rates):.1f}/s, ", end="")
+    print(f"ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}, {RUNS} runs)", flush=True)
+    before = resident_mb(os.getpid())
+    rate = whole(MANY)
+    print(f"{name} of {MANY}: {rate:.1f}/s, ", end="")
+    print(f"this process grew by {resident_mb(os.getpid()) - before:.0f} MB", flush=True)
+
+
+@contextlib.contextmanager
+def serving(folder: Path, **env: str) -> Iterator[Settings]:
+    served = Served(folder, BATCH_SIZE=str(BATCH), LOG_LEVEL="ERROR", **env)
+    try:
+        served.wait_until_ready()
+        for pid in served.children():
+            if b"worker" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
+                for thread in Path(f"/proc/{pid}/task").iterdir():
+                    os.sched_setaffinity(int(thread.name), FOR_WORKER)
+        yield Settings(
+            model="demo", model_dir=served.model_dir, batch_size=BATCH,
+            redis_url=(served.model_dir / "redis.url").read_text(),
+            label_studio_url=env.get("LABEL_STUDIO_URL", ""), label_studio_api_key=LEGACY_TOKEN,
+        )  # fmt: skip
+    finally:
+        served.stop()
+
+
+def bench_preannotate(detector: Detector, folder: Path) -> None:
+    folder.mkdir()
+    with (
+        running_label_studio(folder) as studio,
+        http_server(lambda request: reply(request, picture(int(Path(request.path).stem)))) as pictures,
+        serving(folder, LABEL_STUDIO_URL=studio.url, LABEL_STUDIO_API_KEY=LEGACY_TOKEN) as settings,
+    ):
+        compare("preannotate", detector, lambda count: preannotated(settings, studio, pictures, count))
+
+
 def main() -> None:
+    os.sched_setaffinity(0, FOR_ALL_ELSE)
     detector = Detector(*load_checkpoint(find_checkpoint("demo").source))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        served = Served(folder, BATCH_SIZE=str(BATCH), LOG_LEVEL="ERROR")
-        try:
-            served.wait_until_ready()
-            settings = Settings(
-                model="demo", model_dir=served.model_dir, batch_size=BATCH,
-                redis_url=(served.model_dir / "redis.url").read_text(),
-            )  # fmt: skip
-            files = make_folder(folder / "pictures", PICTURES)
-            rates = [(alone(detector, files), through(settings, files, folder / f"out{run}")) for run in range(RUNS)]
-            ratios = [label / own for own, label in rates]
-            print(f"detector alone {statistics.median(own for own, _ in rates):.1f}/s, ", end="")
-            print(f"label {statistics.median(label for _, label in rates):.1f}/s, ", end="")
-            print(f"ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}, {RUNS} runs)")
-            many = make_folder(folder / "many", MANY)
-            before = resident_mb(os.getpid())
-            through(settings, many, folder / "out")
-            print(f"{MANY} pictures: this process grew by {resident_mb(os.getpid()) - before:.0f} MB")
-        finally:
-            served.stop()
+        with serving(folder) as settings:
+            compare("label", detector, lambda count: labelled(settings, folder, count))
+        if VENV.exists():
+            bench_preannotate(detector, folder / "studio")
+        else:
+            print(f"preannotate was not measured: no Label Studio in {VENV}; run `make install-studio`")
 
 
 if __name__ == "__main__":

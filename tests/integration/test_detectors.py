@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import save_file
 
 from backend.checkpoints import load_model
-from backend.detectors import MOST_LEARNED, Detectors
-from backend.errors import CheckpointError
+from backend.detectors import MOST_LEARNED, Detectors, device_of
+from backend.errors import CheckpointError, SettingsError
 from backend.labeling import Label
 from backend.learned import WEIGHTS, Version, Versions
 from backend.settings import Settings
@@ -65,3 +65,9 @@ def test_a_damaged_version_is_refused_and_the_others_go_on(detectors: Detectors)
     with pytest.raises(CheckpointError, match="every machine needs the same MODEL_DIR"):
         detectors.get(["7", "v-9999"])
     assert scores(detectors, None)
+
+
+def test_a_device_that_is_not_there_is_named() -> None:
+    for device in ("cuda:7", "toaster"):
+        with pytest.raises(SettingsError, match=f"DEVICE={device} cannot be used"):
+            device_of(Settings(model="demo", device=device))

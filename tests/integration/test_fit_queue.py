@@ -5,28 +5,36 @@ import pytest
 from redis import Redis
 
 from backend.fit_queue import Annotation, Evidence, Trainings, fit_queue
+from backend.projects import FATES, cards, remember
 from backend.queues import FIT, FIT_FUNCTION
 from backend.rq_worker import make_worker
 from backend.settings import Settings
 
 EVENTS = [
-    (1, 10, "2026-01-01T10:00", False),
-    (1, 10, "2026-01-01T11:00", False),
-    (2, 10, "2026-01-01T10:30", False),
+    (1, 10, "2026-01-01T10:00", False, {"car": [1, 0, 1, 0]}),
+    (1, 10, "2026-01-01T11:00", False, {"car": [0, 1, 1, 0], "dog": [0, 0, 0, 2]}),
+    (2, 10, "2026-01-01T10:30", False, {"car": [7, 7, 7, 7]}),
     (2, None, "", True),
-    (3, 11, "2026-01-01T12:00", False),
+    (3, 11, "2026-01-01T12:00", False, {"dog": [1, 0, 0, 0]}),
 ]
 
 
 def test_the_same_events_in_any_order_and_twice_give_the_same_evidence(connection: Redis) -> None:
-    found = set()
+    found, fates = set(), []
     for number, order in enumerate(itertools.permutations(EVENTS)):
         evidence = Evidence(connection, str(number))
         for event in (*order, order[0]):
             evidence.record([Annotation(*event)])
         evidence.record([Annotation(*event) for event in order])
         found.add(tuple(evidence.annotations().items()))
+        remember(connection, str(number), "v", None, "")
+        fates.append(cards(connection)[0]["boxes"])
     assert found == {((1, 10), (3, 11))}
+    car, dog = ({**dict.fromkeys(FATES, 0), **more} for more in ({"changed": 1, "deleted": 1}, {"kept": 1, "drawn": 2}))
+    assert all(
+        {label: counts for label, counts in row.items() if any(counts.values())} == {"car": car, "dog": dog}
+        for row in fates
+    )
 
 
 def test_10000_annotations_in_one_event_are_recorded_in_no_time(connection: Redis) -> None:

@@ -45,6 +45,7 @@ BASES: dict[str, dict[str, Any]] = {
         "annotation": {"id": 1, "result": [REGION], "task": 1},
         "project": {"id": 1, "token": CANARY, "task_data_password": CANARY},
     },
+    "/playground/look": {"label_config": CONFIG, "image": "data:image/png;base64,AAAA", "project": "1"},
 }
 ODD: list[Any] = [
     None, True, 0, -1, 10**30, 1.5, float("nan"), float("inf"), "", " ", "\0", "🙂", "\ud800", "a" * 10_000, [], {},

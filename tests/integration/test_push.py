@@ -1,6 +1,7 @@
 """The pusher when chunks or Label Studio misbehave; tests/e2e has the real one, which will not do so on demand."""
 
 import json
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
 from typing import Any
@@ -125,6 +126,28 @@ def test_a_chunk_that_fails_as_a_whole_is_given_up(connection: Redis, pusher: Pu
         finish(connection, value=None, kind=Result.Type.FAILED)
         pusher.step()
     assert len(Outbox(connection)) == 0
+
+
+def test_answers_that_lay_there_too_long_are_made_anew_however_often(connection: Redis, pusher: Pusher) -> None:
+    Outbox(connection).add("1", [PAYLOAD], time.time())
+    for _ in range(MOST_ATTEMPTS + 2):  # as when Label Studio is away for hours
+        PredictQueue(connection).forget(PAYLOAD)
+        pusher.step()
+    assert len(Outbox(connection)) == 1
+    assert PredictQueue(connection).outcome(PAYLOAD) == (None, "waiting")
+
+
+def test_after_an_import_the_pusher_rests_while_more_is_made(
+    connection: Redis, pusher: Pusher, stub: Stub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("backend.push.REST", 1e6)
+    finish(connection)
+    pusher.step()
+    later = {**PAYLOAD, "tasks": [{"id": 3, "data": {"image": "c"}}]}
+    Outbox(connection).add("1", [later], 3)
+    PredictQueue(connection).enqueue([later])
+    pusher.step()
+    assert (stub.imported, len(Outbox(connection))) == ([1, 2], 1)
 
 
 def test_only_one_pusher_pushes(connection: Redis, pusher: Pusher, stub: Stub) -> None:

@@ -122,5 +122,5 @@ def test_jobs_are_as_large_as_the_smallest_worker_wants(connection: Redis) -> No
     queue = PredictQueue(connection)
     assert queue.batch_size() == 4
     for name, size in (("a", 16), ("b", 8)):
-        connection.set(READY_KEY + name, size)
+        connection.set(READY_KEY + name, json.dumps({"batch_size": size}))
     assert queue.batch_size() == 8

@@ -1,0 +1,53 @@
+"""Logs: one line a record, as text or JSON, with the id of the request that it is about."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import secrets
+from contextvars import ContextVar
+from datetime import datetime, timezone
+
+from backend.settings import Settings
+
+REQUEST: ContextVar[str] = ContextVar("request", default="-")
+TEXT = "%(asctime)s %(levelname)s %(name)s [%(request)s]: %(message)s"
+ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+
+
+def request_id(given: str | None) -> str:
+    """The caller's id of its request, where it is one that fits into a line, else a new one."""
+    return given if given and ID.fullmatch(given) else secrets.token_hex(4)
+
+
+class _WithRequest(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.request = REQUEST.get()
+        return True
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line: time (UTC), level, logger, request, message, and the traceback where there is one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record as such a line."""
+        row = {
+            "time": datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "logger": record.name,
+            "request": getattr(record, "request", "-"),
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            row["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(row, ensure_ascii=False)
+
+
+def set_up_logging(settings: Settings) -> None:
+    """To standard error; urllib3's own records would show addresses of pictures with the signatures in them."""
+    stream = logging.StreamHandler()
+    stream.setFormatter(JsonFormatter() if settings.log_format == "json" else logging.Formatter(TEXT))
+    stream.addFilter(_WithRequest())
+    logging.basicConfig(level=settings.log_level, handlers=[stream])
+    logging.getLogger("urllib3").setLevel(logging.WARNING)

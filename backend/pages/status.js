@@ -1,0 +1,144 @@
+// The status page: asks every two seconds, and says so where nobody answers.
+
+import { draw, element } from "./boxes.js";
+
+const EVERY = 2000; // ms
+const TRAINING = { queued: "waiting for a fit worker", reading: "reading annotations", loading: "loading pictures",
+  measuring: "measuring what serves now", rehearsing: "looking for what the model knows", training: "fine-tuning" };
+const STALE = 60; // s after which a training without a word counts as lost
+
+const at = (id) => document.getElementById(id);
+const shown = new Map(); // what each part shows, as JSON: a part that has not changed is left alone
+
+function show(id, data, ...children) {
+  const now = JSON.stringify(data);
+  if (shown.get(id) === now) return;
+  shown.set(id, now);
+  at(id).replaceChildren(...children.flat());
+}
+
+const quiet = (text) => element("p", { className: "quiet", textContent: text });
+const ago = (seconds) => seconds < 60 ? "just now" : seconds < 3600 ? `${Math.floor(seconds / 60)} min ago`
+  : seconds < 86400 ? `${Math.floor(seconds / 3600)} h ago` : `${Math.floor(seconds / 86400)} d ago`;
+
+function spark(counts) {
+  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg"), most = Math.max(...counts, 1);
+  svg.setAttribute("viewBox", `0 0 ${counts.length} 20`);
+  svg.setAttribute("preserveAspectRatio", "none");
+  svg.setAttribute("class", "spark");
+  svg.setAttribute("role", "img");
+  svg.setAttribute("aria-label", `tasks in each of the last ${counts.length} minutes, at most ${most}`);
+  counts.forEach((count, i) => {
+    const bar = document.createElementNS(svg.namespaceURI, "rect");
+    const height = count ? Math.max((20 * count) / most, 1) : 0.3;
+    Object.entries({ x: i + 0.1, y: 20 - height, width: 0.8, height }).forEach((pair) => bar.setAttribute(...pair));
+    svg.append(bar);
+  });
+  return svg;
+}
+
+function card(title, note, ...children) {
+  const head = element("h3", {}, element("b", { textContent: title }), element("span", { className: "quiet", textContent: note }));
+  return element("div", { className: "card" }, head, ...children);
+}
+
+function bar(done, of) {
+  const made = element("progress", { max: of || 1 });
+  if (of) made.value = done;
+  return made;
+}
+
+function left(row, now) {
+  const rate = row.done / Math.max(now - row.since, 1);
+  const seconds = rate ? (row.of - row.done) / rate : 0;
+  return rate && row.done < row.of ? `, about ${seconds < 90 ? `${Math.ceil(seconds)} s` : `${Math.round(seconds / 60)} min`} left` : "";
+}
+
+function running(state) {
+  const bulk = state.bulk.map((row) => card(row.what,
+    `${row.done} of ${row.of}${row.failed ? `, ${row.failed} failed` : ""}${left(row, state.time)}`, bar(row.done, row.of)));
+  const trainings = state.trainings.map((row) => {
+    const title = `training, project ${row.project}`;
+    if (row.state in TRAINING) {
+      const late = state.time - row.time > STALE && row.state !== "queued" ? `, no word for ${ago(state.time - row.time).replace(" ago", "")}` : "";
+      return card(title, `${TRAINING[row.state]} ${row.of ? `${row.done} of ${row.of}` : ""}${late}`, bar(row.done, row.of));
+    }
+    return card(title, `${row.state}, ${ago(state.time - row.time)}`, quiet(row.text || ""));
+  });
+  return bulk.length + trainings.length ? [...bulk, ...trainings] : [quiet("Nothing but single requests.")];
+}
+
+function fates(counts) {
+  const given = counts ? counts.kept + counts.changed + counts.deleted : 0;
+  if (!given) return [element("span", { className: "quiet", textContent: counts?.drawn ? `${counts.drawn} drawn by hand` : "no annotations yet" })];
+  const strip = element("div", { className: "fates" });
+  for (const fate of ["kept", "changed", "deleted"]) {
+    const part = element("i", { className: fate });
+    part.style.width = `${(100 * counts[fate]) / given}%`;
+    strip.append(part);
+  }
+  const text = `${Math.round((100 * counts.kept) / given)}% of ${given} kept, ${counts.changed} changed, ${counts.deleted} deleted, ${counts.drawn} drawn by hand`;
+  return [strip, element("span", { className: "quiet", textContent: text })];
+}
+
+function project(card_, now) {
+  const head = element("tr", {}, ...["label", "phrases", "threshold", "annotators kept"].map((text) => element("th", { scope: "col", textContent: text })));
+  const rows = card_.labels.map((row) => element("tr", {},
+    element("td", { textContent: row.label }), element("td", { textContent: row.phrases.join(", ") }),
+    element("td", { textContent: row.threshold }), element("td", {}, ...fates(card_.boxes[row.label]))));
+  const table = element("div", { className: "scroll" }, element("table", {}, element("thead", {}, head), element("tbody", {}, ...rows)));
+  const more = card_.of > card_.labels.length ? quiet(`and ${card_.of - card_.labels.length} more labels`) : "";
+  const trial = element("a", { href: `playground?project=${encodeURIComponent(card_.project)}`, textContent: "try it in the playground" });
+  return card(`project ${card_.project}`, `${card_.version}, asked ${ago(now - card_.time)}`, table, more, trial);
+}
+
+function picture(row) {
+  const frame = element("div", { className: "frame" }, element("img", { src: `data:image/jpeg;base64,${row.jpeg}`, alt: `task ${row.task} with ${row.boxes.length} boxes` }));
+  draw(frame, row.boxes, [...new Set(row.boxes.map((box) => box.label))].sort());
+  const where = row.project ? `project ${row.project}, task ${row.task}` : `${row.task}`;
+  return element("figure", {}, frame, element("figcaption", { className: "quiet", textContent: `${where}: ${row.boxes.length} boxes` }));
+}
+
+function failures(rows, now) {
+  const groups = Map.groupBy ? Map.groupBy(rows, (row) => row.detail) : rows.reduce((all, row) => all.set(row.detail, [...(all.get(row.detail) || []), row]), new Map());
+  return [...groups].map(([detail, same]) => card(same[0].code,
+    `${same.length} of the last tasks, ${ago(now - same[0].time)}`, element("div", { textContent: detail }),
+    quiet(`project ${same[0].project || "-"}, tasks ${same.slice(0, 8).map((row) => row.task).join(", ")}${same.length > 8 ? ", …" : ""}`)));
+}
+
+function render(state) {
+  at("model").textContent = state.model_version;
+  if (state.error) throw new Error(state.error.detail);
+  const busy = state.workers.filter((row) => row.is_busy).length;
+  const devices = state.workers.map((row) => `${row.queue} on ${row.device}`).join(", ") || "start one: nothing is predicted without";
+  show("workers", state.workers, `${state.workers.length} alive, ${busy} busy`, element("small", { textContent: devices }));
+  show("queue", state.waiting, String(state.waiting), element("small", { textContent: "chunks wait" }));
+  show("push", state.to_push, String(state.to_push), element("small", { textContent: "chunks for Label Studio" }));
+  show("rate", state.rate, String(state.rate.at(-2) || state.rate.at(-1)), spark(state.rate));
+  show("running", [state.bulk, state.trainings, Math.floor(state.time / 10)], running(state));
+  show("projects", [state.projects, Math.floor(state.time / 60)],
+    state.projects.length ? state.projects.map((row) => project(row, state.time)) : [quiet("No project has asked for anything yet: connect this backend in Label Studio under Settings > Model.")]);
+  show("pictures", state.pictures.map((row) => row.time), state.pictures.length ? state.pictures.map(picture) : [quiet("None yet.")]);
+  show("failures", [state.failures, Math.floor(state.time / 60)], state.failures.length ? failures(state.failures, state.time) : [quiet("None.")]);
+}
+
+async function look() {
+  const trouble = at("trouble");
+  try {
+    const answer = await fetch("status", { headers: { Accept: "application/json" } });
+    if (!answer.ok) throw new Error(`the web front answered ${answer.status}`);
+    render(await answer.json());
+    trouble.hidden = true;
+  } catch (error) {
+    trouble.textContent = error instanceof TypeError ? "The web front does not answer." : error.message;
+    trouble.hidden = false;
+  }
+}
+
+async function watch() {
+  if (!document.hidden) await look();
+  setTimeout(watch, EVERY);
+}
+
+watch();
+document.addEventListener("visibilitychange", () => document.hidden || look());

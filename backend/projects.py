@@ -1,0 +1,131 @@
+"""What is known of each project, in Redis: the labels it last asked for, and what annotators made of the boxes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from redis import Redis
+from redis.exceptions import RedisError
+
+from backend.labeling import Plan
+from backend.regions import label_of
+
+SEEN_KEY = "gdino:projects:seen"  # sorted set: project -> when it last asked
+CARDS_KEY = "gdino:projects:cards"  # hash: project -> JSON: version, labels
+CONFIG_KEY = "gdino:projects:config:"  # + project -> its labeling config
+PREDICTED_KEY = "gdino:projects:predicted:"  # + project -> hash: task -> JSON: boxes by label
+KEPT_KEY = "gdino:projects:kept:"  # + project -> hash: label and FATES, a line each -> boxes
+FATES = ("kept", "changed", "deleted", "drawn")  # of boxes: three of predicted ones, and those that people drew
+SHOWN, MOST_LABELS, MOST_CONFIG = 20, 200, 200_000  # projects, labels of each, characters
+MOST_TASKS, TTL = 200_000, 90 * 24 * 3600  # of a project, s
+
+Boxes = dict[str, list[int]]  # by label, so many of each of FATES
+
+
+def remember(connection: Redis, project: str, version: str, plan: Plan | None, label_config: str) -> None:
+    """Notes what a project asked for; raises RedisError."""
+    labels = [
+        {"control": control.from_name, "label": label.name, "phrases": label.phrases, "threshold": label.threshold}
+        for control in (plan.controls if plan else ())
+        for label in control.labels
+    ]
+    card = {"version": version, "labels": labels[:MOST_LABELS], "of": len(labels)}
+    with connection.pipeline() as pipeline:
+        pipeline.zadd(SEEN_KEY, {project: time.time()})
+        pipeline.hset(CARDS_KEY, project, json.dumps(card))
+        if len(label_config) <= MOST_CONFIG:
+            pipeline.set(CONFIG_KEY + project, label_config.encode(errors="replace"))
+        pipeline.execute()
+
+
+def label_config(connection: Redis, project: str) -> str:
+    """A project's labeling config as it was last asked for, empty where it never did; raises RedisError."""
+    found = connection.get(CONFIG_KEY + project)
+    return found.decode() if isinstance(found, bytes) else ""
+
+
+def known_versions(connection: Redis) -> list[str]:
+    """The versions that projects were told, sorted; raises RedisError."""
+    rows: list[bytes] = connection.hvals(CARDS_KEY)  # type: ignore[assignment]
+    return sorted({str(json.loads(row)["version"]) for row in rows})
+
+
+def cards(connection: Redis) -> list[dict[str, Any]]:
+    """The last projects that asked, the last first, with their labels and the fates of boxes; raises RedisError."""
+    seen: list[tuple[bytes, float]] = connection.zrange(SEEN_KEY, 0, SHOWN - 1, desc=True, withscores=True)  # type: ignore[assignment]
+    found = []
+    for project, at in seen:
+        row = connection.hget(CARDS_KEY, project.decode())
+        if row:
+            fates = _fates(connection, project.decode())
+            found.append({"project": project.decode(), "time": at, **json.loads(row), "boxes": fates})
+    return found
+
+
+def _fates(connection: Redis, project: str) -> dict[str, dict[str, int]]:
+    found: dict[str, dict[str, int]] = {}
+    rows: dict[bytes, bytes] = connection.hgetall(KEPT_KEY + project)  # type: ignore[assignment]
+    for field, count in rows.items():
+        label, _, fate = field.decode().rpartition("\n")
+        found.setdefault(label, dict.fromkeys(FATES, 0))[fate] = int(count)
+    return found
+
+
+def note_predicted(
+    connection: Redis, project: str, tasks: Sequence[Mapping[str, Any]], answers: Sequence[Mapping[str, Any]]
+) -> None:
+    """Notes how many boxes of each label a task was given, so that deleted ones can be told."""
+    rows = {
+        str(task["id"]): json.dumps(Counter(filter(None, map(label_of, answer["result"]))))
+        for task, answer in zip(tasks, answers, strict=True)
+        if "result" in answer and "prompt" not in task  # Label Studio keeps no answer to what is being typed
+    }
+    key = PREDICTED_KEY + project
+    with contextlib.suppress(RedisError):
+        if project and rows and connection.hlen(key) < MOST_TASKS:
+            connection.hset(key, items=[word for row in rows.items() for word in row])
+            connection.expire(key, TTL)
+
+
+def predicted(connection: Redis, project: str, tasks: Sequence[int | None]) -> list[dict[str, int]]:
+    """The boxes by label that tasks were last given, none for those that are not known; raises RedisError."""
+    rows = connection.hmget(PREDICTED_KEY + project, [str(task) for task in tasks]) if tasks else []
+    return [json.loads(row) if row else {} for row in rows]
+
+
+def fates(annotation: Mapping[str, Any], given: Mapping[str, int]) -> Boxes:
+    """What became of the boxes in one annotation.
+
+    Args:
+        annotation: as Label Studio's events have it. Regions carry their `origin`; those that it copied from a
+            prediction itself have none, but a score.
+        given: the boxes by label that the task's prediction had.
+    """
+    if annotation.get("was_cancelled") or not isinstance(annotation.get("result"), list):
+        return {}
+    found: Boxes = {label: [0, 0, 0, 0] for label in given}
+    for region in annotation["result"]:
+        label = _clean_label(region) if isinstance(region, Mapping) else ""
+        if label and (label in found or len(found) < MOST_LABELS):
+            found.setdefault(label, [0, 0, 0, 0])[FATES.index(_fate(region, annotation))] += 1
+    for label, count in given.items():
+        found[label][2] = max(count - found[label][0] - found[label][1], 0)
+    return found
+
+
+def _clean_label(region: Mapping[str, Any]) -> str:
+    label = label_of(region) if isinstance(region.get("value"), Mapping) else ""
+    return label.encode(errors="replace").decode()  # Redis takes Unicode text only
+
+
+def _fate(region: Mapping[str, Any], annotation: Mapping[str, Any]) -> str:
+    origin = region.get("origin")
+    if origin == "prediction-changed":
+        return "changed"
+    is_copy = origin is None and "score" in region and annotation.get("parent_prediction")
+    return "kept" if origin == "prediction" or is_copy else "drawn"

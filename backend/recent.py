@@ -1,0 +1,105 @@
+"""What happened last, kept in Redis for the status page: failures, pictures, their number by the minute, bulk work.
+
+None of it is needed for the work itself: where Redis does not take it, it is left out.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from redis import Redis
+from redis.exceptions import RedisError
+
+from backend.regions import label_of
+
+FAILURES_KEY, MOST_FAILURES = "gdino:recent:failures", 50  # list of JSON, the last first
+PICTURES_KEY, MOST_PICTURES = "gdino:recent:pictures", 12  # likewise
+RATE_KEY, MINUTES = "gdino:recent:rate:", 60  # + minute since the epoch -> tasks answered in it
+BULK_KEY, BULK_TTL = "gdino:recent:bulk:", 30  # + name -> JSON; s
+
+
+def note_picture(connection: Redis, jpeg: bytes, regions: Sequence[Mapping[str, Any]], **about: Any) -> None:
+    """Keeps a picture with its boxes: label, score, and x, y, width, height in percent."""
+    boxes = [
+        {"label": label_of(region), "score": region["score"]}
+        | {edge: region["value"][edge] for edge in ("x", "y", "width", "height")}
+        for region in regions
+        if label_of(region)
+    ]
+    row = {"time": time.time(), "jpeg": base64.b64encode(jpeg).decode(), "boxes": boxes, **about}
+    with contextlib.suppress(RedisError), connection.pipeline() as pipeline:
+        pipeline.lpush(PICTURES_KEY, json.dumps(row))
+        pipeline.ltrim(PICTURES_KEY, 0, MOST_PICTURES - 1)
+        pipeline.execute()
+
+
+def note_answers(
+    connection: Redis, project: str, tasks: Sequence[Mapping[str, Any]], answers: Sequence[Mapping[str, Any]]
+) -> None:
+    """Counts a chunk's tasks, and keeps the last of those that failed."""
+    failed = [
+        {"time": time.time(), "project": project, "task": task["id"], **answer["error"]}
+        for task, answer in zip(tasks, answers, strict=True)
+        if "error" in answer
+    ]
+    minute = f"{RATE_KEY}{int(time.time() // 60)}"
+    with contextlib.suppress(RedisError), connection.pipeline() as pipeline:
+        pipeline.incrby(minute, len(answers))
+        pipeline.expire(minute, (MINUTES + 2) * 60)
+        for row in failed[-MOST_FAILURES:]:
+            pipeline.lpush(FAILURES_KEY, json.dumps(row))
+        pipeline.ltrim(FAILURES_KEY, 0, MOST_FAILURES - 1)
+        pipeline.execute()
+
+
+class Bulk:
+    """A command's progress, as the status page shows it."""
+
+    def __init__(self, connection: Redis, name: str, what: str) -> None:
+        """`name` is its own alone; `what` is what people read."""
+        self._connection, self._key = connection, BULK_KEY + name
+        self._row: dict[str, Any] = {"what": what, "since": time.time()}
+        self._last = 0.0
+
+    def report(self, done: int, failed: int, of: int) -> None:
+        """Says how far it is, at most once a second."""
+        if time.monotonic() - self._last < 1 and done < of:
+            return
+        self._last = time.monotonic()
+        row = {**self._row, "done": done, "failed": failed, "of": of}
+        with contextlib.suppress(RedisError):
+            self._connection.set(self._key, json.dumps(row), ex=BULK_TTL)
+
+    def close(self) -> None:
+        """It is over."""
+        with contextlib.suppress(RedisError):
+            self._connection.delete(self._key)
+
+
+def failures(connection: Redis) -> list[dict[str, Any]]:
+    """The last ones, the last first; raises RedisError."""
+    return [json.loads(row) for row in connection.lrange(FAILURES_KEY, 0, -1)]
+
+
+def pictures(connection: Redis) -> list[dict[str, Any]]:
+    """The last ones, the last first; raises RedisError."""
+    return [json.loads(row) for row in connection.lrange(PICTURES_KEY, 0, -1)]
+
+
+def rate(connection: Redis) -> list[int]:
+    """Tasks answered in each of the last 60 minutes, the present one last; raises RedisError."""
+    now = int(time.time() // 60)
+    counts = connection.mget([f"{RATE_KEY}{minute}" for minute in range(now - MINUTES + 1, now + 1)])
+    return [int(count or 0) for count in counts]
+
+
+def bulk(connection: Redis) -> list[dict[str, Any]]:
+    """Commands at work, the oldest first; raises RedisError."""
+    keys = list(connection.scan_iter(f"{BULK_KEY}*", count=1000))
+    rows = [json.loads(row) for row in (connection.mget(keys) if keys else []) if row]
+    return sorted(rows, key=lambda row: float(row["since"]))

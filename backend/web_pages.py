@@ -1,0 +1,137 @@
+"""The pages for people, and what they and Prometheus read: `/`, `/playground`, `/status`, `/metrics`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from flask import Blueprint, Response, jsonify, redirect, request, send_from_directory
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client.metrics_core import GaugeMetricFamily, InfoMetricFamily, Metric
+from redis import Redis
+from redis.exceptions import RedisError
+from werkzeug.wrappers import Response as AnyResponse
+
+from backend.errors import BadRequest, NotFound
+from backend.handover import handed_over
+from backend.metrics import REGISTRY, merged
+from backend.outbox import Outbox
+from backend.playground import look
+from backend.projects import cards, label_config
+from backend.queues import PredictQueue, connect, redis_errors
+from backend.settings import Settings
+from backend.status import status, workers
+
+PAGES = Path(__file__).parent / "pages"
+SAMPLES = Path(__file__).parent / "demo" / "samples"
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+HEADERS = {
+    "Content-Security-Policy": POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",  # the address may hold the secret path
+    "Cache-Control": "no-store",
+}
+
+
+def web_pages(settings: Settings) -> Blueprint:
+    """The routes."""
+    pages = Blueprint("pages", __name__)
+    redis = functools.cache(lambda: connect(settings.redis_url))
+
+    @pages.after_request
+    def with_headers(response: Response) -> Response:
+        response.headers.update(HEADERS)
+        return response
+
+    @pages.get("/")
+    def index() -> AnyResponse:
+        if not request.environ.get("PATH_INFO"):
+            return redirect(request.script_root + "/")  # the page's own addresses are relative
+        return send_from_directory(PAGES, "status.html")
+
+    @pages.get("/playground")
+    def playground() -> Response:
+        return send_from_directory(PAGES, "playground.html")
+
+    @pages.get("/pages/<name>")
+    def asset(name: str) -> Response:
+        return send_from_directory(PAGES, name)
+
+    @pages.get("/playground/samples/<name>")
+    def sample(name: str) -> Response:
+        return send_from_directory(SAMPLES, name)
+
+    _add_data(pages, settings, redis)
+    return pages
+
+
+def _add_data(pages: Blueprint, settings: Settings, redis: Callable[[], Redis]) -> None:
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Collected(redis))
+
+    @pages.get("/status")
+    def state() -> Response:
+        return jsonify(status(settings, redis()))
+
+    @pages.get("/playground/config/<project>")
+    def config(project: str) -> Response:
+        with redis_errors():
+            found = label_config(redis(), project)
+        if not found:
+            raise NotFound(f"project {project} never asked for anything")
+        return jsonify(label_config=found)
+
+    @pages.post("/playground/look")
+    def look_at() -> Response:
+        return jsonify(look(settings, redis(), *_words("label_config", "image", "project")))
+
+    @pages.get("/metrics")
+    def metrics() -> Response:
+        return Response(generate_latest(registry), content_type=CONTENT_TYPE_LATEST)
+
+
+def _words(*keys: str) -> list[str]:
+    """These fields of the request's body."""
+    body = request.get_json(force=True)
+    words = [body.get(key, "") for key in keys] if isinstance(body, dict) else []
+    if not (words and all(isinstance(word, str) for word in words)):
+        raise BadRequest(f"the body must be a JSON object with {', '.join(keys)} as strings")
+    return words
+
+
+class _Collected:
+    """This process's figures, those of the workers, and what Redis tells; of each name one family."""
+
+    def __init__(self, redis: Callable[[], Redis]) -> None:
+        self._redis = redis
+
+    def collect(self) -> Iterator[Metric]:
+        """Every figure there is; where Redis is away those of this process alone."""
+        families = {family.name: family for family in REGISTRY.collect()}
+        try:
+            for family in merged(handed_over(self._redis())):
+                families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+                families[family.name].samples.extend(family.samples)
+            yield from _of_redis(self._redis())
+        except RedisError:
+            pass
+        yield from families.values()
+
+
+def _of_redis(connection: Redis) -> Iterator[Metric]:
+    found = workers(connection)
+    alive = GaugeMetricFamily("gdino_workers", "Workers that live.", labels=["queue", "state"])
+    for queue in ("predict", "fit"):
+        for state, is_busy in (("busy", True), ("idle", False)):
+            alive.add_metric([queue, state], sum(row["queue"] == queue and row["is_busy"] == is_busy for row in found))
+    yield alive
+    yield GaugeMetricFamily("gdino_queue_chunks", "Chunks that wait.", PredictQueue(connection).waiting())
+    yield GaugeMetricFamily("gdino_outbox_chunks", "Chunks that are to be pushed.", len(Outbox(connection)))
+    told = InfoMetricFamily("gdino_model_version", "The version that a project was told.", labels=["project"])
+    for card in cards(connection):
+        told.add_metric([card["project"]], {"model_version": card["version"]})
+    yield told

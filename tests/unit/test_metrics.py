@@ -1,0 +1,78 @@
+import json
+import logging
+
+import pytest
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from backend.logs import REQUEST, JsonFormatter, request_id, set_up_logging
+from backend.metrics import BOXES, MOST_LABELS, OTHER, REGISTRY, count_boxes, exposed, merged, timed
+from backend.settings import Settings
+
+
+def worker_text(count: int) -> str:
+    registry = CollectorRegistry()
+    Counter("boxes", "Boxes.", ["label"], registry=registry).labels('odd "label"\n').inc(count)
+    Histogram("stage", "Stages.", buckets=(1, 2), registry=registry).observe(count)
+    return generate_latest(registry).decode()
+
+
+def test_workers_are_told_apart_and_each_family_comes_once() -> None:
+    families = list(merged({"a": worker_text(1), "b": worker_text(2)}))
+    assert [family.name for family in families] == ["boxes", "stage"]
+    counts = {
+        (sample.labels["worker"], sample.labels["label"]): sample.value
+        for sample in families[0].samples
+        if sample.name == "boxes_total"
+    }
+    assert counts == {("a", 'odd "label"\n'): 1, ("b", 'odd "label"\n'): 2}
+
+
+def test_what_a_process_exposes_can_be_read() -> None:
+    with timed("decode"):
+        pass
+    found = {family.name for family in text_string_to_metric_families(exposed().decode())}
+    assert {"gdino_stage_seconds", "gdino_requests", "gdino_boxes", "gdino_process_cpu_seconds"} <= found
+
+
+def test_a_stage_that_fails_is_timed_too() -> None:
+    before = REGISTRY.get_sample_value("gdino_stage_seconds_count", {"stage": "download"}) or 0
+    with pytest.raises(ValueError, match="x"), timed("download"):
+        raise ValueError("x")
+    assert REGISTRY.get_sample_value("gdino_stage_seconds_count", {"stage": "download"}) == before + 1
+
+
+def test_labels_beyond_a_number_are_counted_together() -> None:
+    for number in range(2 * MOST_LABELS):
+        count_boxes(f"label {number}")
+    assert len(BOXES._metrics) <= MOST_LABELS + 1
+    assert BOXES.labels(OTHER)._value.get() >= MOST_LABELS
+
+
+@pytest.mark.parametrize("given", ["", "a b", "x\nINFO forged line", "ü", "a" * 65, None])
+def test_a_callers_id_must_fit_into_a_line(given: str | None) -> None:
+    assert request_id(given) != given
+    assert request_id("abc-1.2_3") == "abc-1.2_3"
+
+
+def test_a_line_of_json_holds_request_and_traceback() -> None:
+    REQUEST.set("abc")
+    try:
+        raise ValueError('a "quoted"\nreason')
+    except ValueError:
+        record = logging.LogRecord("backend", logging.ERROR, "f", 1, "%s failed", ("it",), __import__("sys").exc_info())
+    record.request = REQUEST.get()
+    line = JsonFormatter().format(record)
+    row = json.loads(line)
+    assert "\n" not in line
+    assert (row["level"], row["request"], row["message"]) == ("ERROR", "abc", "it failed")
+    assert "ValueError" in row["traceback"]
+    assert row["time"].endswith("+00:00")
+
+
+def test_every_line_has_the_id_of_its_request(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(logging.root, "handlers", [])
+    set_up_logging(Settings(model="demo"))
+    REQUEST.set("r-1")
+    logging.getLogger("backend.x").warning("hello")
+    assert "WARNING backend.x [r-1]: hello" in capsys.readouterr().err

@@ -1,0 +1,51 @@
+from typing import Any
+
+import pytest
+
+from backend.projects import MOST_LABELS, fates
+
+
+def region(label: str, **more: Any) -> dict[str, Any]:
+    return {"value": {"x": 1, "y": 1, "width": 5, "height": 5, "rectanglelabels": [label]}, **more}
+
+
+def test_boxes_are_kept_changed_deleted_or_drawn() -> None:
+    result = [
+        region("car", origin="prediction", score=0.9),
+        region("car", origin="prediction-changed", score=0.8),
+        region("car", origin="manual"),
+        region("dog", origin="manual"),
+    ]
+    assert fates({"result": result}, {"car": 4, "cat": 1}) == {
+        "car": [1, 1, 2, 1],
+        "cat": [0, 0, 1, 0],
+        "dog": [0, 0, 0, 1],
+    }
+
+
+def test_what_label_studio_copies_from_a_prediction_is_kept() -> None:
+    copied = {"result": [region("car", score=0.9)], "parent_prediction": 5}
+    assert fates(copied, {"car": 1}) == {"car": [1, 0, 0, 0]}
+    assert fates({**copied, "parent_prediction": None}, {}) == {"car": [0, 0, 0, 1]}
+
+
+def test_a_rectangle_with_labels_beside_counts_once() -> None:
+    box = {"x": 1, "y": 1, "width": 5, "height": 5}
+    both = [
+        {"id": "a", "origin": "prediction", "value": box},
+        {"id": "a", "origin": "prediction", "value": {**box, "labels": ["car"]}},
+    ]
+    assert fates({"result": both}, {"car": 1}) == {"car": [1, 0, 0, 0]}
+
+
+def test_a_skipped_task_says_nothing() -> None:
+    assert fates({"result": [], "was_cancelled": True}, {"car": 3}) == {}
+
+
+@pytest.mark.parametrize("result", [None, "x", [None, 3, {}, {"value": None}, {"value": {"rectanglelabels": []}}]])
+def test_odd_annotations_count_nothing(result: Any) -> None:
+    assert fates({"result": result}, {}) == {}
+
+
+def test_labels_of_one_annotation_are_bounded() -> None:
+    assert len(fates({"result": [region(f"label {n}") for n in range(1000)]}, {})) == MOST_LABELS
