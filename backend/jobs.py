@@ -15,7 +15,6 @@ from concurrent.futures import TimeoutError as FutureTimeout  # another class th
 from dataclasses import dataclass
 from typing import Any
 
-from rq import get_current_job
 from rq.timeouts import JobTimeoutException
 
 from backend.detector import Detector, Found
@@ -24,16 +23,14 @@ from backend.errors import BackendError, CheckpointError, ImageError
 from backend.glimpse import Glimpse
 from backend.images import Images
 from backend.labeling import Plan
-from backend.logs import REQUEST
-from backend.metrics import FAILURES, PICTURES, STAGE_SECONDS, count_boxes, timed
+from backend.metrics import PICTURES, timed
 from backend.preprocess import Prepared
-from backend.projects import note_predicted
-from backend.recent import note_answers, note_picture
 from backend.recovery import MOST_DEATHS, LostChunk, died, lost_chunk
-from backend.regions import label_of, to_prediction, to_regions
+from backend.regions import to_prediction, to_regions
 from backend.settings import Settings
 from backend.sources import Sources
 from backend.studio import Studio
+from backend.telling import Telling
 from backend.versions import find_checkpoint
 from backend.views import MOST_VIEWS, Asked, Prompt, View, views
 from backend.watchdog import Watchdog
@@ -94,25 +91,15 @@ def predict(payload: Mapping[str, Any]) -> dict[str, Any]:
         `answers`: for each task in order a prediction, or `{"error": {"code", "detail"}}`.
     """
     assert _tools, "set_up comes first"
-    job = get_current_job()
-    project, start = job.meta.get("project", "") if job else "", time.monotonic()
-    if job:
-        REQUEST.set(job.meta.get("request", "-"))
-        if job.enqueued_at:
-            STAGE_SECONDS.labels("queue_wait").observe(max(time.time() - job.enqueued_at.timestamp(), 0))
-    answers = _predicted(_tools, payload, project)
-    _count(answers)
-    if job:
-        note_answers(job.connection, project, payload["tasks"], answers)
-        note_predicted(job.connection, project, payload["tasks"], answers)
-    failed, took = sum("error" in answer for answer in answers), time.monotonic() - start
-    log.info("project %s: %d tasks in %.2f s, %d of them failed", project or "-", len(answers), took, failed)
+    telling = Telling(_tools.glimpse)
+    answers = _predicted(_tools, payload, telling)
+    telling.answered(payload["tasks"], answers)
     return {"answers": answers}
 
 
-def _predicted(tools: Tools, payload: Mapping[str, Any], project: str) -> list[Answer]:
+def _predicted(tools: Tools, payload: Mapping[str, Any], telling: Telling) -> list[Answer]:
     try:
-        looking = _looking(tools, payload, project)
+        looking = _looking(tools, payload, telling)
     except CheckpointError as error:
         log.error("%s", error)
         return [{"error": error.to_dict()}] * len(payload["tasks"])
@@ -121,14 +108,6 @@ def _predicted(tools: Tools, payload: Mapping[str, Any], project: str) -> list[A
         if lost := lost_chunk():
             return _one_by_one(looking, lost, plan, tasks, version)
         return _answers(looking, plan, tasks, version)
-
-
-def _count(answers: Sequence[Answer]) -> None:
-    for answer in answers:
-        if "error" in answer:
-            FAILURES.labels(answer["error"]["code"]).inc()
-        for label in filter(None, map(label_of, answer.get("result", ()))):
-            count_boxes(label)
 
 
 @dataclass(frozen=True)
@@ -140,14 +119,14 @@ class Looking:
     batch_size: int
     watchdog: Watchdog
     glimpse: Glimpse
-    project: str
+    telling: Telling
 
 
-def _looking(tools: Tools, payload: Mapping[str, Any], project: str) -> Looking:
+def _looking(tools: Tools, payload: Mapping[str, Any], telling: Telling) -> Looking:
     if payload["fingerprint"] != tools.fingerprint:
         raise OTHER_CHECKPOINT
     detector = tools.detectors.get(payload.get("learned"))
-    return Looking(detector, tools.images, tools.batch_size, tools.watchdog, tools.glimpse, project)
+    return Looking(detector, tools.images, tools.batch_size, tools.watchdog, tools.glimpse, telling)
 
 
 def _one_by_one(
@@ -252,19 +231,8 @@ def _detect(tools: Looking, wanted: Sequence[tuple[int, View]], version: str) ->
                     if isinstance(found, BackendError)
                     else to_regions(found, view, *picture.size, f"{task}/{version}")
                 )
-    _show(tools, wanted, parts, version)
+    tools.telling.picture([view.uri for _, view in wanted], [task for task, _ in wanted], parts, version)
     return parts
-
-
-def _show(tools: Looking, wanted: Sequence[tuple[int, View]], parts: Sequence[Part], version: str) -> None:
-    """Now and then one of the pictures, for the status page."""
-    taken, job = tools.glimpse.take([view.uri for _, view in wanted]), get_current_job()
-    if not (taken and job):
-        return
-    place, jpeg = taken
-    regions = parts[place]
-    if not isinstance(regions, BackendError):
-        note_picture(job.connection, jpeg, regions, project=tools.project, task=wanted[place][0], model_version=version)
 
 
 def _found(detector: Detector, asked: Asked, pictures: Sequence[Prepared]) -> Sequence[Found | BackendError]:

@@ -87,7 +87,7 @@ def _lowered(control: Control) -> Control:
 
 
 def _answer(settings: Settings, queue: PredictQueue, chunk: dict[str, Any]) -> dict[str, Any]:
-    (job,) = queue.enqueue([chunk], at_front=True)
+    (job,) = queue.enqueue([chunk], at_front=True, project=None)
     try:
         value = queue.wait(job, time.monotonic() + settings.predict_deadline)
     except TimeoutError:

@@ -116,11 +116,14 @@ class PredictQueue:
         self._connection = connection
         self._queue = predict_queue(connection)
 
-    def enqueue(self, payloads: Sequence[dict[str, Any]], at_front: bool = False, project: str = "") -> list[Job]:
+    def enqueue(
+        self, payloads: Sequence[dict[str, Any]], at_front: bool = False, project: str | None = ""
+    ) -> list[Job]:
         """One job for each payload, in order; those at the front run before all that wait.
 
         A payload that is waiting, at work or well answered within the last hour keeps the job it has, so that asking
-        again goes on where the deadline cut in. `project` is whose they are, for what the status page shows.
+        again goes on where the deadline cut in. `project` is whose they are, for the status page;
+        None keeps them off it.
 
         Raises:
             Overloaded: too much is waiting already; a single chunk at the front is always taken.
@@ -129,10 +132,10 @@ class PredictQueue:
         with redis_errors():
             if not at_front and len(self._queue) + len(payloads) > MOST_CHUNKS:
                 raise Overloaded(f"{len(self._queue)} chunks are waiting already; ask again later")
-            meta = {"project": project, "request": REQUEST.get()}
+            meta: dict[str, str | None] = {"project": project, "request": REQUEST.get()}
             return [self._enqueue(payload, at_front, meta) for payload in payloads]
 
-    def _enqueue(self, payload: dict[str, Any], at_front: bool, meta: dict[str, str]) -> Job:
+    def _enqueue(self, payload: dict[str, Any], at_front: bool, meta: dict[str, str | None]) -> Job:
         job_id = chunk_id(payload)
         for _ in range(ATTEMPTS):
             try:
@@ -166,7 +169,7 @@ class PredictQueue:
         except NoSuchJobError:
             return None
 
-    def _enqueue_new(self, job_id: str, payload: dict[str, Any], at_front: bool, meta: dict[str, str]) -> Job:
+    def _enqueue_new(self, job_id: str, payload: dict[str, Any], at_front: bool, meta: dict[str, str | None]) -> Job:
         return self._queue.enqueue(
             PREDICT_FUNCTION,
             payload,

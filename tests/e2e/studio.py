@@ -5,7 +5,6 @@ import functools
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -17,7 +16,6 @@ import requests
 from tests.running import ROOT, free_port, wait_for
 
 VENV = (ROOT / os.environ.get("LABEL_STUDIO_VENV", ".venv-label-studio")).resolve()
-SCREENSHOTS = ROOT / os.environ.get("SCREENSHOTS", "build/screenshots")
 USER, PASSWORD = "e2e@example.com", "e2e-password-of-a-throw-away-server"
 LEGACY_TOKEN = "0123456789abcdef0123456789abcdef01234567"
 STRICT_VALIDATION = "fflag_feat_utc_210_prediction_validation_15082025"
@@ -75,6 +73,10 @@ class Project:
         path = f"/api/tasks?project={self.number}&fields=all&page_size=1000&query={json.dumps(query)}"
         return sorted(self.studio.call("GET", path)["tasks"], key=lambda task: task["id"])
 
+    def annotated(self, task: int) -> list[dict[str, Any]]:
+        """The annotations of a task."""
+        return self.studio.call("GET", f"/api/tasks/{task}/annotations/")
+
     def predictions(self) -> list[dict[str, Any]]:
         return self.studio.call("GET", f"/api/predictions?project={self.number}")
 
@@ -124,15 +126,3 @@ def running_label_studio(folder: Path, port: int | None = None) -> Iterator[Labe
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-
-
-def find_chromium() -> str | None:
-    """Debian's Chromium; installed where it is missing and we may."""
-    names = ("chromium", "chromium-browser", "google-chrome")
-    found = next(filter(None, map(shutil.which, names)), None)
-    if not found and os.geteuid() == 0 and shutil.which("apt-get"):
-        env = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-        subprocess.run(["apt-get", "update", "-qq"], env=env, check=False)
-        subprocess.run(["apt-get", "install", "-y", "-qq", "chromium"], env=env, check=False)
-        found = shutil.which("chromium")
-    return found

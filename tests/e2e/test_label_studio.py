@@ -9,14 +9,17 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
 
 import pytest
+import requests
 
 from backend.demo import samples
 from backend.images import Images
+from backend.projects import FATES
 from backend.sources import Sources
 from backend.studio import Studio
-from tests.e2e.studio import LEGACY_TOKEN, PASSWORD, SCREENSHOTS, USER, LabelStudio, Project, find_chromium
+from tests.e2e.browser import open_browser, screenshot
+from tests.e2e.studio import LEGACY_TOKEN, PASSWORD, USER, LabelStudio, Project
 from tests.pictures import config_for, encode, recall, scenes
-from tests.running import ROOT, Served, http_server, reply
+from tests.running import ROOT, Served, http_server, reply, wait_for
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -148,19 +151,13 @@ def test_check_says_what_works_and_what_does_not(studio: LabelStudio, backend: S
 
 
 def test_the_boxes_are_seen_in_the_browser(studio: LabelStudio, backend: Served) -> None:
-    chromium = find_chromium()
-    if not chromium:
-        pytest.skip("no Chromium here, and no right to install it: apt-get install chromium")
-    from playwright.sync_api import sync_playwright
-
     pictures = {path.name: path.read_bytes() for path in sorted(samples.FOLDER.glob("*.jpg"))}
     project = studio.create_project("samples", (samples.FOLDER / "labeling_config.xml").read_text(), pictures)
     project.connect(backend.url)
     tasks = [task["id"] for task in project.tasks()]
     project.action("retrieve_tasks_predictions", tasks)
     most = max(project.predictions(), key=lambda prediction: (len(prediction["result"]), prediction["score"]))
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+    with open_browser() as browser:
         page = browser.new_page(viewport={"width": 1400, "height": 800})
         page.goto(f"{studio.url}/user/login/")
         page.fill("input[name=email]", USER)
@@ -172,7 +169,11 @@ def test_the_boxes_are_seen_in_the_browser(studio: LabelStudio, backend: Served)
         page.wait_for_selector(".lsf-outliner-item", timeout=60_000)
         page.wait_for_timeout(2000)  # the picture and the boxes on it are drawn after their list
         listed = page.locator(".lsf-outliner-item__title").all_inner_texts()
-        SCREENSHOTS.mkdir(parents=True, exist_ok=True)
-        page.screenshot(path=SCREENSHOTS / "label-studio.png")
-        browser.close()
+        screenshot(page, "label-studio")
+        page.get_by_role("button", name="Submit", exact=True).click()
+        wait_for(lambda: project.annotated(most["task"]), 20, "an annotation")
     assert len(listed) == len(most["result"]) >= 3
+    cards = requests.get(f"{backend.url}/status", timeout=10).json()["projects"]
+    (boxes,) = [card["boxes"] for card in cards if card["project"] == str(project.number)]
+    totals = [sum(counts[fate] for counts in boxes.values()) for fate in FATES]
+    assert totals == [len(most["result"]), 0, 0, 0]

@@ -3,6 +3,7 @@
 import collections
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -10,9 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import requests
+from playwright.sync_api import expect
 
+from tests.e2e.browser import find_chromium, open_browser, screenshot
 from tests.e2e.studio import LEGACY_TOKEN, LabelStudio, Project
-from tests.pictures import config_for, encode, scenes
+from tests.pictures import config_for, data_uri, encode, scenes
 from tests.running import ROOT, Served, http_server, reply, wait_for
 
 pytestmark = pytest.mark.timeout(900)
@@ -63,6 +67,30 @@ def per_task(project: Project) -> collections.Counter:
     return collections.Counter(prediction["task"] for prediction in project.predictions())
 
 
+def times_of_single_tasks(backend: Served, count: int) -> list[float]:
+    """Seconds until an annotator who opens a task sees its boxes."""
+    times = []
+    for number in range(count):
+        data = {"image": data_uri(scenes(1, (96, 96), seed=1000 + number)[0].image)}
+        body = {"tasks": [{"id": number, "data": data}], "label_config": config_for(DRAWN), "project": "999.1"}
+        begin = time.monotonic()
+        answer = requests.post(f"{backend.url}/predict", json=body, timeout=60).json()
+        times.append(time.monotonic() - begin)
+        assert "result" in answer["results"][0]
+    return times
+
+
+def look_at_the_status_page(backend: Served, project: Project) -> None:
+    if not find_chromium():
+        return
+    with open_browser() as browser:
+        page = browser.new_page(viewport={"width": 1200, "height": 900})
+        page.goto(backend.url)
+        shown = page.locator("#running")
+        expect(shown).to_contain_text(f"preannotate, project {project.number}", timeout=15_000)
+        screenshot(page, "preannotate")
+
+
 def test_a_project_of_1000_tasks_with_the_command_killed_twice(
     studio: LabelStudio, backend: Served, pictures: str, tmp_path: Path
 ) -> None:
@@ -77,8 +105,11 @@ def test_a_project_of_1000_tasks_with_the_command_killed_twice(
         killed.send_signal(signal.SIGKILL)
         killed.communicate(timeout=10)
     last = start(backend, tmp_path, *number)
+    opened = times_of_single_tasks(backend, 15)
+    look_at_the_status_page(backend, project)
     said, _ = last.communicate(timeout=300)
     assert last.returncode == 0, said[-3000:]
+    assert statistics.median(opened) < 1, opened  # a chunk takes about 0.2 s, and Label Studio shares the cores
     wait_for(lambda: len(per_task(project)) == TASKS, 60, "a prediction for every task")
     time.sleep(3)
     assert set(per_task(project).values()) == {1}

@@ -112,6 +112,13 @@ def test_the_playground_answers_what_predict_answers(served: Served) -> None:
     assert len(found["boxes"]) > len(result)
 
 
+def test_what_is_tried_is_not_shown_to_others(served: Served) -> None:
+    time.sleep(2.1)
+    look(served)
+    state = requests.get(f"{served.url}/status", timeout=10).json()
+    assert "playground" not in {row["task"] for row in (*state["pictures"], *state["failures"])}
+
+
 def test_negative_phrases_are_told_apart(served: Served) -> None:
     config = CONFIG.replace("<RectangleLabels ", '<RectangleLabels model_negative_values="ring, cross" ')
     boxes = look(served, label_config=config, image=data_uri(DRAWN[1].image)).json()["boxes"]

@@ -1,5 +1,6 @@
 import json
 import logging
+import re
 
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -8,6 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from backend.logs import REQUEST, JsonFormatter, request_id, set_up_logging
 from backend.metrics import BOXES, MOST_LABELS, OTHER, REGISTRY, count_boxes, exposed, merged, timed
 from backend.settings import Settings
+from tests.running import ROOT
 
 
 def worker_text(count: int) -> str:
@@ -76,3 +78,14 @@ def test_every_line_has_the_id_of_its_request(monkeypatch: pytest.MonkeyPatch, c
     REQUEST.set("r-1")
     logging.getLogger("backend.x").warning("hello")
     assert "WARNING backend.x [r-1]: hello" in capsys.readouterr().err
+
+
+def test_the_dashboard_asks_for_figures_that_there_are() -> None:
+    from_redis = {"gdino_workers", "gdino_queue_chunks", "gdino_outbox_chunks", "gdino_model_version_info"}
+    names = set(from_redis)
+    for family in REGISTRY.collect():
+        kinds = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), "gauge": ("",)}
+        names |= {family.name + ending for ending in kinds[family.type]}
+    asked = re.findall(r"gdino_\w+", (ROOT / "deploy" / "grafana.json").read_text())
+    assert len(set(asked)) > 12
+    assert set(asked) <= names

@@ -1,0 +1,58 @@
+"""What a worker tells of the chunk in hand: a line in the log, figures, and notes for the status page."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rq import get_current_job
+
+from backend.glimpse import Glimpse
+from backend.logs import REQUEST
+from backend.metrics import FAILURES, STAGE_SECONDS, count_boxes
+from backend.projects import note_predicted
+from backend.recent import note_answers, note_picture
+from backend.regions import Region, label_of
+
+log = logging.getLogger(__name__)
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+class Telling:
+    """Of one job; without one, as in a test, it only logs and counts."""
+
+    def __init__(self, glimpse: Glimpse) -> None:
+        """Begins: what is logged from now on is about this job's request."""
+        self._start, self._job, self._glimpse = time.monotonic(), get_current_job(), glimpse
+        meta = self._job.meta if self._job else {}
+        self._project = meta.get("project", "")  # None: nothing of it is kept
+        REQUEST.set(meta.get("request", "-"))
+        if self._job and self._job.enqueued_at:
+            STAGE_SECONDS.labels("queue_wait").observe(max(time.time() - self._job.enqueued_at.timestamp(), 0))
+
+    def picture(self, uris: Sequence[str], tasks: Sequence[object], found: Sequence[Any], version: str) -> None:
+        """Keeps one of these pictures now and then; for each its task, and its regions or an error."""
+        taken = self._glimpse.take(uris)
+        if not (taken and self._job and self._project is not None):
+            return
+        place, jpeg = taken
+        regions: Sequence[Region] = found[place] if isinstance(found[place], list) else []
+        about = {"project": self._project, "task": tasks[place], "model_version": version}
+        note_picture(self._job.connection, jpeg, regions, **about)
+
+    def answered(self, tasks: Rows, answers: Rows) -> None:
+        """Ends."""
+        for answer in answers:
+            if "error" in answer:
+                FAILURES.labels(answer["error"]["code"]).inc()
+            for label in filter(None, map(label_of, answer.get("result", ()))):
+                count_boxes(label)
+        if self._job and self._project is not None:
+            note_answers(self._job.connection, self._project, tasks, answers)
+            note_predicted(self._job.connection, self._project, tasks, answers)
+        failed, took = sum("error" in answer for answer in answers), time.monotonic() - self._start
+        name = f"project {self._project}" if self._project else "no project"
+        log.info("%s: %d tasks in %.2f s, %d of them failed", name, len(answers), took, failed)
