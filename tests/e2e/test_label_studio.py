@@ -170,7 +170,7 @@ def test_the_boxes_are_seen_in_the_browser(studio: LabelStudio, backend: Served)
         page.wait_for_timeout(2000)  # the picture and the boxes on it are drawn after their list
         listed = page.locator(".lsf-outliner-item__title").all_inner_texts()
         screenshot(page, "label-studio")
-        page.get_by_role("button", name="Submit", exact=True).click()
+        page.get_by_label("Submit current annotation").click()
         wait_for(lambda: project.annotated(most["task"]), 20, "an annotation")
     assert len(listed) == len(most["result"]) >= 3
     cards = requests.get(f"{backend.url}/status", timeout=10).json()["projects"]
