@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from backend.errors import SettingsError
 from backend.preannotate import Preannotation, Tally
-from backend.queues import connect, worker_name
+from backend.queues import connect, redis_errors
 from backend.recent import Bulk
 from backend.settings import Settings
 from backend.studio import Studio
@@ -33,6 +33,8 @@ def preannotate(
     studio = Studio(settings.label_studio_url, settings.label_studio_api_key)
     connection = connect(settings.redis_url)
     run = Preannotation(settings, connection, studio, project)
+    with redis_errors():
+        run.asking.remember(connection)  # for the status page
     count = run.to_do(wanted)
     print(f"project {project}: {count} tasks have no prediction of {run.asking.model_version}", file=sys.stderr)
     if dry_run:
@@ -41,7 +43,7 @@ def preannotate(
                 print(f"{control.from_name}: {label.name}: {', '.join(label.phrases)}; from {label.threshold}")
         return 0
     most = limit or (sys.maxsize if view else count)
-    shown = Bulk(connection, worker_name(), f"preannotate, project {project}")
+    shown = Bulk(connection, f"preannotate-{project}", f"preannotate, project {project}")
     most_there = min(most, count)
     with contextlib.closing(shown), tqdm(total=most_there, unit="task", file=sys.stderr) as bar:
 

@@ -96,7 +96,7 @@ function picture(row) {
   const frame = element("div", { className: "frame" }, element("img", { src: `data:image/jpeg;base64,${row.jpeg}`, alt: `task ${row.task} with ${row.boxes.length} boxes` }));
   draw(frame, row.boxes, [...new Set(row.boxes.map((box) => box.label))].sort());
   const where = row.project ? `project ${row.project}, task ${row.task}` : `${row.task}`;
-  return element("figure", {}, frame, element("figcaption", { className: "quiet", textContent: `${where}: ${row.boxes.length} boxes` }));
+  return element("figure", {}, frame, element("figcaption", { className: "quiet", textContent: `${where}: ${row.boxes.length} box${row.boxes.length === 1 ? "" : "es"}` }));
 }
 
 function failures(rows, now) {
@@ -114,7 +114,9 @@ function render(state) {
   show("workers", state.workers, `${state.workers.length} alive, ${busy} busy`, element("small", { textContent: devices }));
   show("queue", state.waiting, String(state.waiting), element("small", { textContent: "chunks wait" }));
   show("push", state.to_push, String(state.to_push), element("small", { textContent: "chunks for Label Studio" }));
-  show("rate", state.rate, String(state.rate.at(-2) || state.rate.at(-1)), spark(state.rate));
+  const part = (state.time % 60) / 60; // of the present minute
+  const perMinute = Math.round(state.rate.at(-2) * (1 - part) + state.rate.at(-1));
+  show("rate", [state.rate, perMinute], String(perMinute), spark(state.rate));
   show("running", [state.bulk, state.trainings, Math.floor(state.time / 10)], running(state));
   show("projects", [state.projects, Math.floor(state.time / 60)],
     state.projects.length ? state.projects.map((row) => project(row, state.time)) : [quiet("No project has asked for anything yet: connect this backend in Label Studio under Settings > Model.")]);
