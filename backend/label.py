@@ -78,11 +78,10 @@ class Labelling:
                 on_answer(row)
 
     def _answers(self, files: Sequence[File]) -> Iterator[Row]:
-        size = self._settings.batch_size or self._queue.batch_size()
         waiting, open_ = deque(files), deque[tuple[list[File], dict[str, Any], int]]()
-        most = CHUNKS_A_WORKER * max(self._queue.ready_workers(), 1)
         while waiting or open_:
-            while waiting and len(open_) < most and sum(bytes_ for *_, bytes_ in open_) < MOST_BYTES:
+            while waiting and self._has_room(open_):
+                size = self._settings.batch_size or self._queue.batch_size()  # workers may be starting yet
                 piece = [waiting.popleft() for _ in range(min(size, len(waiting)))]
                 yield from self._send(piece, open_)
             if open_ and (answers := self._answered(open_[0][1])) is not None:
@@ -91,6 +90,11 @@ class Labelling:
                 self._queue.forget(payload)
             elif open_:
                 time.sleep(PAUSE)
+
+    def _has_room(self, open_: Sequence[tuple[list[File], dict[str, Any], int]]) -> bool:
+        if sum(size for *_, size in open_) > MOST_BYTES:
+            return False
+        return len(open_) < CHUNKS_A_WORKER * max(self._queue.ready_workers(), 1)
 
     def _send(self, files: Sequence[File], open_: deque[Any]) -> Iterator[Row]:
         """Puts a chunk on its way; the files that cannot be read are answered at once."""

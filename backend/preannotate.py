@@ -127,10 +127,10 @@ class Preannotation:
             StudioError: Label Studio refuses.
         """
         tally, left, failures = Tally(), most, 0
-        size = self._settings.batch_size or self._queue.batch_size()
         while self._open or left:
             try:
                 while left and len(self._open) < MOST_IN_FLIGHT:
+                    size = self._settings.batch_size or self._queue.batch_size()  # workers may be starting yet
                     sent = self._send(pages, min(size, left))
                     left = 0 if sent is None else left - sent
                 self._pusher.step()
