@@ -1,0 +1,69 @@
+"""Makes the demo's project in the demo's Label Studio: sample pictures, connected to the backend, predicted."""
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import requests
+
+from backend.demo.samples import FOLDER
+
+STUDIO, KEY = os.environ["LABEL_STUDIO_URL"], os.environ["LABEL_STUDIO_API_KEY"]
+BACKEND = os.environ.get("BACKEND_URL", "http://grounding-dino.internal:9090")
+TITLE = "Grounding DINO demo"
+PATIENCE = 600  # s; the first start of Label Studio makes its database
+
+
+def call(method: str, path: str, **options: Any) -> Any:
+    """Label Studio's answer.
+
+    Raises:
+        requests.HTTPError: it refuses.
+    """
+    headers = {"Authorization": f"Token {KEY}"}
+    answer = requests.request(method, STUDIO + path, headers=headers, timeout=120, **options)
+    answer.raise_for_status()
+    return answer.json()
+
+
+def wait_for(url: str) -> None:
+    """Returns once the address answers with success, or after some minutes."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline and not _answers(lambda: requests.get(url, timeout=5)):
+        time.sleep(1)
+
+
+def _answers(ask: Callable[[], requests.Response]) -> bool:
+    try:
+        return ask().ok
+    except requests.RequestException:
+        return False
+
+
+def make_project() -> int:
+    """The number of a new project with the sample pictures."""
+    config = (FOLDER / "labeling_config.xml").read_text()
+    project = int(call("POST", "/api/projects", json={"title": TITLE, "label_config": config})["id"])
+    files = {path.stem: (path.name, path.read_bytes(), "image/jpeg") for path in sorted(FOLDER.glob("*.jpg"))}
+    call("POST", f"/api/projects/{project}/import", files=files)
+    return project
+
+
+def connect(project: int) -> None:
+    """Connects the backend and retrieves the predictions of all tasks."""
+    model = {"project": project, "url": BACKEND, "title": "Grounding DINO", "is_interactive": True}
+    call("POST", "/api/ml", json=model)
+    everything = {"selectedItems": {"all": True, "excluded": []}, "project": project}
+    call("POST", f"/api/dm/actions?id=retrieve_tasks_predictions&project={project}", json=everything)
+
+
+if __name__ == "__main__":
+    print("waiting for Label Studio and a worker; the first start takes a minute or two", flush=True)
+    wait_for(f"{STUDIO}/health")
+    wait_for(f"{BACKEND}/ready")
+    found = [row["id"] for row in call("GET", "/api/projects")["results"] if row["title"] == TITLE]
+    number = found[0] if found else make_project()
+    if not call("GET", f"/api/ml?project={number}"):
+        connect(number)
+    print(f"open http://localhost:8080/projects/{number} and log in as demo@example.com, throw-away-password")
