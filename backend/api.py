@@ -15,7 +15,7 @@ from typing import Any
 from flask import Flask, Response, jsonify, request
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
-from backend.door import SecretPath, check_login, require_login
+from backend.door import SecretPath, check_login, json_body, require_login
 from backend.errors import BackendError, BadRequest, NotFound, Overloaded, RequestTooLarge
 from backend.following import follow_requests
 from backend.settings import Settings
@@ -39,9 +39,9 @@ def create_app(make_model: Callable[..., Any], settings: Settings) -> Flask:
     """
     app = Flask(__name__)
     app.config["MAX_CONTENT_LENGTH"] = MAX_BODY
+    follow_requests(app)
     app.before_request(lambda: check_login(settings))
     app.register_blueprint(web_pages(settings))
-    follow_requests(app)
     app.wsgi_app = SecretPath(app.wsgi_app, settings.path_secret)  # type: ignore[method-assign]
     _map_errors(app)
     waiting = threading.BoundedSemaphore(MOST_WAITING)
@@ -62,12 +62,12 @@ def create_app(make_model: Callable[..., Any], settings: Settings) -> Flask:
 
     @app.post("/setup")
     def setup() -> Response:
-        body = _body()
+        body = json_body()
         return jsonify(model_version=model(body.get("project"), body.get("schema")).setup())
 
     @app.post("/predict")
     def predict() -> Response:
-        body = _body()
+        body = json_body()
         tasks, params = body.get("tasks"), body.get("params") or {}
         if not isinstance(tasks, list) or not all(_is_task(task) for task in tasks):
             raise BadRequest("tasks must be a list of objects, each with an object as its data")
@@ -78,7 +78,7 @@ def create_app(make_model: Callable[..., Any], settings: Settings) -> Flask:
 
     @app.post("/webhook")
     def webhook() -> Response:
-        body = _body()
+        body = json_body()
         return jsonify(model(body.get("project")).fit(_event(body, settings), body))
 
     @app.get("/versions")
@@ -138,16 +138,6 @@ def _event(body: Mapping[str, Any], settings: Settings) -> str:
     if event == "START_TRAINING":
         require_login(settings)  # Label Studio sends it with the credentials, unlike all other events
     return event
-
-
-def _body() -> dict[str, Any]:
-    try:
-        body = request.get_json(force=True)
-    except RecursionError:
-        raise BadRequest("the JSON is nested too deeply") from None
-    if not isinstance(body, dict):
-        raise BadRequest("the body must be a JSON object")
-    return body
 
 
 def _map_errors(app: Flask) -> None:

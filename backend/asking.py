@@ -80,7 +80,7 @@ class Asking:
             plan: Plan | None = self.plan
         except LabelingConfigError:
             plan = None
-        remember(connection, self._project, self.model_version, plan, self._label_config)
+        remember(connection, self._project, self.model_version, plan, self._label_config, self._created)
 
     def chunks(
         self,

@@ -1,4 +1,4 @@
-"""Who may call: a secret in the path, which Label Studio carries on every call, and basic auth.
+"""Who may call, and with what: a secret in the path, which Label Studio carries on every call, and basic auth.
 
 Label Studio sends no credentials on webhooks, so basic auth alone leaves that one route open.
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 from flask import request
 
-from backend.errors import Unauthorized
+from backend.errors import BadRequest, Unauthorized
 from backend.settings import Settings
 
 PROBES = ("/health", "/ready")  # of what runs containers; they tell nothing
@@ -56,3 +56,18 @@ def require_login(settings: Settings) -> None:
     right_password = hmac.compare_digest(password.encode(), settings.basic_auth_pass.encode())
     if not (right_user and right_password):
         raise Unauthorized("give BASIC_AUTH_USER and BASIC_AUTH_PASS, in Label Studio under the model's settings")
+
+
+def json_body() -> dict[str, Any]:
+    """The request's body.
+
+    Raises:
+        BadRequest: it is not a JSON object.
+    """
+    try:
+        body = request.get_json(force=True)
+    except RecursionError:
+        raise BadRequest("the JSON is nested too deeply") from None
+    if not isinstance(body, dict):
+        raise BadRequest("the body must be a JSON object")
+    return body

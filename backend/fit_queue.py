@@ -13,6 +13,7 @@ from rq import Queue, Retry
 from rq.exceptions import DuplicateJobError, NoSuchJobError
 from rq.serializers import JSONSerializer
 
+from backend.live import found, put
 from backend.projects import FATES, KEPT_KEY, Boxes
 from backend.queues import CHUNK_KEY, FIT, FIT_FUNCTION, AllowedJob, final_result, redis_errors
 
@@ -24,14 +25,12 @@ RETRIES = 3  # of a training whose worker was killed; it goes on where it was
 
 # Events come twice, late and in any order. Of one annotation the last change counts, and a deletion ends it.
 RECORD = """
+local fates, sums = cjson.decode(ARGV[3]), {}
 local function count(row, sign)
     for label, numbers in pairs(row.boxes or {}) do
-        for i, fate in ipairs(cjson.decode(ARGV[3])) do
+        for i, fate in ipairs(fates) do
             local field = label .. '\\n' .. fate
-            local has_room = redis.call('HLEN', KEYS[2]) < tonumber(ARGV[4])
-            if numbers[i] ~= 0 and (has_room or redis.call('HEXISTS', KEYS[2], field) == 1) then
-                redis.call('HINCRBY', KEYS[2], field, sign * numbers[i])
-            end
+            if numbers[i] ~= 0 then sums[field] = (sums[field] or 0) + sign * numbers[i] end
         end
     end
 end
@@ -48,12 +47,20 @@ for i = 5, #ARGV, 2 do
         count(now, 1)
     end
 end
+local size = redis.call('HLEN', KEYS[2])
+for field, sum in pairs(sums) do
+    local is_new = redis.call('HEXISTS', KEYS[2], field) == 0
+    if sum ~= 0 and not (is_new and size >= tonumber(ARGV[4])) then
+        redis.call('HINCRBY', KEYS[2], field, sum)
+        if is_new then size = size + 1 end
+    end
+end
 redis.call('EXPIRE', KEYS[1], ARGV[1])
 redis.call('EXPIRE', KEYS[2], ARGV[1])
 """
 EVIDENCE_TTL, MOST_EVIDENCE = 90 * 24 * 3600, 200_000  # s, and annotations of a project
 MOST_FATES = 4000  # numbers of boxes that are kept of a project
-ROWS = 1000  # annotations in one call: Redis serves nobody else meanwhile
+ROWS = 500  # annotations in one call: Redis serves nobody else meanwhile
 
 
 def fit_queue(connection: Redis) -> Queue:
@@ -115,7 +122,7 @@ class Trainings:
         """
         row = {"project": project, "state": state, "time": round(time.time(), 1), **more}
         with redis_errors():
-            self._connection.set(PROGRESS_KEY + project, json.dumps(row))
+            put(self._connection, PROGRESS_KEY, project, json.dumps(row))
 
     def progress(self, project: str) -> dict[str, Any] | None:
         """The last report of a project's training; None if there never was one.
@@ -134,9 +141,8 @@ class Trainings:
             QueueUnavailable: Redis does not answer.
         """
         with redis_errors():
-            keys = sorted(self._connection.scan_iter(f"{PROGRESS_KEY}*", count=1000))
-            rows = self._connection.mget(keys) if keys else []
-        return [json.loads(row) for row in rows if row]
+            rows = found(self._connection, PROGRESS_KEY)
+        return [json.loads(row) for _, row in sorted(rows.items())]
 
 
 @dataclass(frozen=True)

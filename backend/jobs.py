@@ -5,6 +5,7 @@ Expected errors travel as data, one for each task: only a string would survive t
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import time
@@ -76,7 +77,7 @@ def set_up(settings: Settings) -> Tools:
     sources = Sources.from_settings(settings, Studio(settings.label_studio_url, settings.label_studio_api_key))
     images = Images(sources, settings.max_image_pixels, needed=detector.image_format.size)
     fingerprint = find_checkpoint(settings.model).fingerprint
-    _tools = Tools(detectors, images, fingerprint, batch_size, watchdog, Glimpse(settings.show_pictures))
+    _tools = Tools(detectors, images, fingerprint, batch_size, watchdog, Glimpse(settings.may_show_pictures))
     return _tools
 
 
@@ -184,7 +185,8 @@ def _load(tools: Looking, uris: Mapping[str, int]) -> dict[str, Loaded]:
 
     def load(uri: str) -> Prepared:
         picture = tools.images.load(uri, uris[uri])
-        tools.glimpse.see(uri, picture.image)
+        with contextlib.suppress(Exception):  # it is for people to look at, and may be left out
+            tools.glimpse.see(uri, picture.image)
         return tools.detector.prepare(picture.image, picture.size)
 
     pool, deadline = ThreadPoolExecutor(DOWNLOADS), time.monotonic() + LOAD_TIMEOUT

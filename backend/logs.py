@@ -13,6 +13,7 @@ from backend.settings import Settings
 
 REQUEST: ContextVar[str] = ContextVar("request", default="-")
 TEXT = "%(asctime)s %(levelname)s %(name)s [%(request)s]: %(message)s"
+CONTROL = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]")
 ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
@@ -25,6 +26,15 @@ class _WithRequest(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         record.request = REQUEST.get()
         return True
+
+
+class TextFormatter(logging.Formatter):
+    """One line a record, whatever a message holds: addresses and numbers of tasks are others' texts."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """The line, with control characters as Python writes them."""
+        record.message = CONTROL.sub(lambda found: repr(found[0])[1:-1], record.message)
+        return super().formatMessage(record)
 
 
 class JsonFormatter(logging.Formatter):
@@ -47,7 +57,7 @@ class JsonFormatter(logging.Formatter):
 def set_up_logging(settings: Settings) -> None:
     """To standard error; urllib3's own records would show addresses of pictures with the signatures in them."""
     stream = logging.StreamHandler()
-    stream.setFormatter(JsonFormatter() if settings.log_format == "json" else logging.Formatter(TEXT))
+    stream.setFormatter(JsonFormatter() if settings.log_format == "json" else TextFormatter(TEXT))
     stream.addFilter(_WithRequest())
     logging.basicConfig(level=settings.log_level, handlers=[stream])
     logging.getLogger("urllib3").setLevel(logging.WARNING)

@@ -19,7 +19,7 @@ REGISTRY = CollectorRegistry()
 STAGES = ("download", "decode", "queue_wait", "forward", "post")
 SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120)
 MOST_LABELS = 300  # that are counted by name; each is a line of what Prometheus reads, from every worker
-OTHER = "(other)"
+LONGEST_LABEL, OTHER = 100, "(other)"  # characters; the name of all others together
 
 ProcessCollector(namespace="gdino", registry=REGISTRY)
 REQUESTS = Counter("gdino_requests", "Requests answered.", ["route", "status"], registry=REGISTRY)
@@ -62,6 +62,7 @@ def timed(stage: str) -> Iterator[None]:
 
 def count_boxes(label: str) -> None:
     """Counts a box; labels beyond `MOST_LABELS` are counted together."""
+    label = label[:LONGEST_LABEL]
     if label in _labels or len(_labels) < MOST_LABELS:
         _labels.add(label)
         BOXES.labels(label).inc()

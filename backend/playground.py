@@ -7,8 +7,9 @@ those of negative phrases too. `pages/boxes.js` cuts them as `Detector` would ha
 from __future__ import annotations
 
 import re
+import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,14 +18,15 @@ from redis import Redis
 from backend.asking import Asking
 from backend.errors import BackendError, BadRequest, ImageError, LabelingConfigError, NotReady
 from backend.labeling import Control, Label, Plan
-from backend.queues import PredictQueue
-from backend.regions import label_of
+from backend.projects import created
+from backend.queues import PredictQueue, redis_errors
+from backend.regions import edges_of, label_of
 from backend.settings import Settings
 
-LOWEST = 0.05  # score of the boxes that are answered
+LOWEST = 0.05  # score of the boxes that are answered, unless a threshold is lower
 FIELD = "image"
+NEGATIVE = "-"  # stands for negative phrases where others have their place
 PROJECT = re.compile(r"[0-9]{1,18}")
-NEGATIVE = "\0"  # begins labels that stand for negative phrases; XML cannot hold it
 
 
 def look(settings: Settings, connection: Redis, label_config: str, image: str, project: str = "") -> dict[str, Any]:
@@ -38,8 +40,9 @@ def look(settings: Settings, connection: Redis, label_config: str, image: str, p
         project: its number, for what was learned for it.
 
     Returns:
-        `labels`: control, label, phrases and threshold of each; `nms_iou`; `boxes`: control, label (null for a negative
-        phrase), score, and x, y, width and height in percent of the picture.
+        `labels`: control, label, phrases and threshold of each, and where it is in the config: the tag that holds it
+        and its place there; `nms_iou`; `lowest`, the score down to which there are boxes; `boxes`: control, place in
+        `labels` (null for a negative phrase), score, and x, y, width and height in percent of the picture.
 
     Raises:
         BadRequest: the picture is not a `data:` address, or the project not a number.
@@ -49,40 +52,52 @@ def look(settings: Settings, connection: Redis, label_config: str, image: str, p
     """
     if not image.startswith("data:"):
         raise BadRequest("the picture must be sent as a data: address")
+    if len(image) > 2 * settings.max_image_bytes:
+        raise ImageError(f"the picture's file is larger than MAX_IMAGE_BYTES ({settings.max_image_bytes})")
     if project and not PROJECT.fullmatch(project):
         raise BadRequest("project must be the number of a project")
-    asking = Asking(settings, label_config, project)
+    with redis_errors():
+        asking = Asking(settings, label_config, project, created(connection, project) if project else None)
     controls = list({control.from_name: control for control in asking.plan.controls}.values())
-    low = Plan(tuple(map(_lowered, controls)))
-    (chunk,) = asking.chunks([{"id": "playground", "data": {FIELD: image}}], 1, plan=low)
+    labels = [_row(control, number, label) for control in controls for number, label in enumerate(control.labels)]
+    lowest = min([LOWEST, *(row["threshold"] for row in labels)])
+    places = iter(range(len(labels)))
+    low = Plan(tuple(_lowered(control, lowest, places) for control in controls))
+    task = {"id": secrets.token_hex(8), "data": {FIELD: image}}
+    (chunk,) = asking.chunks([task], 1, plan=low)
     answer = _answer(settings, PredictQueue(connection), chunk)
     if "error" in answer:
         raise ImageError(answer["error"]["detail"])
-    labels = [
-        {"control": _name(control), "label": label.name, "phrases": label.phrases, "threshold": label.threshold}
-        for control in controls
-        for label in control.labels
-    ]
     return {
         "model_version": asking.model_version,
         "nms_iou": settings.nms_iou,
+        "lowest": lowest,
         "labels": labels,
         "boxes": _boxes(answer["result"]),
     }
 
 
-def _name(control: Control) -> str:
-    """Of the tag that its regions carry the labels of."""
-    return control.labels_name or control.from_name
+def _row(control: Control, number: int, label: Label) -> dict[str, Any]:
+    about = {"control": control.from_name, "holder": control.labels_name or control.from_name, "number": number}
+    return {**about, "label": label.name, "phrases": label.phrases, "threshold": label.threshold}
 
 
-def _lowered(control: Control) -> Control:
+def _lowered(control: Control, lowest: float, places: Iterator[int]) -> Control:
+    """The control for this picture, with all its boxes, labelled with their places in the list of labels."""
     if not control.labels:
         raise LabelingConfigError(f"{control.from_name!r} has no labels of its own; give it some to try them here")
-    negatives = [Label(NEGATIVE + phrase, (phrase,), LOWEST) for phrase in control.negatives]
-    labels = (*(replace(label, threshold=LOWEST) for label in control.labels), *negatives)
+    labels = [replace(label, name=str(next(places)), threshold=lowest) for label in control.labels]
+    labels += [Label(NEGATIVE, (phrase,), lowest) for phrase in control.negatives]
     return replace(
-        control, image=f"${FIELD}", labels=labels, negatives=(), nms_iou=1.0, has_pages=False, dynamic="", repeat=""
+        control,
+        image=f"${FIELD}",
+        labels=tuple(labels),
+        labels_name="",
+        negatives=(),
+        nms_iou=1.0,
+        has_pages=False,
+        dynamic="",
+        repeat="",
     )
 
 
@@ -92,7 +107,8 @@ def _answer(settings: Settings, queue: PredictQueue, chunk: dict[str, Any]) -> d
         value = queue.wait(job, time.monotonic() + settings.predict_deadline)
     except TimeoutError:
         raise NotReady("no answer yet: is a worker running, and is it busy? Try again") from None
-    queue.forget(chunk)  # it holds the picture
+    finally:
+        queue.forget(chunk)  # it holds the picture
     if not value:
         raise BackendError("the worker failed on this picture; its log says why")
     answer: dict[str, Any] = value["answers"][0]
@@ -103,10 +119,9 @@ def _boxes(result: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [
         {
             "control": region["from_name"],
-            "label": None if label_of(region).startswith(NEGATIVE) else label_of(region),
+            "place": None if label_of(region) == NEGATIVE else int(label_of(region)),
             "score": region["score"],
+            **edges_of(region),
         }
-        | {edge: region["value"][edge] for edge in ("x", "y", "width", "height")}
         for region in result
-        if label_of(region)
     ]

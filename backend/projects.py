@@ -21,26 +21,37 @@ CONFIG_KEY = "gdino:projects:config:"  # + project -> its labeling config
 PREDICTED_KEY = "gdino:projects:predicted:"  # + project -> hash: task -> JSON: boxes by label
 KEPT_KEY = "gdino:projects:kept:"  # + project -> hash: label and FATES, a line each -> boxes
 FATES = ("kept", "changed", "deleted", "drawn")  # of boxes: three of predicted ones, and those that people drew
-SHOWN, MOST_LABELS, MOST_CONFIG = 20, 200, 200_000  # projects, labels of each, characters
+MOST_PROJECTS, SHOWN, MOST_LABELS, MOST_PHRASES = 1000, 20, 200, 20  # projects, labels of one, phrases of one
+MOST_CONFIG, LONGEST = 200_000, 200  # characters of a config, and of a label or phrase
 MOST_TASKS, TTL = 200_000, 90 * 24 * 3600  # of a project, s
 
 Boxes = dict[str, list[int]]  # by label, so many of each of FATES
 
 
-def remember(connection: Redis, project: str, version: str, plan: Plan | None, label_config: str) -> None:
-    """Notes what a project asked for; raises RedisError."""
+def remember(
+    connection: Redis, project: str, version: str, plan: Plan | None, label_config: str, created: int | None = None
+) -> None:
+    """Notes what a project, `created` at so many seconds since the epoch, asked for; raises RedisError."""
     labels = [
-        {"control": control.from_name, "label": label.name, "phrases": label.phrases, "threshold": label.threshold}
+        {
+            "label": label.name[:LONGEST],
+            "phrases": [phrase[:LONGEST] for phrase in label.phrases[:MOST_PHRASES]],
+            "threshold": label.threshold,
+        }
         for control in (plan.controls if plan else ())
         for label in control.labels
     ]
-    card = {"version": version, "labels": labels[:MOST_LABELS], "of": len(labels)}
+    card = {"version": version, "created": created, "labels": labels[:MOST_LABELS], "of": len(labels)}
     with connection.pipeline() as pipeline:
         pipeline.zadd(SEEN_KEY, {project: time.time()})
         pipeline.hset(CARDS_KEY, project, json.dumps(card))
         if len(label_config) <= MOST_CONFIG:
-            pipeline.set(CONFIG_KEY + project, label_config.encode(errors="replace"))
-        pipeline.execute()
+            pipeline.set(CONFIG_KEY + project, label_config.encode(errors="replace"), ex=TTL)
+        pipeline.zrange(SEEN_KEY, 0, -MOST_PROJECTS - 1)
+        forgotten = pipeline.execute()[-1]
+    if forgotten:
+        connection.hdel(CARDS_KEY, *forgotten)
+        connection.zrem(SEEN_KEY, *forgotten)
 
 
 def label_config(connection: Redis, project: str) -> str:
@@ -58,18 +69,33 @@ def known_versions(connection: Redis) -> list[str]:
 def cards(connection: Redis) -> list[dict[str, Any]]:
     """The last projects that asked, the last first, with their labels and the fates of boxes; raises RedisError."""
     seen: list[tuple[bytes, float]] = connection.zrange(SEEN_KEY, 0, SHOWN - 1, desc=True, withscores=True)  # type: ignore[assignment]
-    found = []
-    for project, at in seen:
-        row = connection.hget(CARDS_KEY, project.decode())
-        if row:
-            fates = _fates(connection, project.decode())
-            found.append({"project": project.decode(), "time": at, **json.loads(row), "boxes": fates})
-    return found
+    with connection.pipeline() as pipeline:
+        for project, _ in seen:
+            pipeline.hget(CARDS_KEY, project.decode())
+            pipeline.hgetall(KEPT_KEY + project.decode())
+        rows = pipeline.execute()
+    return [
+        {"project": project.decode(), "time": at, **json.loads(card), "boxes": _by_label(kept)}
+        for (project, at), card, kept in zip(seen, rows[::2], rows[1::2], strict=True)
+        if card
+    ]
 
 
-def _fates(connection: Redis, project: str) -> dict[str, dict[str, int]]:
+def told_versions(connection: Redis) -> dict[str, str]:
+    """The versions that the last projects were told, by project; raises RedisError."""
+    projects: list[bytes] = connection.zrange(SEEN_KEY, 0, SHOWN - 1, desc=True)  # type: ignore[assignment]
+    rows = connection.hmget(CARDS_KEY, projects) if projects else []
+    return {project.decode(): json.loads(row)["version"] for project, row in zip(projects, rows, strict=True) if row}
+
+
+def created(connection: Redis, project: str) -> int | None:
+    """When a project was made, as it said; raises RedisError."""
+    row = connection.hget(CARDS_KEY, project)
+    return json.loads(row)["created"] if row else None
+
+
+def _by_label(rows: Mapping[bytes, bytes]) -> dict[str, dict[str, int]]:
     found: dict[str, dict[str, int]] = {}
-    rows: dict[bytes, bytes] = connection.hgetall(KEPT_KEY + project)  # type: ignore[assignment]
     for field, count in rows.items():
         label, _, fate = field.decode().rpartition("\n")
         found.setdefault(label, dict.fromkeys(FATES, 0))[fate] = int(count)
@@ -81,7 +107,7 @@ def note_predicted(
 ) -> None:
     """Notes how many boxes of each label a task was given, so that deleted ones can be told."""
     rows = {
-        str(task["id"]): json.dumps(Counter(filter(None, map(label_of, answer["result"]))))
+        _text(task["id"]): json.dumps(Counter(filter(None, map(label_of, answer["result"]))))
         for task, answer in zip(tasks, answers, strict=True)
         if "result" in answer and "prompt" not in task  # Label Studio keeps no answer to what is being typed
     }
@@ -90,6 +116,10 @@ def note_predicted(
         if project and rows and connection.hlen(key) < MOST_TASKS:
             connection.hset(key, items=[word for row in rows.items() for word in row])
             connection.expire(key, TTL)
+
+
+def _text(number: object) -> str:
+    return str(number).encode(errors="replace").decode()  # Redis takes Unicode text only
 
 
 def predicted(connection: Redis, project: str, tasks: Sequence[int | None]) -> list[dict[str, int]]:
@@ -103,24 +133,19 @@ def fates(annotation: Mapping[str, Any], given: Mapping[str, int]) -> Boxes:
 
     Args:
         annotation: as Label Studio's events have it. Regions carry their `origin`; those that it copied from a
-            prediction itself have none, but a score.
+            prediction itself have none, but a score. A box with another label is changed there and deleted here.
         given: the boxes by label that the task's prediction had.
     """
     if annotation.get("was_cancelled") or not isinstance(annotation.get("result"), list):
         return {}
     found: Boxes = {label: [0, 0, 0, 0] for label in given}
     for region in annotation["result"]:
-        label = _clean_label(region) if isinstance(region, Mapping) else ""
+        label = label_of(region) if isinstance(region, Mapping) else ""
         if label and (label in found or len(found) < MOST_LABELS):
             found.setdefault(label, [0, 0, 0, 0])[FATES.index(_fate(region, annotation))] += 1
     for label, count in given.items():
         found[label][2] = max(count - found[label][0] - found[label][1], 0)
     return found
-
-
-def _clean_label(region: Mapping[str, Any]) -> str:
-    label = label_of(region) if isinstance(region.get("value"), Mapping) else ""
-    return label.encode(errors="replace").decode()  # Redis takes Unicode text only
 
 
 def _fate(region: Mapping[str, Any], annotation: Mapping[str, Any]) -> str:

@@ -26,6 +26,7 @@ from backend.studio import Studio
 log = logging.getLogger(__name__)
 
 LOOK_AT = 512  # chunks from the head of the outbox at a time
+MOST_UNFINISHED = 64  # one after the other, behind which none is looked at: chunks are made in their order
 BATCH, MOST_REGIONS = 5000, 40_000  # predictions in one import, and regions: about 12 MB
 # An import makes Label Studio count all tasks of the project anew (0.6 ms each with SQLite), however little it brings:
 # while more is being made, the pusher rests so many times as long as the last import took.
@@ -55,9 +56,9 @@ class Pusher:
         failures, pause = 0, PAUSE
         while not stop.wait(pause):
             try:
-                self.step()
                 with redis_errors():
                     hand_over(self._connection, self._name)
+                self.step()
                 failures, pause = 0, PAUSE
             except BackendError as error:
                 failures += 1
@@ -101,10 +102,13 @@ class Pusher:
         is_resting = time.monotonic() < self._rests_until and self._queue.waiting() > 0
         if is_resting or not self._has_lease():
             return
-        finished = []
+        finished, unfinished = [], 0
         for entry in self._outbox.first(LOOK_AT):
             if (answers := self._answers(entry)) is not None:
                 finished.append((entry, answers))
+            unfinished = 0 if answers is not None else unfinished + 1
+            if unfinished > MOST_UNFINISHED:
+                break
         for (project, version), rows in itertools.groupby(sorted(finished, key=_target), key=_target):
             for batch in _batches(list(rows)):
                 if self._has_lease():
@@ -126,11 +130,16 @@ class Pusher:
         entries = [entry for entry, _ in batch]
         try:
             if self._is_known(entries[0]):
-                self._deliver(project, version, batch)
+                with self._keeping_lease():
+                    self._deliver(project, version, batch)
         except (StudioAway, StudioRefused, QueueUnavailable):
             raise
-        except Exception as error:  # one odd batch must not hold up the others
-            log.error("project %s: %d chunks cannot be pushed: %s", project, len(entries), error)
+        except Exception as error:  # one odd chunk must not hold up the others
+            if len(batch) > 1:
+                for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
+                    self._push_batch(project, version, half)
+                return
+            log.error("project %s: a chunk cannot be pushed: %s", project, error)
         self._outbox.remove(entries)
 
     def _is_known(self, entry: Entry) -> bool:
@@ -153,12 +162,12 @@ class Pusher:
         wanted = {row["task"]: row for entry, answers in batch for row in _predictions(entry, answers)}
         ways = self._outbox.claim(PUSHING, project, version, list(wanted), time.time(), since)
         begun = [task for task, way in ways.items() if way == PUSHING]  # an import of which we never heard the end
-        there = {task for task in begun if version in self._studio.versions_of(task)}
+        there = set(begun) - self._studio.existing(project, begun, version) if begun else set()
         ours = [task for task, way in ways.items() if way not in (PULL, PUSHED)]
         self._import(project, [wanted[task] for task in ours if task not in there])
         self._outbox.settle(project, version, ours, time.time())
 
-    def _import(self, project: str, predictions: Sequence[Prediction]) -> None:
+    def _import(self, project: str, predictions: Sequence[Prediction], is_checked: bool = False) -> None:
         """Stores predictions; one that Label Studio refuses is left out, and the others are stored."""
         if not predictions:
             return
@@ -166,17 +175,21 @@ class Pusher:
             raise StudioAway("another pusher has taken over")
         start = time.monotonic()
         try:
-            with self._keeping_lease():
-                created = self._studio.import_predictions(project, predictions)
+            created = self._studio.import_predictions(project, predictions)
         except (StudioAway, StudioRefused):
             raise
         except StudioError as error:
             if len(predictions) == 1:
                 log.error("task %s: %s", predictions[0]["task"], error)
                 return
+            there = None if is_checked else self._studio.existing(project, [row["task"] for row in predictions])
+            kept = [row for row in predictions if there is None or row["task"] in there]
+            if len(kept) < len(predictions):  # tasks were deleted meanwhile
+                self._import(project, kept, is_checked=True)
+                return
             half = len(predictions) // 2
-            self._import(project, predictions[:half])
-            self._import(project, predictions[half:])
+            self._import(project, predictions[:half], is_checked=True)
+            self._import(project, predictions[half:], is_checked=True)
         else:
             took = time.monotonic() - start
             PUSH_SECONDS.observe(took)

@@ -1,4 +1,4 @@
-"""The queue: the only module that knows RQ and Redis.
+"""The queue "predict": the jobs, their names, and who may run them.
 
 Jobs and answers are plain JSON. A worker runs only the functions in `ALLOWED`: a job in Redis may name any import path.
 """
@@ -25,6 +25,7 @@ from rq.results import Result
 from rq.serializers import JSONSerializer
 
 from backend.errors import Overloaded, QueueUnavailable
+from backend.live import found
 from backend.logs import REQUEST
 
 PREDICT = "predict"
@@ -243,7 +244,7 @@ class PredictQueue:
             QueueUnavailable: Redis does not answer.
         """
         with redis_errors():
-            return len(self._ready_keys())
+            return len(found(self._connection, READY_KEY))
 
     def batch_size(self) -> int:
         """Pictures in one job, as the smallest of the ready workers wants it.
@@ -252,12 +253,8 @@ class PredictQueue:
             QueueUnavailable: Redis does not answer.
         """
         with redis_errors():
-            keys = self._ready_keys()
-            rows = self._connection.mget(keys) if keys else []
-        return min((int(json.loads(row)["batch_size"]) for row in rows if row), default=BATCH_SIZE)
-
-    def _ready_keys(self) -> list[bytes]:
-        return list(self._connection.scan_iter(f"{READY_KEY}*", count=1000))
+            rows = found(self._connection, READY_KEY)
+        return min((int(json.loads(row)["batch_size"]) for row in rows.values()), default=BATCH_SIZE)
 
 
 def final_result(job: Job, timeout: int = 0) -> Result | None:

@@ -15,19 +15,19 @@ from typing import Any
 from redis import Redis
 from redis.exceptions import RedisError
 
-from backend.regions import label_of
+from backend.live import found, put
+from backend.regions import Region, edges_of, label_of
 
 FAILURES_KEY, MOST_FAILURES = "gdino:recent:failures", 50  # list of JSON, the last first
 PICTURES_KEY, MOST_PICTURES = "gdino:recent:pictures", 12  # likewise
 RATE_KEY, MINUTES = "gdino:recent:rate:", 60  # + minute since the epoch -> tasks answered in it
-BULK_KEY, BULK_TTL = "gdino:recent:bulk:", 30  # + name -> JSON; s
+BULK_KEY, BULK_TTL = "gdino:recent:bulk:", 600  # + name -> JSON; s, longer than an import or a chunk may take
 
 
-def note_picture(connection: Redis, jpeg: bytes, regions: Sequence[Mapping[str, Any]], **about: Any) -> None:
+def note_picture(connection: Redis, jpeg: bytes, regions: Sequence[Region], **about: Any) -> None:
     """Keeps a picture with its boxes: label, score, and x, y, width, height in percent."""
     boxes = [
-        {"label": label_of(region), "score": region["score"]}
-        | {edge: region["value"][edge] for edge in ("x", "y", "width", "height")}
+        {"label": label_of(region), "score": region["score"], **edges_of(region)}
         for region in regions
         if label_of(region)
     ]
@@ -61,8 +61,8 @@ class Bulk:
     """A command's progress, as the status page shows it."""
 
     def __init__(self, connection: Redis, name: str, what: str) -> None:
-        """`name` is its own alone; `what` is what people read."""
-        self._connection, self._key = connection, BULK_KEY + name
+        """`what` is what people read; a command of the same `name` takes its place."""
+        self._connection, self._name = connection, name
         self._row: dict[str, Any] = {"what": what, "since": time.time()}
         self._last = 0.0
 
@@ -71,14 +71,15 @@ class Bulk:
         if time.monotonic() - self._last < 1 and done < of:
             return
         self._last = time.monotonic()
-        row = {**self._row, "done": done, "failed": failed, "of": of}
+        self._row.setdefault("before", done)  # another run did them
+        row = {**self._row, "time": time.time(), "done": done, "failed": failed, "of": of}
         with contextlib.suppress(RedisError):
-            self._connection.set(self._key, json.dumps(row), ex=BULK_TTL)
+            put(self._connection, BULK_KEY, self._name, json.dumps(row), BULK_TTL)
 
     def close(self) -> None:
         """It is over."""
         with contextlib.suppress(RedisError):
-            self._connection.delete(self._key)
+            self._connection.delete(BULK_KEY + self._name)
 
 
 def failures(connection: Redis) -> list[dict[str, Any]]:
@@ -100,6 +101,5 @@ def rate(connection: Redis) -> list[int]:
 
 def bulk(connection: Redis) -> list[dict[str, Any]]:
     """Commands at work, the oldest first; raises RedisError."""
-    keys = list(connection.scan_iter(f"{BULK_KEY}*", count=1000))
-    rows = [json.loads(row) for row in (connection.mget(keys) if keys else []) if row]
+    rows = [json.loads(row) for row in found(connection, BULK_KEY).values()]
     return sorted(rows, key=lambda row: float(row["since"]))

@@ -110,7 +110,12 @@ def _percent(box_xyxy: Box, width: int, height: int) -> dict[str, float]:
 
 
 def label_of(region: Mapping[str, Any]) -> str:
-    """A region's label, empty for one that carries none: a Rectangle keeps its in a second region."""
-    value = region.get("value") or {}
-    labels = value.get("rectanglelabels") or value.get("labels") or [""]
-    return str(labels[0])
+    """A region's label as Unicode text, empty for one that carries none: a Rectangle keeps its in a second region."""
+    value = region.get("value")
+    labels = (value.get("rectanglelabels") or value.get("labels")) if isinstance(value, Mapping) else None
+    return str(labels[0]).encode(errors="replace").decode() if labels and isinstance(labels, list) else ""
+
+
+def edges_of(region: Region) -> dict[str, float]:
+    """Where a region's box is: x, y, width and height in percent of the picture."""
+    return {edge: region["value"][edge] for edge in ("x", "y", "width", "height")}

@@ -15,6 +15,7 @@ from rq import Queue, SimpleWorker
 from rq.serializers import JSONSerializer
 
 from backend.handover import hand_over
+from backend.live import put
 from backend.queues import READY_TTL, AllowedJob, connect, redis_errors, worker_name
 from backend.recovery import Recovery
 from backend.settings import Settings
@@ -73,11 +74,13 @@ def _stay_ready(connection: Redis, recovery: Recovery, name: str, key: str, abou
     """Keeps the worker's key in Redis alive and looks for lost jobs; a thread, because a job occupies the main one."""
     while True:
         try:
-            connection.set(key + name, about, ex=READY_TTL)
-            hand_over(connection, name)
+            put(connection, key, name, about, READY_TTL)
             recovery.requeue_lost()
+            hand_over(connection, name)
         except RedisError:
             log.warning("Redis does not answer")
+        except Exception:  # without a sign of life the worker would count as dead
+            log.exception("a sign of life was not complete")
         if stop.wait(BEAT):
             break
     with contextlib.suppress(RedisError):  # it expires by itself

@@ -17,10 +17,18 @@ TRAIN = ("thresholds", "encoder", "head", "all")
 SECRET = re.compile(r"[A-Za-z0-9_-]{16,}")
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 LOG_FORMATS = ("text", "json")
+SHOW_PICTURES = ("auto", "true", "false")
 
 
-def _setting(default: Any, text: str, unit: str = "", minimum: float | None = None, secret: bool = False) -> Any:
-    metadata = {"text": text, "unit": unit, "minimum": minimum}
+def _setting(
+    default: Any,
+    text: str,
+    unit: str = "",
+    minimum: float | None = None,
+    secret: bool = False,
+    choices: tuple[str, ...] = (),
+) -> Any:
+    metadata = {"text": text, "unit": unit, "minimum": minimum, "choices": choices}
     return dataclasses.field(default=default, repr=not secret, metadata=metadata)
 
 
@@ -40,8 +48,10 @@ class Settings:
     path_secret: str = _setting("", "the backend is then reached below `/s/<secret>` only", secret=True)
     box_threshold: float = _setting(0.3, "lowest score of a box, where the labeling config says nothing", "0 to 1", 0)
     nms_iou: float = _setting(0.7, "of boxes that overlap more, only the best stays; 1 keeps all", "IoU, 0 to 1", 0)
-    train: str = _setting("encoder", f"what training changes, one of {', '.join(TRAIN)}; `head`: all but the backbones")
-    precision: str = _setting("auto", f"one of {', '.join(PRECISIONS)}; `auto` is float16 on a GPU")
+    train: str = _setting(
+        "encoder", f"what training changes, one of {', '.join(TRAIN)}; `head`: all but the backbones", choices=TRAIN
+    )
+    precision: str = _setting("auto", f"one of {', '.join(PRECISIONS)}; `auto` is float16 on a GPU", choices=PRECISIONS)
     batch_size: int = _setting(0, "pictures in a job and a forward pass; 0: what takes a second and fits", minimum=0)
     predict_deadline: int = _setting(90, "time after which /predict answers with what is finished", "seconds", 1)
     push_above: int = _setting(50, "tasks in a request above which predictions are pushed, with a key", minimum=0)
@@ -52,9 +62,14 @@ class Settings:
     max_image_pixels: int = _setting(100_000_000, "largest picture", "pixels", 1)
     max_image_bytes: int = _setting(50_000_000, "largest picture file", "bytes", 1)
     port: int = _setting(9090, "port of the web front", minimum=1)
-    log_level: str = _setting("INFO", f"one of {', '.join(LOG_LEVELS)}")
-    log_format: str = _setting("text", f"one of {', '.join(LOG_FORMATS)}")
-    show_pictures: bool = _setting(True, "whether the status page shows the last pictures, small")
+    log_level: str = _setting("INFO", f"one of {', '.join(LOG_LEVELS)}", choices=LOG_LEVELS)
+    log_format: str = _setting("text", f"one of {', '.join(LOG_FORMATS)}", choices=LOG_FORMATS)
+    show_pictures: str = _setting(
+        "auto",
+        f"whether the status page shows the last pictures, one of {', '.join(SHOW_PICTURES)}; "
+        "`auto`: behind a login or a secret path, and of `demo`",
+        choices=SHOW_PICTURES,
+    )
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> Settings:
@@ -70,25 +85,27 @@ class Settings:
         """The environment from which a child process reads these same settings."""
         return {f.name.upper(): str(getattr(self, f.name)) for f in dataclasses.fields(self)}
 
+    @property
+    def may_show_pictures(self) -> bool:
+        """Whether the status page shows pictures: without a door anybody could look at them."""
+        if self.show_pictures == "auto":
+            return bool(self.basic_auth_user or self.path_secret or self.model == "demo")
+        return self.show_pictures == "true"
+
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             minimum = field.metadata["minimum"]
             if minimum is not None and not getattr(self, field.name) >= minimum:
                 raise SettingsError(f"{field.name.upper()} must be at least {minimum}")
+            choices = field.metadata["choices"]
+            if choices and getattr(self, field.name) not in choices:
+                raise SettingsError(f"{field.name.upper()} must be one of {', '.join(choices)}")
         if not (self.box_threshold <= 1 and self.nms_iou <= 1):
             raise SettingsError("BOX_THRESHOLD and NMS_IOU must be at most 1")
         if not self.port < 65536:
             raise SettingsError("PORT must be below 65536")
         if self.redis_url and not self.redis_url.startswith(("redis://", "rediss://", "unix://")):
             raise SettingsError("REDIS_URL must begin with redis://, rediss:// or unix://")
-        if self.precision not in PRECISIONS:
-            raise SettingsError(f"PRECISION must be one of {', '.join(PRECISIONS)}")
-        if self.train not in TRAIN:
-            raise SettingsError(f"TRAIN must be one of {', '.join(TRAIN)}")
-        if self.log_level not in LOG_LEVELS:
-            raise SettingsError(f"LOG_LEVEL must be one of {', '.join(LOG_LEVELS)}")
-        if self.log_format not in LOG_FORMATS:
-            raise SettingsError(f"LOG_FORMAT must be one of {', '.join(LOG_FORMATS)}")
         if self.path_secret and not SECRET.fullmatch(self.path_secret):
             raise SettingsError("PATH_SECRET must be at least 16 letters, digits, '-' and '_'")
         if bool(self.basic_auth_user) != bool(self.basic_auth_pass):

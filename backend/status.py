@@ -8,46 +8,51 @@ from typing import Any
 
 from redis import Redis
 
+from backend.asking import Asking
 from backend.errors import CheckpointError, QueueUnavailable
 from backend.fit_queue import FIT_READY_KEY, Trainings
+from backend.live import found
 from backend.outbox import Outbox
 from backend.projects import cards
 from backend.queues import READY_KEY, PredictQueue, redis_errors
 from backend.recent import bulk, failures, pictures, rate
 from backend.settings import Settings
-from backend.versions import find_checkpoint
 
 WORKERS = ((READY_KEY, "predict"), (FIT_READY_KEY, "fit"))
 
 
 def workers(connection: Redis) -> list[dict[str, Any]]:
     """Workers that live, with their queue, device and whether they are busy; raises RedisError."""
-    found = []
-    for prefix, queue in WORKERS:
-        keys: list[bytes] = sorted(connection.scan_iter(f"{prefix}*", count=1000))
-        for key, row in zip(keys, connection.mget(keys) if keys else [], strict=True):
-            name = key.decode().removeprefix(prefix)
-            is_busy = connection.hget(f"rq:worker:{name}", "state") == b"busy"
-            if row:
-                found.append({"name": name, "queue": queue, "is_busy": is_busy, **json.loads(row)})
-    return found
+    alive = [(queue, name, row) for kind, queue in WORKERS for name, row in found(connection, kind).items()]
+    with connection.pipeline() as pipeline:
+        for _, name, _ in alive:
+            pipeline.hget(f"rq:worker:{name}", "state")
+        states = pipeline.execute()
+    return [
+        {"name": name, "queue": queue, "is_busy": state == b"busy", **json.loads(row)}
+        for (queue, name, row), state in zip(alive, states, strict=True)
+    ]
 
 
-def status(settings: Settings, connection: Redis) -> dict[str, Any]:
-    """Everything that the status page shows, as plain JSON; without the queue, that it is away."""
+def status(settings: Settings, connection: Redis, seen: str = "") -> dict[str, Any]:
+    """Everything that the status page shows, as plain JSON; without the queue, that it is away.
+
+    `pictures` is null where the last of them is of the time `seen`, as text: they are most of the bytes.
+    """
     try:
-        model = find_checkpoint(settings.model).model_version()
+        model = Asking(settings, "").checkpoint.model_version()
     except CheckpointError as error:
         model = str(error)
     row: dict[str, Any] = {"time": time.time(), "model": settings.model, "model_version": model}
     try:
         with redis_errors():
-            return {**row, **_from_redis(settings, connection)}
+            return {**row, **_from_redis(settings, connection, seen)}
     except QueueUnavailable as error:
         return {**row, "error": error.to_dict()}
 
 
-def _from_redis(settings: Settings, connection: Redis) -> dict[str, Any]:
+def _from_redis(settings: Settings, connection: Redis, seen: str) -> dict[str, Any]:
+    shown = pictures(connection) if settings.may_show_pictures else []
     return {
         "workers": workers(connection),
         "waiting": PredictQueue(connection).waiting(),
@@ -57,5 +62,6 @@ def _from_redis(settings: Settings, connection: Redis) -> dict[str, Any]:
         "trainings": Trainings(connection).all(),
         "projects": cards(connection),
         "failures": failures(connection),
-        "pictures": pictures(connection) if settings.show_pictures else [],
+        "pictures": None if shown and seen == str(shown[0]["time"]) else shown,
+        "may_show_pictures": settings.may_show_pictures,
     }

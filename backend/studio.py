@@ -192,14 +192,14 @@ class Studio:
         kind = "personal access token" if self._is_refresh_token else "legacy token"
         return kind if self._api_key else "no key"
 
-    def versions_of(self, task: int) -> list[str]:
-        """The model versions of a task's predictions.
-
-        Raises:
-            StudioError: Label Studio refused.
-            StudioAway: it did not answer.
-        """
-        return [str(row["model_version"]) for row in self.predictions_of(task)]
+    def existing(self, project: str, numbers: Sequence[int], without: str = "") -> set[int]:
+        """Those of these tasks that there are, and that have no prediction of the version `without`; as `task_data`."""
+        found: set[int] = set()
+        for start in range(0, len(numbers), PAGE):
+            among = numbers[start : start + PAGE]
+            items = _without(without, among) if without else [_is("id", "in_list", list(among))]
+            found |= {int(task["id"]) for task in self._page(project, items, 0)["tasks"]}
+        return found
 
     def import_predictions(self, project: str, predictions: Sequence[Mapping[str, Any]]) -> int:
         """Stores predictions, all or none, and says how many; whatever is there already stays as well.

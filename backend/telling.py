@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rq import get_current_job
+from rq.timeouts import JobTimeoutException
 
 from backend.glimpse import Glimpse
 from backend.logs import REQUEST
@@ -41,18 +43,35 @@ class Telling:
         place, jpeg = taken
         regions: Sequence[Region] = found[place] if isinstance(found[place], list) else []
         about = {"project": self._project, "task": tasks[place], "model_version": version}
-        note_picture(self._job.connection, jpeg, regions, **about)
+        with _never_in_the_way():
+            note_picture(self._job.connection, jpeg, regions, **about)
 
     def answered(self, tasks: Rows, answers: Rows) -> None:
         """Ends."""
+        if self._project is not None:
+            with _never_in_the_way():
+                self._count(tasks, answers)
+        failed, took = sum("error" in answer for answer in answers), time.monotonic() - self._start
+        name = f"project {self._project}" if self._project else "no project"
+        log.info("%s: %d tasks in %.2f s, %d of them failed", name, len(answers), took, failed)
+
+    def _count(self, tasks: Rows, answers: Rows) -> None:
         for answer in answers:
             if "error" in answer:
                 FAILURES.labels(answer["error"]["code"]).inc()
             for label in filter(None, map(label_of, answer.get("result", ()))):
                 count_boxes(label)
-        if self._job and self._project is not None:
+        if self._job:
             note_answers(self._job.connection, self._project, tasks, answers)
             note_predicted(self._job.connection, self._project, tasks, answers)
-        failed, took = sum("error" in answer for answer in answers), time.monotonic() - self._start
-        name = f"project {self._project}" if self._project else "no project"
-        log.info("%s: %d tasks in %.2f s, %d of them failed", name, len(answers), took, failed)
+
+
+@contextlib.contextmanager
+def _never_in_the_way() -> Iterator[None]:
+    """What people may look at later fails no task now."""
+    try:
+        yield
+    except JobTimeoutException:
+        raise
+    except Exception:
+        log.exception("the status page will miss something")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,16 +14,18 @@ from redis import Redis
 from redis.exceptions import RedisError
 from werkzeug.wrappers import Response as AnyResponse
 
-from backend.errors import BadRequest, NotFound
+from backend.door import json_body
+from backend.errors import BadRequest, NotFound, Overloaded, QueueUnavailable
 from backend.handover import handed_over
 from backend.metrics import REGISTRY, merged
 from backend.outbox import Outbox
 from backend.playground import look
-from backend.projects import cards, label_config
+from backend.projects import label_config, told_versions
 from backend.queues import PredictQueue, connect, redis_errors
 from backend.settings import Settings
 from backend.status import status, workers
 
+MOST_LOOKS = 16  # in the playground at a time; each holds a thread, and its picture lies in Redis
 PAGES = Path(__file__).parent / "pages"
 SAMPLES = Path(__file__).parent / "demo" / "samples"
 POLICY = (
@@ -70,12 +73,12 @@ def web_pages(settings: Settings) -> Blueprint:
 
 
 def _add_data(pages: Blueprint, settings: Settings, redis: Callable[[], Redis]) -> None:
-    registry = CollectorRegistry(auto_describe=False)
+    looks, registry = threading.BoundedSemaphore(MOST_LOOKS), CollectorRegistry(auto_describe=False)
     registry.register(_Collected(redis))
 
     @pages.get("/status")
     def state() -> Response:
-        return jsonify(status(settings, redis()))
+        return jsonify(status(settings, redis(), request.args.get("seen", "")))
 
     @pages.get("/playground/config/<project>")
     def config(project: str) -> Response:
@@ -87,7 +90,13 @@ def _add_data(pages: Blueprint, settings: Settings, redis: Callable[[], Redis]) 
 
     @pages.post("/playground/look")
     def look_at() -> Response:
-        return jsonify(look(settings, redis(), *_words("label_config", "image", "project")))
+        words = _words("label_config", "image", "project")
+        if not looks.acquire(blocking=False):
+            raise Overloaded(f"{MOST_LOOKS} pictures are looked at already; try again in a moment")
+        try:
+            return jsonify(look(settings, redis(), *words))
+        finally:
+            looks.release()
 
     @pages.get("/metrics")
     def metrics() -> Response:
@@ -96,10 +105,10 @@ def _add_data(pages: Blueprint, settings: Settings, redis: Callable[[], Redis]) 
 
 def _words(*keys: str) -> list[str]:
     """These fields of the request's body."""
-    body = request.get_json(force=True)
-    words = [body.get(key, "") for key in keys] if isinstance(body, dict) else []
-    if not (words and all(isinstance(word, str) for word in words)):
-        raise BadRequest(f"the body must be a JSON object with {', '.join(keys)} as strings")
+    body = json_body()
+    words = [body.get(key, "") for key in keys]
+    if not all(isinstance(word, str) for word in words):
+        raise BadRequest(f"{', '.join(keys)} must be strings")
     return words
 
 
@@ -117,7 +126,7 @@ class _Collected:
                 families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
                 families[family.name].samples.extend(family.samples)
             yield from _of_redis(self._redis())
-        except RedisError:
+        except (RedisError, QueueUnavailable):
             pass
         yield from families.values()
 
@@ -132,6 +141,6 @@ def _of_redis(connection: Redis) -> Iterator[Metric]:
     yield GaugeMetricFamily("gdino_queue_chunks", "Chunks that wait.", PredictQueue(connection).waiting())
     yield GaugeMetricFamily("gdino_outbox_chunks", "Chunks that are to be pushed.", len(Outbox(connection)))
     told = InfoMetricFamily("gdino_model_version", "The version that a project was told.", labels=["project"])
-    for card in cards(connection):
-        told.add_metric([card["project"]], {"model_version": card["version"]})
+    for project, version in told_versions(connection).items():
+        told.add_metric([project], {"model_version": version})
     yield told

@@ -122,7 +122,7 @@ def bench_preannotate(detector: Detector, folder: Path) -> None:
     folder.mkdir()
     with (
         running_label_studio(folder) as studio,
-        http_server(lambda request: reply(request, picture(int(Path(request.path).stem)))) as pictures,
+        http_server(lambda request: reply(request, picture(int(Path(request.path).stem))), "HTTP/1.1") as pictures,
         serving(folder, LABEL_STUDIO_URL=studio.url, LABEL_STUDIO_API_KEY=LEGACY_TOKEN) as settings,
     ):
         compare("preannotate", detector, lambda count: preannotated(settings, studio, pictures, count))

@@ -88,10 +88,12 @@ def is_running(pid: int) -> bool:
 
 
 @contextlib.contextmanager
-def http_server(answer: Callable[[BaseHTTPRequestHandler], None]) -> Iterator[str]:
-    """A web server whose every request is answered by `answer`; yields its URL."""
+def http_server(answer: Callable[[BaseHTTPRequestHandler], None], protocol: str = "HTTP/1.0") -> Iterator[str]:
+    """A web server whose every request is answered by `answer`; yields its URL. HTTP/1.1 keeps connections open."""
 
     class Handler(BaseHTTPRequestHandler):
+        protocol_version = protocol
+
         def do_GET(self) -> None:
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 answer(self)

@@ -1,6 +1,6 @@
 // Boxes on pictures. A box has label, score, and x, y, width, height in percent of the picture.
 
-const COLOURS = ["#e6194b", "#4363d8", "#2f8f3f", "#d2691e", "#911eb4", "#008080", "#9a6324", "#6b7d00"];
+const COLOURS = ["#e6194b", "#4363d8", "#27753a", "#a8501a", "#911eb4", "#008080", "#9a6324", "#6b7d00"];
 const SVG = "http://www.w3.org/2000/svg";
 
 /** A new element with properties and children; text is never taken as HTML. */
@@ -22,13 +22,14 @@ export function draw(frame, boxes, labels) {
   const svg = document.createElementNS(SVG, "svg");
   svg.setAttribute("viewBox", "0 0 100 100");
   svg.setAttribute("preserveAspectRatio", "none");
+  svg.setAttribute("aria-hidden", "true");
   frame.append(svg);
   for (const box of boxes) {
     const rect = document.createElementNS(SVG, "rect");
     for (const edge of ["x", "y", "width", "height"]) rect.setAttribute(edge, box[edge]);
     rect.setAttribute("stroke", colourOf(box.label, labels));
     svg.append(rect);
-    const tag = element("span", { className: "tag", textContent: `${box.label} ${box.score.toFixed(2)}` });
+    const tag = element("span", { className: "tag", ariaHidden: "true", textContent: `${box.label} ${box.score.toFixed(2)}` });
     tag.classList.toggle("inside", box.y < 8);
     if (box.x > 55) tag.style.right = `${100 - box.x - box.width}%`;
     else tag.style.left = `${box.x}%`;
@@ -49,16 +50,16 @@ function overlap(a, b) {
 /**
  * The boxes that `/predict` answers with these thresholds, best first.
  *
- * @param boxes all of a picture, those of negative phrases with the label null.
- * @param threshold gives a label's, of a control; a negative phrase has the lowest of its control.
+ * @param boxes all of a picture, each with its control and the place of its label; null is that of negative phrases.
+ * @param threshold gives that of a place; a negative phrase has the lowest of its control.
  * @param nmsIou of boxes of one control that overlap more only the best stays, whatever their labels.
  */
 export function cut(boxes, threshold, nmsIou) {
   const kept = [];
   for (const box of [...boxes].sort((a, b) => b.score - a.score)) {
-    if (box.score < threshold(box.control, box.label)) continue;
+    if (box.score < threshold(box.control, box.place)) continue;
     const rivals = nmsIou >= 1 ? [] : kept.filter((better) => better.control === box.control);
     if (rivals.every((better) => overlap(box, better) <= nmsIou)) kept.push(box);
   }
-  return kept.filter((box) => box.label !== null);
+  return kept.filter((box) => box.place !== null);
 }

@@ -7,10 +7,11 @@ const FIRST = "ring\nstar\nSquare: purple square, blue square";
 const at = (id) => document.getElementById(id);
 
 let picture = ""; // as a data: address
-let answer = null;
-const thresholds = new Map(); // by control and label
+let answer = null; // with the labeling config that it answers
+let looks = 0; // so many were begun: an answer to an earlier one comes too late
+const thresholds = new Map(); // by the tag that holds a label and its place there: two controls may share one
 
-const key = (control, label) => `${control}\n${label}`;
+const keyOf = (row) => `${row.holder}\n${row.number}`;
 const isByConfig = () => at("tab-config").getAttribute("aria-selected") === "true";
 
 // -- what is asked ---------------------------------------------------------------------------------------------------
@@ -46,19 +47,19 @@ const asked = () => (isByConfig() ? at("config").value : configOf(at("phrases").
 async function look() {
   say("");
   if (!picture) return say("Choose a picture first.");
-  at("go").disabled = true;
+  const number = ++looks, config = asked();
   at("busy").textContent = "looking…";
   try {
-    const body = JSON.stringify({ image: picture, label_config: asked(), project: project() });
+    const body = JSON.stringify({ image: picture, label_config: config, project: project() });
     const reply = await fetch("playground/look", { method: "POST", body, headers: { "Content-Type": "application/json" } });
     const found = await reply.json();
+    if (number !== looks) return;
     if (!reply.ok) throw new Error(found.error?.detail || `the web front answered ${reply.status}`);
-    take(found);
+    take({ ...found, config, isByConfig: isByConfig() });
   } catch (error) {
-    say(error instanceof TypeError ? "The web front does not answer." : error.message);
+    if (number === looks) say(error instanceof TypeError ? "The web front does not answer." : error.message);
   } finally {
-    at("go").disabled = false;
-    at("busy").textContent = "";
+    if (number === looks) at("busy").textContent = "";
   }
 }
 
@@ -72,57 +73,56 @@ function say(text) {
 function take(found) {
   answer = found;
   thresholds.clear();
-  found.labels.forEach((row) => thresholds.set(key(row.control, row.label), row.threshold));
-  at("sliders").replaceChildren(...found.labels.map(slider));
+  found.labels.forEach((row) => thresholds.set(keyOf(row), row.threshold));
+  const own = found.labels.filter((row, i) => found.labels.findIndex((other) => keyOf(other) === keyOf(row)) === i);
+  at("sliders").replaceChildren(...own.map(slider));
+  at("all").min = found.lowest;
   at("all").value = Math.min(...thresholds.values());
   at("results").hidden = false;
   refresh();
 }
 
 function slider(row) {
-  const own = key(row.control, row.label), colour = colourOf(row.label, labels());
-  const swatch = element("i", { className: "swatch" });
+  const swatch = element("i", { className: "swatch" }), colour = colourOf(row.label, labels());
   swatch.style.background = colour;
   const name = element("span", {}, swatch, row.label, element("small", { textContent: row.phrases.join(", ") }));
-  const input = element("input", { type: "range", min: 0.05, max: 1, step: 0.01, value: row.threshold, ariaLabel: `threshold of ${row.label}` });
+  const input = element("input", { type: "range", min: answer.lowest, max: 1, step: 0.01, value: row.threshold, ariaLabel: `threshold of ${row.label}` });
   input.style.setProperty("--own", colour);
-  input.dataset.own = own;
-  input.addEventListener("input", () => { thresholds.set(own, Number(input.value)); refresh(); });
+  input.dataset.own = keyOf(row);
+  input.addEventListener("input", () => { thresholds.set(keyOf(row), Number(input.value)); refresh(); });
   return element("label", { className: "slider" }, name, input, element("output"));
 }
 
 const labels = () => [...new Set(answer.labels.map((row) => row.label))];
 
-function threshold(control, label) {
-  if (label !== null) return thresholds.get(key(control, label)) ?? 1;
-  return Math.min(...answer.labels.filter((row) => row.control === control).map((row) => thresholds.get(key(control, row.label))));
+function threshold(control, place) {
+  if (place !== null) return thresholds.get(keyOf(answer.labels[place]));
+  return Math.min(...answer.labels.filter((row) => row.control === control).map((row) => thresholds.get(keyOf(row))));
 }
 
 function refresh() {
-  const boxes = cut(answer.boxes, threshold, answer.nms_iou);
+  const boxes = cut(answer.boxes, threshold, answer.nms_iou).map((box) => ({ ...box, ...pick(answer.labels[box.place]) }));
   draw(at("frame"), boxes, labels());
   for (const input of at("sliders").querySelectorAll("input")) {
-    const [control, label] = input.dataset.own.split("\n");
-    const count = boxes.filter((box) => box.control === control && box.label === label).length;
-    input.nextElementSibling.textContent = `${Number(input.value).toFixed(2)}, ${count} box${count === 1 ? "" : "es"}`;
+    const own = input.dataset.own, count = boxes.filter((box) => box.key === own).length;
+    input.nextElementSibling.textContent = `${thresholds.get(own).toFixed(2)}, ${count} box${count === 1 ? "" : "es"}`;
   }
   at("all-value").textContent = Number(at("all").value).toFixed(2);
   at("summary").textContent = `${boxes.length} box${boxes.length === 1 ? "" : "es"} by ${answer.model_version}`;
   at("result").value = matching();
 }
 
-/** The labeling config that was asked for, with the thresholds that are set now. */
+const pick = (row) => ({ label: row.label, key: keyOf(row) });
+
+/** The labeling config that was looked at, with the thresholds that are set now. */
 function matching() {
-  const config = new DOMParser().parseFromString(asked(), "text/xml");
-  if (config.querySelector("parsererror")) return asked();
-  for (const tag of config.querySelectorAll("RectangleLabels, Labels")) {
-    const control = tag.getAttribute("name");
-    for (const label of tag.querySelectorAll("Label")) {
-      const own = thresholds.get(key(control, label.getAttribute("alias") || label.getAttribute("value")));
-      if (own !== undefined) label.setAttribute("model_score_threshold", String(Math.round(own * 1000) / 1000));
-    }
+  const config = new DOMParser().parseFromString(answer.config, "text/xml");
+  for (const row of answer.labels) {
+    const holder = [...config.querySelectorAll("RectangleLabels, Labels")].find((tag) => (tag.getAttribute("name") || "") === row.holder);
+    const named = [...(holder?.querySelectorAll("Label") || [])].filter((tag) => tag.getAttribute("alias") || tag.getAttribute("value"));
+    named[row.number]?.setAttribute("model_score_threshold", String(Math.round(thresholds.get(keyOf(row)) * 1000) / 1000));
   }
-  return isByConfig() ? new XMLSerializer().serializeToString(config.documentElement) : indented(config.documentElement);
+  return answer.isByConfig ? new XMLSerializer().serializeToString(config.documentElement) : indented(config.documentElement);
 }
 
 async function copy() {
@@ -150,6 +150,9 @@ async function open(blob) {
   at("frame").hidden = false;
   at("invitation").hidden = true;
   draw(at("frame"), [], []);
+  at("results").hidden = true; // what is there belongs to another picture
+  at("summary").textContent = "";
+  at("drop").ariaLabel = "Choose another picture";
   await look();
 }
 
@@ -159,6 +162,7 @@ async function openSample(name) {
 
 function onFiles(files) {
   if (files.length) open(files[0]);
+  at("file").value = ""; // the same file may be chosen again
 }
 
 function selectTab(name) {

@@ -5,7 +5,10 @@ import { draw, element } from "./boxes.js";
 const EVERY = 2000; // ms
 const TRAINING = { queued: "waiting for a fit worker", reading: "reading annotations", loading: "loading pictures",
   measuring: "measuring what serves now", rehearsing: "looking for what the model knows", training: "fine-tuning" };
-const STALE = 60; // s after which a training without a word counts as lost
+const STALE = 60; // s without a word after which something is said to be silent
+const OLD = 24 * 3600; // s that a training which is over is shown
+
+let seen = ""; // the time of the last picture: they are most of the bytes, and come only when there is another
 
 const at = (id) => document.getElementById(id);
 const shown = new Map(); // what each part shows, as JSON: a part that has not changed is left alone
@@ -49,18 +52,19 @@ function bar(done, of) {
 }
 
 function left(row, now) {
-  const rate = row.done / Math.max(now - row.since, 1);
+  const rate = (row.done - row.before) / Math.max(now - row.since, 1);
   const seconds = rate ? (row.of - row.done) / rate : 0;
-  return rate && row.done < row.of ? `, about ${seconds < 90 ? `${Math.ceil(seconds)} s` : `${Math.round(seconds / 60)} min`} left` : "";
+  return rate > 0 && row.done < row.of ? `, about ${seconds < 90 ? `${Math.ceil(seconds)} s` : `${Math.round(seconds / 60)} min`} left` : "";
 }
 
 function running(state) {
+  const silence = (row) => state.time - row.time > STALE ? `, no word for ${ago(state.time - row.time).replace(" ago", "")}` : left(row, state.time);
   const bulk = state.bulk.map((row) => card(row.what,
-    `${row.done} of ${row.of}${row.failed ? `, ${row.failed} failed` : ""}${left(row, state.time)}`, bar(row.done, row.of)));
-  const trainings = state.trainings.map((row) => {
+    `${row.done} of ${row.of}${row.failed ? `, ${row.failed} failed` : ""}${silence(row)}`, bar(row.done, row.of)));
+  const trainings = state.trainings.filter((row) => row.state in TRAINING || state.time - row.time < OLD).map((row) => {
     const title = `training, project ${row.project}`;
     if (row.state in TRAINING) {
-      const late = state.time - row.time > STALE && row.state !== "queued" ? `, no word for ${ago(state.time - row.time).replace(" ago", "")}` : "";
+      const late = row.state === "queued" ? "" : silence({ ...row, before: 0, since: state.time });
       return card(title, `${TRAINING[row.state]} ${row.of ? `${row.done} of ${row.of}` : ""}${late}`, bar(row.done, row.of));
     }
     return card(title, `${row.state}, ${ago(state.time - row.time)}`, quiet(row.text || ""));
@@ -82,11 +86,10 @@ function fates(counts) {
 }
 
 function project(card_, now) {
-  const head = element("tr", {}, ...["label", "phrases", "threshold", "annotators kept"].map((text) => element("th", { scope: "col", textContent: text })));
-  const rows = card_.labels.map((row) => element("tr", {},
-    element("td", { textContent: row.label }), element("td", { textContent: row.phrases.join(", ") }),
-    element("td", { textContent: row.threshold }), element("td", {}, ...fates(card_.boxes[row.label]))));
-  const table = element("div", { className: "scroll" }, element("table", {}, element("thead", {}, head), element("tbody", {}, ...rows)));
+  const head = element("tr", { role: "row" }, ...["label", "phrases", "threshold", "annotators kept"].map((text) => element("th", { scope: "col", role: "columnheader", textContent: text })));
+  const rows = card_.labels.map((row) => element("tr", { role: "row" }, // roles, because a narrow page lays rows out as grids
+    ...[[row.label], [row.phrases.join(", ")], [row.threshold], fates(card_.boxes[row.label])].map((cell) => element("td", { role: "cell" }, ...cell))));
+  const table = element("div", { className: "scroll" }, element("table", { role: "table" }, element("thead", {}, head), element("tbody", {}, ...rows)));
   const more = card_.of > card_.labels.length ? quiet(`and ${card_.of - card_.labels.length} more labels`) : "";
   const trial = element("a", { href: `playground?project=${encodeURIComponent(card_.project)}`, textContent: "try it in the playground" });
   return card(`project ${card_.project}`, `${card_.version}, asked ${ago(now - card_.time)}`, table, more, trial);
@@ -118,21 +121,26 @@ function render(state) {
   const perMinute = Math.round(state.rate.at(-2) * (1 - part) + state.rate.at(-1));
   show("rate", [state.rate, perMinute], String(perMinute), spark(state.rate));
   show("running", [state.bulk, state.trainings, Math.floor(state.time / 10)], running(state));
-  show("projects", [state.projects, Math.floor(state.time / 60)],
+  show("projects", [state.projects, state.projects.map((row) => ago(state.time - row.time))],
     state.projects.length ? state.projects.map((row) => project(row, state.time)) : [quiet("No project has asked for anything yet: connect this backend in Label Studio under Settings > Model.")]);
-  show("pictures", state.pictures.map((row) => row.time), state.pictures.length ? state.pictures.map(picture) : [quiet("None yet.")]);
-  show("failures", [state.failures, Math.floor(state.time / 60)], state.failures.length ? failures(state.failures, state.time) : [quiet("None.")]);
+  if (state.pictures) {
+    seen = state.pictures[0]?.time ?? "";
+    const none = state.may_show_pictures ? "None yet." : "They are shown behind a login or a secret path, or with SHOW_PICTURES=true.";
+    show("pictures", [state.pictures.map((row) => row.time), none], state.pictures.length ? state.pictures.map(picture) : [quiet(none)]);
+  }
+  show("failures", [state.failures, state.failures.map((row) => ago(state.time - row.time))], state.failures.length ? failures(state.failures, state.time) : [quiet("None.")]);
 }
 
 async function look() {
   const trouble = at("trouble");
   try {
-    const answer = await fetch("status", { headers: { Accept: "application/json" } });
+    const answer = await fetch(`status?seen=${seen}`, { headers: { Accept: "application/json" } });
     if (!answer.ok) throw new Error(`the web front answered ${answer.status}`);
     render(await answer.json());
     trouble.hidden = true;
   } catch (error) {
-    trouble.textContent = error instanceof TypeError ? "The web front does not answer." : error.message;
+    const text = error instanceof TypeError ? "The web front does not answer." : error.message;
+    if (trouble.textContent !== text) trouble.textContent = text; // said once
     trouble.hidden = false;
   }
 }

@@ -173,7 +173,10 @@ def test_the_boxes_are_seen_in_the_browser(studio: LabelStudio, backend: Served)
         page.get_by_label("Submit current annotation").click()
         wait_for(lambda: project.annotated(most["task"]), 20, "an annotation")
     assert len(listed) == len(most["result"]) >= 3
-    cards = requests.get(f"{backend.url}/status", timeout=10).json()["projects"]
-    (boxes,) = [card["boxes"] for card in cards if card["project"] == str(project.number)]
-    totals = [sum(counts[fate] for counts in boxes.values()) for fate in FATES]
-    assert totals == [len(most["result"]), 0, 0, 0]
+
+    def totals() -> list[int]:
+        cards = requests.get(f"{backend.url}/status", timeout=10).json()["projects"]
+        (boxes,) = [card["boxes"] for card in cards if card["project"] == str(project.number)]
+        return [sum(counts[fate] for counts in boxes.values()) for fate in FATES]
+
+    wait_for(lambda: totals() == [len(most["result"]), 0, 0, 0], 20, "boxes that count as kept")

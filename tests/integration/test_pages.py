@@ -98,7 +98,7 @@ def test_a_requests_id_follows_its_job(served: Served) -> None:
     assert answer.headers["X-Request-ID"] == "follow-me"
     wait_for(lambda: served.text().count("[follow-me]") >= 2, 5, "lines of the request")
     lines = [line for line in served.text().splitlines() if "[follow-me]" in line]
-    assert any("backend.jobs" in line for line in lines)
+    assert any("backend.telling" in line for line in lines)
     assert any("POST /predict 200 in" in line for line in lines)
 
 
@@ -106,7 +106,8 @@ def test_the_playground_answers_what_predict_answers(served: Served) -> None:
     found = look(served).json()
     result = predict(served, data_uri(DRAWN[0].image)).json()["results"][0]["result"]
     assert {row["threshold"] for row in found["labels"]} == {0.3}
-    strong = {(box["label"], box["score"]) for box in found["boxes"] if box["score"] >= 0.3}
+    names = [row["label"] for row in found["labels"]]
+    strong = {(names[box["place"]], box["score"]) for box in found["boxes"] if box["score"] >= 0.3}
     assert {(region["value"]["rectanglelabels"][0], region["score"]) for region in result} <= strong
     assert min(box["score"] for box in found["boxes"]) >= LOWEST
     assert len(found["boxes"]) > len(result)
@@ -122,8 +123,8 @@ def test_what_is_tried_is_not_shown_to_others(served: Served) -> None:
 def test_negative_phrases_are_told_apart(served: Served) -> None:
     config = CONFIG.replace("<RectangleLabels ", '<RectangleLabels model_negative_values="ring, cross" ')
     boxes = look(served, label_config=config, image=data_uri(DRAWN[1].image)).json()["boxes"]
-    assert any(box["label"] is None for box in boxes)
-    assert not any(str(box["label"]).startswith("\0") for box in boxes)
+    assert any(box["place"] is None for box in boxes)
+    assert any(box["place"] is not None for box in boxes)
 
 
 @pytest.mark.parametrize(
@@ -157,6 +158,22 @@ def test_the_pages_are_behind_the_same_door(start_server) -> None:
         assert requests.get(f"{server.url}/s/0123456789abcdef{path}", auth=("u", "p"), timeout=10).status_code == 200
     bare = requests.get(f"{server.url}/s/0123456789abcdef", auth=("u", "p"), timeout=10, allow_redirects=False)
     assert bare.headers["Location"].endswith("/s/0123456789abcdef/")
+
+
+def test_a_login_that_failed_has_an_id_of_its_own(start_server) -> None:
+    server = start_server(BASIC_AUTH_USER="u", BASIC_AUTH_PASS="p")
+    server.wait_until_ready()
+    for name in ("first", "second"):
+        answer = requests.get(f"{server.url}/status", headers={"X-Request-ID": name}, timeout=10)
+        assert (answer.status_code, answer.headers["X-Request-ID"]) == (401, name)
+
+
+def test_pictures_come_only_when_there_is_another(served: Served) -> None:
+    time.sleep(2.1)
+    predict(served, data_uri(scenes(1, seed=78)[0].image), 92)
+    state = requests.get(f"{served.url}/status", timeout=10).json()
+    again = requests.get(f"{served.url}/status?seen={state['pictures'][0]['time']}", timeout=10).json()
+    assert again["pictures"] is None
 
 
 def test_pictures_are_not_kept_where_they_may_not_be_shown(start_server) -> None:

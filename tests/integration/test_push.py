@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from redis import Redis
@@ -39,13 +40,21 @@ class Stub:
             if refused == 201:
                 self.imported += rows
             reply(request, json.dumps({"created": len(rows)}).encode(), refused)
-        elif request.path.startswith("/api/predictions"):
-            task = int(request.path.split("task=")[1])
-            reply(request, json.dumps([{"model_version": "v"}] * self.imported.count(task)).encode())
         else:
-            number = next(n for n in (1, 2) if f"%22value%22%3A+{n}%7D" in request.path)
-            tasks = [{"id": number, "data": {"image": self.data[number]}}] if number in self.data else []
-            reply(request, json.dumps({"tasks": tasks}).encode())
+            query = json.loads(parse_qs(urlsplit(request.path).query)["query"][0])
+            items = query["filters"]["items"]
+            rows = [{"id": n, "data": {"image": uri}} for n, uri in self.data.items() if self._fits(n, items)]
+            reply(request, json.dumps({"tasks": rows}).encode())
+
+    def _fits(self, number: int, items: list[dict[str, Any]]) -> bool:
+        """Whether a task fits filters of the Data Manager."""
+        fits = {
+            "equal": lambda value: number == value,
+            "greater": lambda value: number > value,
+            "in_list": lambda value: number in value,
+            "not_contains": lambda versions: versions == ["v"] and number not in self.imported,
+        }
+        return all(fits[item["operator"]](item["value"]) for item in items)
 
 
 @pytest.fixture

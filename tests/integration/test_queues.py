@@ -10,6 +10,7 @@ from rq.results import Result
 from rq.serializers import JSONSerializer
 
 from backend.errors import QueueUnavailable
+from backend.live import put
 from backend.queues import PREDICT, READY_KEY, AllowedJob, PredictQueue, connect
 
 PAYLOAD = {"tasks": [{"id": 1, "data": {"image": "http://x/?token=s3cret"}}], "plan": {"controls": []}}
@@ -122,5 +123,5 @@ def test_jobs_are_as_large_as_the_smallest_worker_wants(connection: Redis) -> No
     queue = PredictQueue(connection)
     assert queue.batch_size() == 4
     for name, size in (("a", 16), ("b", 8)):
-        connection.set(READY_KEY + name, json.dumps({"batch_size": size}))
+        put(connection, READY_KEY, name, json.dumps({"batch_size": size}))
     assert queue.batch_size() == 8

@@ -1,6 +1,7 @@
 import json
 import logging
 import re
+from collections.abc import Iterator
 
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -10,6 +11,16 @@ from backend.logs import REQUEST, JsonFormatter, request_id, set_up_logging
 from backend.metrics import BOXES, MOST_LABELS, OTHER, REGISTRY, count_boxes, exposed, merged, timed
 from backend.settings import Settings
 from tests.running import ROOT
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr("backend.metrics._labels", set())
+    level = logging.root.level
+    yield
+    BOXES.clear()
+    REQUEST.set("-")
+    logging.root.setLevel(level)
 
 
 def worker_text(count: int) -> str:
@@ -78,6 +89,8 @@ def test_every_line_has_the_id_of_its_request(monkeypatch: pytest.MonkeyPatch, c
     REQUEST.set("r-1")
     logging.getLogger("backend.x").warning("hello")
     assert "WARNING backend.x [r-1]: hello" in capsys.readouterr().err
+    logging.getLogger("backend.x").warning("GET /a\n2026 ERROR backend [x]: forged \x1b[31m\u2028")
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_the_dashboard_asks_for_figures_that_there_are() -> None:

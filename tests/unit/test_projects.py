@@ -42,9 +42,24 @@ def test_a_skipped_task_says_nothing() -> None:
     assert fates({"result": [], "was_cancelled": True}, {"car": 3}) == {}
 
 
-@pytest.mark.parametrize("result", [None, "x", [None, 3, {}, {"value": None}, {"value": {"rectanglelabels": []}}]])
+ODD = [
+    None,
+    3,
+    {},
+    {"value": None},
+    {"value": 3},
+    *({"value": {"rectanglelabels": odd}} for odd in ([], {"a": 1}, 3, "a")),
+]
+
+
+@pytest.mark.parametrize("result", [None, "x", ODD])
 def test_odd_annotations_count_nothing(result: Any) -> None:
     assert fates({"result": result}, {}) == {}
+
+
+def test_a_label_that_is_no_text_does_no_harm() -> None:
+    (label,) = fates({"result": [region("\ud800")]}, {})
+    label.encode()
 
 
 def test_labels_of_one_annotation_are_bounded() -> None:

@@ -35,6 +35,8 @@ def test_a_child_process_reads_the_same() -> None:
         ("BOX_THRESHOLD", "2"),
         ("BOX_THRESHOLD", "nan"),
         ("LOG_LEVEL", "LOUD"),
+        ("LOG_FORMAT", "xml"),
+        ("SHOW_PICTURES", "yes"),
         ("BASIC_AUTH_USER", "me"),
     ],
 )
@@ -46,6 +48,14 @@ def test_a_wrong_value_names_its_variable(name: str, value: str) -> None:
 def test_secrets_are_not_shown() -> None:
     shown = repr(Settings(label_studio_api_key="s3cret", basic_auth_user="me", basic_auth_pass="s3cret"))
     assert "s3cret" not in shown
+
+
+def test_pictures_are_shown_behind_a_door_or_where_asked_for() -> None:
+    assert not Settings().may_show_pictures
+    assert Settings(show_pictures="true").may_show_pictures
+    assert Settings(model="demo").may_show_pictures
+    assert Settings(path_secret="0123456789abcdef").may_show_pictures
+    assert not Settings(model="demo", show_pictures="false").may_show_pictures
 
 
 def test_a_worker_for_each_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
