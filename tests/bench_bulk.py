@@ -1,7 +1,7 @@
 """`make bench`: what `label` and `preannotate` cost beside the detector, and their memory over many pictures.
 
 Half of the cores are for the worker, and for the detector alone; all else, Label Studio too, has the other half, as if
-it were elsewhere. The half with `preannotate` needs a Label Studio in `LABEL_STUDIO_VENV` (`make install-studio`).
+it were elsewhere. Pictures come from disk. The half with `preannotate` needs a Label Studio in `LABEL_STUDIO_VENV` (`make install-studio`).
 """
 
 import os
@@ -31,7 +31,7 @@ from backend.versions import find_checkpoint
 from tests.bench import resident_mb
 from tests.e2e.studio import LEGACY_TOKEN, VENV, LabelStudio, running_label_studio
 from tests.pictures import encode, scenes
-from tests.running import Served, http_server, reply
+from tests.running import Served
 
 CORES = sorted(os.sched_getaffinity(0))
 FOR_WORKER, FOR_ALL_ELSE = CORES[: -(-len(CORES) // 2)], CORES[len(CORES) // 2 :]
@@ -72,10 +72,14 @@ def labelled(settings: Settings, folder: Path, count: int) -> float:
     return len(files) / (time.perf_counter() - start)
 
 
-def preannotated(settings: Settings, studio: LabelStudio, pictures: str, count: int) -> float:
+def preannotated(settings: Settings, studio: LabelStudio, count: int) -> float:
     """Tasks a second of `preannotate`, from the first page that it reads until Label Studio has the last prediction."""
     project = studio.create_project("bench", config_of(LABELS), {})
-    rows = [{"data": {"image": f"{pictures}/{project.number}/{number}.jpg"}} for number in range(count)]
+    folder = studio.files / str(project.number)
+    folder.mkdir()
+    for number in range(count):
+        (folder / f"{number}.jpg").write_bytes(picture(number))
+    rows = [{"data": {"image": f"/data/local-files/?d={folder.name}/{number}.jpg"}} for number in range(count)]
     studio.call("POST", f"/api/projects/{project.number}/import", json=rows)
     studio_api = Studio(settings.label_studio_url, settings.label_studio_api_key)
     start = time.perf_counter()
@@ -120,12 +124,10 @@ def serving(folder: Path, **env: str) -> Iterator[Settings]:
 
 def bench_preannotate(detector: Detector, folder: Path) -> None:
     folder.mkdir()
-    with (
-        running_label_studio(folder) as studio,
-        http_server(lambda request: reply(request, picture(int(Path(request.path).stem))), "HTTP/1.1") as pictures,
-        serving(folder, LABEL_STUDIO_URL=studio.url, LABEL_STUDIO_API_KEY=LEGACY_TOKEN) as settings,
-    ):
-        compare("preannotate", detector, lambda count: preannotated(settings, studio, pictures, count))
+    with running_label_studio(folder) as studio:
+        keys = {"LABEL_STUDIO_URL": studio.url, "LABEL_STUDIO_API_KEY": LEGACY_TOKEN}
+        with serving(folder, LOCAL_FILES_DOCUMENT_ROOT=str(studio.files), **keys) as settings:
+            compare("preannotate", detector, lambda count: preannotated(settings, studio, count))
 
 
 def main() -> None:

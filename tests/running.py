@@ -88,12 +88,10 @@ def is_running(pid: int) -> bool:
 
 
 @contextlib.contextmanager
-def http_server(answer: Callable[[BaseHTTPRequestHandler], None], protocol: str = "HTTP/1.0") -> Iterator[str]:
-    """A web server whose every request is answered by `answer`; yields its URL. HTTP/1.1 keeps connections open."""
+def http_server(answer: Callable[[BaseHTTPRequestHandler], None]) -> Iterator[str]:
+    """A web server whose every request is answered by `answer`; yields its URL."""
 
     class Handler(BaseHTTPRequestHandler):
-        protocol_version = protocol
-
         def do_GET(self) -> None:
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 answer(self)
