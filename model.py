@@ -199,7 +199,7 @@ class GroundingDINO:
     def trainings(self) -> list[dict[str, Any]]:
         """How each project's training goes, or went, and how many annotations its events told of.
 
-        None while Redis does not answer.
+        Nothing while Redis does not answer.
         """
         try:
             rows = Trainings(self._connection).all()

@@ -1,7 +1,8 @@
 """`make bench`: what `label` and `preannotate` cost beside the detector, and their memory over many pictures.
 
 Half of the cores are for the worker, and for the detector alone; all else, Label Studio too, has the other half, as if
-it were elsewhere. Pictures come from disk. The half with `preannotate` needs a Label Studio in `LABEL_STUDIO_VENV` (`make install-studio`).
+it were elsewhere. Pictures come from disk. The half with `preannotate` needs a Label Studio in `LABEL_STUDIO_VENV`
+(`make install-studio`).
 """
 
 import os
