@@ -171,12 +171,15 @@ def test_the_boxes_are_seen_in_the_browser(studio: LabelStudio, backend: Served)
         listed = page.locator(".lsf-outliner-item__title").all_inner_texts()
         screenshot(page, "label-studio")
         page.get_by_label("Submit current annotation").click()
-        wait_for(lambda: project.annotated(most["task"]), 20, "an annotation")
+        wait_for(lambda: totals(backend, project) == [len(most["result"]), 0, 0, 0], 20, "boxes that count as kept")
+        page.goto(backend.url)
+        page.wait_for_selector("#pictures figure")
+        screenshot(page, "status")
     assert len(listed) == len(most["result"]) >= 3
 
-    def totals() -> list[int]:
-        cards = requests.get(f"{backend.url}/status", timeout=10).json()["projects"]
-        (boxes,) = [card["boxes"] for card in cards if card["project"] == str(project.number)]
-        return [sum(counts[fate] for counts in boxes.values()) for fate in FATES]
 
-    wait_for(lambda: totals() == [len(most["result"]), 0, 0, 0], 20, "boxes that count as kept")
+def totals(backend: Served, project: Project) -> list[int]:
+    """What the status page says of the boxes of a project: kept, changed, deleted, drawn."""
+    cards = requests.get(f"{backend.url}/status", timeout=10).json()["projects"]
+    (boxes,) = [card["boxes"] for card in cards if card["project"] == str(project.number)]
+    return [sum(counts[fate] for counts in boxes.values()) for fate in FATES]

@@ -206,7 +206,7 @@ def test_the_status_page_lives_without_a_reload(open_page: Callable[..., Page], 
     expect(page.locator("#projects")).to_contain_text(odd)  # as text
     expect(page.locator("#failures")).to_contain_text("could not be fetched")
     expect(page.locator("#pictures figure").first).to_be_visible()
-    screenshot(page, "status")
+    screenshot(page, "status-odd-label")
     page.get_by_role("link", name="try it in the playground").first.click()
     expect(page.get_by_role("textbox", name="Labeling config", exact=True)).to_have_value(config)
 
