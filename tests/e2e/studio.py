@@ -73,10 +73,6 @@ class Project:
         path = f"/api/tasks?project={self.number}&fields=all&page_size=1000&query={json.dumps(query)}"
         return sorted(self.studio.call("GET", path)["tasks"], key=lambda task: task["id"])
 
-    def annotated(self, task: int) -> list[dict[str, Any]]:
-        """The annotations of a task."""
-        return self.studio.call("GET", f"/api/tasks/{task}/annotations/")
-
     def predictions(self) -> list[dict[str, Any]]:
         return self.studio.call("GET", f"/api/predictions?project={self.number}")
 
