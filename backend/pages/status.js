@@ -58,13 +58,13 @@ function left(row, now) {
 }
 
 function running(state) {
-  const silence = (row) => state.time - row.time > STALE ? `, no word for ${ago(state.time - row.time).replace(" ago", "")}` : left(row, state.time);
+  const silent = (row) => state.time - row.time > STALE ? `, no word for ${ago(state.time - row.time).replace(" ago", "")}` : "";
   const bulk = state.bulk.map((row) => card(row.what,
-    `${row.done} of ${row.of}${row.failed ? `, ${row.failed} failed` : ""}${silence(row)}`, bar(row.done, row.of)));
+    `${row.done} of ${row.of}${row.failed ? `, ${row.failed} failed` : ""}${silent(row) || left(row, state.time)}`, bar(row.done, row.of)));
   const trainings = state.trainings.filter((row) => row.state in TRAINING || state.time - row.time < OLD).map((row) => {
     const title = `training, project ${row.project}`;
     if (row.state in TRAINING) {
-      const late = row.state === "queued" ? "" : silence({ ...row, before: 0, since: state.time });
+      const late = row.state === "queued" ? "" : silent(row);
       return card(title, `${TRAINING[row.state]} ${row.of ? `${row.done} of ${row.of}` : ""}${late}`, bar(row.done, row.of));
     }
     return card(title, `${row.state}, ${ago(state.time - row.time)}`, quiet(row.text || ""));
