@@ -1,6 +1,7 @@
 """The status page and the playground in a real browser, before a real server."""
 
 import base64
+import contextlib
 import random
 from collections.abc import Callable, Iterator
 
@@ -8,7 +9,10 @@ import pytest
 import requests
 from playwright.sync_api import Browser, Page, expect
 
+from backend.fit_queue import Trainings
 from backend.labeling import read_plan
+from backend.queues import connect
+from backend.recent import Bulk
 from backend.regions import Detection, best_of_overlapping, label_of
 from tests.e2e.browser import open_browser, screenshot
 from tests.pictures import config_for, data_uri, encode, scenes
@@ -206,7 +210,16 @@ def test_the_status_page_lives_without_a_reload(open_page: Callable[..., Page], 
     expect(page.locator("#projects")).to_contain_text(odd)  # as text
     expect(page.locator("#failures")).to_contain_text("could not be fetched")
     expect(page.locator("#pictures figure").first).to_be_visible()
-    screenshot(page, "status-odd-label")
+    connection = connect((served.model_dir / "redis.url").read_text())
+    Trainings(connection).report("51", "training", done=2, of=8)
+    with contextlib.closing(Bulk(connection, "x", "label, 40 pictures")) as bulk:
+        bulk.report(10, 1, 40)
+        expect(page.locator("#running")).to_contain_text("fine-tuning 2 of 8")
+        expect(page.locator("#running")).to_contain_text("label, 40 pictures10 of 40, 1 failed")
+        screenshot(page, "status-odd-label")
+    Trainings(connection).report("51", "done", text="nothing that is surely better")
+    expect(page.locator("#running")).to_contain_text("nothing that is surely better")
+    expect(page.locator("#running")).not_to_contain_text("label, 40 pictures")
     page.get_by_role("link", name="try it in the playground").first.click()
     expect(page.get_by_role("textbox", name="Labeling config", exact=True)).to_have_value(config)
 
