@@ -6,6 +6,7 @@ those of negative phrases too. `pages/boxes.js` cuts them as `Detector` would ha
 
 from __future__ import annotations
 
+import itertools
 import re
 import secrets
 import time
@@ -50,18 +51,13 @@ def look(settings: Settings, connection: Redis, label_config: str, image: str, p
         ImageError: the picture cannot be read.
         NotReady: no answer by PREDICT_DEADLINE.
     """
-    if not image.startswith("data:"):
-        raise BadRequest("the picture must be sent as a data: address")
-    if len(image) > 2 * settings.max_image_bytes:
-        raise ImageError(f"the picture's file is larger than MAX_IMAGE_BYTES ({settings.max_image_bytes})")
-    if project and not PROJECT.fullmatch(project):
-        raise BadRequest("project must be the number of a project")
+    _check(settings, image, project)
     with redis_errors():
         asking = Asking(settings, label_config, project, created(connection, project) if project else None)
     controls = list({control.from_name: control for control in asking.plan.controls}.values())
     labels = [_row(control, number, label) for control in controls for number, label in enumerate(control.labels)]
     lowest = min([LOWEST, *(row["threshold"] for row in labels)])
-    places = iter(range(len(labels)))
+    places = map(str, itertools.count())
     low = Plan(tuple(_lowered(control, lowest, places) for control in controls))
     task = {"id": secrets.token_hex(8), "data": {FIELD: image}}
     (chunk,) = asking.chunks([task], 1, plan=low)
@@ -77,16 +73,25 @@ def look(settings: Settings, connection: Redis, label_config: str, image: str, p
     }
 
 
+def _check(settings: Settings, image: str, project: str) -> None:
+    if not image.startswith("data:"):
+        raise BadRequest("the picture must be sent as a data: address")
+    if len(image) > 2 * settings.max_image_bytes:  # base64 makes a third more of it
+        raise ImageError(f"the picture's file is larger than MAX_IMAGE_BYTES ({settings.max_image_bytes})")
+    if project and not PROJECT.fullmatch(project):
+        raise BadRequest("project must be the number of a project")
+
+
 def _row(control: Control, number: int, label: Label) -> dict[str, Any]:
     about = {"control": control.from_name, "holder": control.labels_name or control.from_name, "number": number}
     return {**about, "label": label.name, "phrases": label.phrases, "threshold": label.threshold}
 
 
-def _lowered(control: Control, lowest: float, places: Iterator[int]) -> Control:
+def _lowered(control: Control, lowest: float, places: Iterator[str]) -> Control:
     """The control for this picture, with all its boxes, labelled with their places in the list of labels."""
     if not control.labels:
         raise LabelingConfigError(f"{control.from_name!r} has no labels of its own; give it some to try them here")
-    labels = [replace(label, name=str(next(places)), threshold=lowest) for label in control.labels]
+    labels = [replace(label, name=next(places), threshold=lowest) for label in control.labels]
     labels += [Label(NEGATIVE, (phrase,), lowest) for phrase in control.negatives]
     return replace(
         control,
