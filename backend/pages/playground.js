@@ -7,7 +7,7 @@ const FIRST = "ring\nstar\nSquare: purple square, blue square";
 const at = (id) => document.getElementById(id);
 
 let picture = ""; // as a data: address
-let answer = null; // with the labeling config that it answers
+let answer = null; // with the question: the labeling config, and which of the two tabs it came from
 let looks = 0; // so many were begun: an answer to an earlier one comes too late
 const thresholds = new Map(); // by the tag that holds a label and its place there: two controls may share one
 
@@ -47,15 +47,15 @@ const asked = () => (isByConfig() ? at("config").value : configOf(at("phrases").
 async function look() {
   say("");
   if (!picture) return say("Choose a picture first.");
-  const number = ++looks, config = asked();
+  const number = ++looks, question = { config: asked(), isByConfig: isByConfig() };
   at("busy").textContent = "looking…";
   try {
-    const body = JSON.stringify({ image: picture, label_config: config, project: project() });
+    const body = JSON.stringify({ image: picture, label_config: question.config, project: project() });
     const reply = await fetch("playground/look", { method: "POST", body, headers: { "Content-Type": "application/json" } });
     const found = await reply.json();
     if (number !== looks) return;
     if (!reply.ok) throw new Error(found.error?.detail || `the web front answered ${reply.status}`);
-    take({ ...found, config, isByConfig: isByConfig() });
+    take({ ...found, ...question });
   } catch (error) {
     if (number === looks) say(error instanceof TypeError ? "The web front does not answer." : error.message);
   } finally {
@@ -188,6 +188,7 @@ async function openProject() {
 
 function listen() {
   const drop = at("drop");
+  for (const kind of ["dragover", "drop"]) document.addEventListener(kind, (event) => event.preventDefault()); // beside it the browser would leave the page
   drop.addEventListener("click", () => at("file").click());
   at("file").addEventListener("change", () => onFiles(at("file").files));
   drop.addEventListener("dragover", (event) => { event.preventDefault(); drop.classList.add("over"); });
