@@ -27,6 +27,7 @@ Then, in Label Studio:
   2. Settings > Model > Connect Model: any name, backend URL {url}
   3. Import the pictures in {samples}
   4. Data Manager: select them, Actions > Retrieve predictions, open one
+What it does: {url}/; phrases and thresholds to try: {url}/playground
 Ctrl-C stops everything."""
 
 
