@@ -11,6 +11,7 @@ const OLD = 24 * 3600; // s that a training which is over is shown
 let seen = ""; // the time of the last picture: they are most of the bytes, and come only when there is another
 
 const at = (id) => document.getElementById(id);
+const unfolded = new Map(); // whether people opened or closed a project's labels
 const shown = new Map(); // what each part shows, as JSON: a part that has not changed is left alone
 
 function show(id, data, ...children) {
@@ -85,14 +86,18 @@ function fates(counts) {
   return [strip, element("span", { className: "quiet", textContent: text })];
 }
 
-function project(card_, now) {
+function project(card_, now, isFirst) {
   const head = element("tr", { role: "row" }, ...["label", "phrases", "threshold", "annotators kept"].map((text) => element("th", { scope: "col", role: "columnheader", textContent: text })));
   const rows = card_.labels.map((row) => element("tr", { role: "row" }, // roles, because a narrow page lays rows out as grids
     ...[[row.label], [row.phrases.join(", ")], [row.threshold], fates(card_.boxes[row.label])].map((cell) => element("td", { role: "cell" }, ...cell))));
   const table = element("div", { className: "scroll" }, element("table", { role: "table" }, element("thead", {}, head), element("tbody", {}, ...rows)));
   const more = card_.of > card_.labels.length ? quiet(`and ${card_.of - card_.labels.length} more labels`) : "";
   const trial = element("a", { href: `playground?project=${encodeURIComponent(card_.project)}`, textContent: "try it in the playground" });
-  return card(`project ${card_.project}`, `${card_.version}, asked ${ago(now - card_.time)}`, table, more, trial);
+  const count = `${card_.of} label${card_.of === 1 ? "" : "s"}`;
+  const summary = element("summary", { textContent: count });
+  const details = element("details", { open: unfolded.get(card_.project) ?? isFirst }, summary, table, more);
+  summary.addEventListener("click", () => unfolded.set(card_.project, !details.open));
+  return card(`project ${card_.project}`, `${card_.version}, asked ${ago(now - card_.time)}`, details, trial);
 }
 
 function picture(row) {
@@ -122,7 +127,7 @@ function render(state) {
   show("rate", [state.rate, perMinute], String(perMinute), spark(state.rate));
   show("running", [state.bulk, state.trainings, Math.floor(state.time / 10)], running(state));
   show("projects", [state.projects, state.projects.map((row) => ago(state.time - row.time))],
-    state.projects.length ? state.projects.map((row) => project(row, state.time)) : [quiet("No project has asked for anything yet: connect this backend in Label Studio under Settings > Model.")]);
+    state.projects.length ? state.projects.map((row, i) => project(row, state.time, i === 0)) : [quiet("No project has asked for anything yet: connect this backend in Label Studio under Settings > Model.")]);
   if (state.pictures) {
     seen = state.pictures[0]?.time ?? "";
     const none = state.may_show_pictures ? "None yet." : "They are shown behind a login or a secret path, or with SHOW_PICTURES=true.";
