@@ -30,12 +30,14 @@ class Stub:
 
     def __init__(self) -> None:
         self.imported: list[int] = []
+        self.imports = 0
         self.status, self.bad, self.data = 201, set[int](), {1: "a", 2: "b"}
 
     def __call__(self, request: BaseHTTPRequestHandler) -> None:
         body = request.rfile.read(int(request.headers.get("Content-Length") or 0))
         if request.path.endswith("/import/predictions"):
             rows = [row["task"] for row in json.loads(body)]
+            self.imports += 1
             refused = 400 if self.bad & set(rows) else self.status
             if refused == 201:
                 self.imported += rows
@@ -119,6 +121,24 @@ def test_a_deleted_first_task_does_not_make_a_project_strange(connection: Redis,
     pusher.step()
     assert stub.imported == [1, 2]
     assert not Outbox(connection).is_strange("1")
+
+
+def test_tasks_that_are_gone_cost_one_more_import(connection: Redis, pusher: Pusher, stub: Stub) -> None:
+    del stub.data[2]
+    stub.bad = {2}  # refused with all that come with it
+    finish(connection)
+    pusher.step()
+    assert (stub.imported, stub.imports, len(Outbox(connection))) == ([1], 2, 0)
+
+
+def test_an_odd_chunk_takes_no_other_down(connection: Redis, pusher: Pusher, stub: Stub) -> None:
+    odd = {**PAYLOAD, "tasks": PAYLOAD["tasks"][:1]}
+    Outbox(connection).add("1", [odd], 2)
+    (job,) = PredictQueue(connection).enqueue([odd])
+    Result.create(job, Result.Type.SUCCESSFUL, 60, return_value=ANSWERS)  # two answers for one task
+    finish(connection)
+    pusher.step()
+    assert (stub.imported, len(Outbox(connection))) == ([1, 2], 0)
 
 
 def test_another_project_of_the_same_number_is_left_alone(connection: Redis, pusher: Pusher, stub: Stub) -> None:
