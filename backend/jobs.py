@@ -5,7 +5,6 @@ Expected errors travel as data, one for each task: only a string would survive t
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import logging
 import time
@@ -119,7 +118,6 @@ class Looking:
     images: Images
     batch_size: int
     watchdog: Watchdog
-    glimpse: Glimpse
     telling: Telling
 
 
@@ -127,7 +125,7 @@ def _looking(tools: Tools, payload: Mapping[str, Any], telling: Telling) -> Look
     if payload["fingerprint"] != tools.fingerprint:
         raise OTHER_CHECKPOINT
     detector = tools.detectors.get(payload.get("learned"))
-    return Looking(detector, tools.images, tools.batch_size, tools.watchdog, tools.glimpse, telling)
+    return Looking(detector, tools.images, tools.batch_size, tools.watchdog, telling)
 
 
 def _one_by_one(
@@ -185,8 +183,7 @@ def _load(tools: Looking, uris: Mapping[str, int]) -> dict[str, Loaded]:
 
     def load(uri: str) -> Prepared:
         picture = tools.images.load(uri, uris[uri])
-        with contextlib.suppress(Exception):  # it is for people to look at, and may be left out
-            tools.glimpse.see(uri, picture.image)
+        tools.telling.loaded(uri, picture.image)
         return tools.detector.prepare(picture.image, picture.size)
 
     pool, deadline = ThreadPoolExecutor(DOWNLOADS), time.monotonic() + LOAD_TIMEOUT

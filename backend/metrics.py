@@ -16,7 +16,6 @@ from prometheus_client.process_collector import ProcessCollector
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a second line for each figure, which nobody reads
 REGISTRY = CollectorRegistry()
-STAGES = ("download", "decode", "queue_wait", "forward", "post")
 SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120)
 MOST_LABELS = 300  # that are counted by name; each is a line of what Prometheus reads, from every worker
 LONGEST_LABEL, OTHER = 100, "(other)"  # characters; the name of all others together

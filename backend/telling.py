@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from PIL import Image
 from rq import get_current_job
 from rq.timeouts import JobTimeoutException
 
@@ -34,6 +35,11 @@ class Telling:
         REQUEST.set(meta.get("request", "-"))
         if self._job and self._job.enqueued_at:
             STAGE_SECONDS.labels("queue_wait").observe(max(time.time() - self._job.enqueued_at.timestamp(), 0))
+
+    def loaded(self, uri: str, image: Image.Image) -> None:
+        """Takes a small copy of a picture now and then; safe to call from any thread."""
+        with _never_in_the_way():
+            self._glimpse.see(uri, image)
 
     def picture(self, uris: Sequence[str], tasks: Sequence[object], found: Sequence[Any], version: str) -> None:
         """Keeps one of these pictures now and then; for each its task, and its regions or an error."""
