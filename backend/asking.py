@@ -11,12 +11,12 @@ from typing import Any
 from redis import Redis
 
 from backend.errors import LabelingConfigError
-from backend.labeling import Plan, read_plan
+from backend.labelstudio.labeling_config import Plan, read_plan
+from backend.labelstudio.targets import read_prompt
 from backend.learned import Version, Versions
 from backend.projects import remember
 from backend.settings import Settings
 from backend.versions import Checkpoint, find_checkpoint
-from backend.views import read_prompt
 
 log = logging.getLogger(__name__)
 

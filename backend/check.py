@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 from backend.errors import BackendError
 from backend.images import Images
-from backend.labeling import Plan, read_plan
+from backend.labelstudio.client import Studio, origin
+from backend.labelstudio.labeling_config import Plan, read_plan
+from backend.labelstudio.targets import views
 from backend.queues import PredictQueue, connect
 from backend.settings import Settings
 from backend.sources import Sources
-from backend.studio import Studio, origin
 from backend.versions import find_checkpoint
-from backend.views import views
 
 BLOCKS_LOCAL = (
     "none. If connecting answers 403 'reserved network address', Label Studio refuses private addresses: "

@@ -19,6 +19,7 @@ from backend.errors import BackendError, SettingsError
 from backend.fit_queue import Trainings
 from backend.fit_worker import run as serve_fit
 from backend.imports import Imports
+from backend.labelstudio.client import Studio
 from backend.logs import set_up_logging
 from backend.private_redis import with_redis
 from backend.push import Pusher
@@ -26,7 +27,6 @@ from backend.queues import connect, worker_name
 from backend.serve import gunicorn_command, stop_on_signals
 from backend.serve import serve as run_everything
 from backend.settings import Settings
-from backend.studio import Studio
 
 # Turns that one of torch's threads waits for the others before it sleeps. The default is without end: two busy
 # processes on the same cores then hold each other up, fifty times over (docs/benchmarks.md).

@@ -9,11 +9,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from backend.errors import SettingsError
+from backend.labelstudio.client import Studio
 from backend.preannotate import Preannotation, Tally
 from backend.queues import connect, redis_errors
 from backend.recent import Bulk
 from backend.settings import Settings
-from backend.studio import Studio
 
 
 def preannotate(

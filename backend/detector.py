@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from backend.captions import Caption, build_captions
 from backend.errors import ImageError
-from backend.labeling import Label
+from backend.labelstudio.labeling_config import Label
+from backend.labelstudio.regions import Detection, best_of_overlapping, clip, cxcywh_to_xyxy
 from backend.metrics import BATCH_PICTURES
 from backend.preprocess import ImageFormat, Prepared, Size, prepare
-from backend.regions import Detection, best_of_overlapping, clip, cxcywh_to_xyxy
 from backend.speed import speed_up
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from backend.regions import Box, Detection, iou
+from backend.labelstudio.regions import Box, Detection, iou
 
 Truth = Sequence[Sequence[tuple[Box, str]]]
 Found = Sequence[Sequence[Detection]]

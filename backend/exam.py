@@ -13,7 +13,7 @@ from backend.detector import Detector
 from backend.evaluation import FLOOR, Found, Judged, Truth, calibrate, cross_calibrated
 from backend.examples import Example
 from backend.finetune import Pictures
-from backend.regions import Box, Detection
+from backend.labelstudio.regions import Box, Detection
 
 SLICE = 16  # pictures looked at together
 

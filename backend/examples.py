@@ -16,9 +16,9 @@ from itertools import islice
 from typing import Any
 
 from backend.errors import LabelingConfigError
-from backend.labeling import Plan
-from backend.regions import Box
-from backend.views import MOST_VIEWS, View, views
+from backend.labelstudio.labeling_config import Plan
+from backend.labelstudio.regions import Box
+from backend.labelstudio.targets import MOST_VIEWS, View, views
 
 # Of a hundred tasks so many tell when to stop and so many are for the gate alone; neither is trained on. The gate must
 # not be passed by what was chosen on the same pictures.

@@ -25,7 +25,8 @@ from backend.errors import BackendError, QueueUnavailable, StudioAway
 from backend.examples import Example, fingerprint, read_examples
 from backend.fit_queue import Trainings
 from backend.images import Images
-from backend.labeling import Plan, read_plan
+from backend.labelstudio.client import Studio
+from backend.labelstudio.labeling_config import Plan, read_plan
 from backend.learned import Version, Versions
 from backend.learning import MOST_JUDGED, Learned, Material, learn
 from backend.queues import connect
@@ -34,7 +35,6 @@ from backend.settings import Settings
 from backend.shelf import Shelf
 from backend.sources import Sources
 from backend.speed import keep_freed_memory
-from backend.studio import Studio
 from backend.versions import find_checkpoint
 
 log = logging.getLogger(__name__)

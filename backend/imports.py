@@ -9,10 +9,10 @@ import threading
 from redis import Redis
 
 from backend.errors import BackendError, QueueUnavailable
+from backend.labelstudio.client import Studio
 from backend.preannotate import Preannotation
 from backend.queues import IMPORTED_KEY, redis_errors
 from backend.settings import Settings
-from backend.studio import Studio
 
 log = logging.getLogger(__name__)
 

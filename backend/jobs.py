@@ -22,17 +22,17 @@ from backend.detectors import Detectors
 from backend.errors import BackendError, CheckpointError, ImageError
 from backend.glimpse import Glimpse
 from backend.images import Images
-from backend.labeling import Plan
+from backend.labelstudio.client import Studio
+from backend.labelstudio.labeling_config import Plan
+from backend.labelstudio.regions import to_prediction, to_regions
+from backend.labelstudio.targets import MOST_VIEWS, Asked, Prompt, View, views
 from backend.metrics import PICTURES, timed
 from backend.preprocess import Prepared
 from backend.recovery import MOST_DEATHS, LostChunk, died, lost_chunk
-from backend.regions import to_prediction, to_regions
 from backend.settings import Settings
 from backend.sources import Sources
-from backend.studio import Studio
 from backend.telling import Telling
 from backend.versions import find_checkpoint
-from backend.views import MOST_VIEWS, Asked, Prompt, View, views
 from backend.watchdog import Watchdog
 
 DOWNLOADS = 8  # pictures of one chunk that are fetched at the same time

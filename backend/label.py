@@ -19,9 +19,9 @@ from backend.errors import SettingsError
 from backend.export import Labelled
 from backend.folder import File
 from backend.images import shown_size
-from backend.labeling import Plan
+from backend.labelstudio.labeling_config import Plan
+from backend.labelstudio.regions import label_of
 from backend.queues import PredictQueue
-from backend.regions import label_of
 from backend.settings import Settings
 
 CHUNKS_A_WORKER, MOST_BYTES = 3, 64_000_000  # on their way at a time; the pictures travel through Redis

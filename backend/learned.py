@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from backend.errors import CheckpointError
-from backend.labeling import Control, Plan
+from backend.labelstudio.labeling_config import Control, Plan
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from backend.evaluation import Judged, is_better
 from backend.exam import Exam, Thresholds
 from backend.examples import Example
 from backend.finetune import Lesson, Pictures, Recipe, Tensors, fine_tune
-from backend.labeling import Label
+from backend.labelstudio.labeling_config import Label
 from backend.rehearsal import known_words, rehearse
 
 log = logging.getLogger(__name__)

@@ -18,10 +18,10 @@ from redis import Redis
 
 from backend.asking import Asking
 from backend.errors import BackendError, BadRequest, ImageError, LabelingConfigError, NotReady
-from backend.labeling import Control, Label, Plan
+from backend.labelstudio.labeling_config import Control, Label, Plan
+from backend.labelstudio.regions import edges_of, label_of
 from backend.projects import created
 from backend.queues import PredictQueue, redis_errors
-from backend.regions import edges_of, label_of
 from backend.settings import Settings
 
 LOWEST = 0.05  # score of the boxes that are answered, unless a threshold is lower

@@ -19,11 +19,11 @@ from redis import Redis
 
 from backend.asking import Asking
 from backend.errors import Overloaded, QueueUnavailable, StudioAway
+from backend.labelstudio.client import Studio
 from backend.outbox import Outbox
 from backend.push import Pusher
 from backend.queues import PredictQueue, chunk_id, worker_name
 from backend.settings import Settings
-from backend.studio import Studio
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from typing import Any
 from redis import Redis
 from redis.exceptions import RedisError
 
-from backend.labeling import Plan
-from backend.regions import label_of
+from backend.labelstudio.labeling_config import Plan
+from backend.labelstudio.regions import label_of
 
 SEEN_KEY = "gdino:projects:seen"  # sorted set: project -> when it last asked
 CARDS_KEY = "gdino:projects:cards"  # hash: project -> JSON: version, labels

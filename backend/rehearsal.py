@@ -17,10 +17,10 @@ import numpy as np
 from backend.detector import Detector
 from backend.examples import Example
 from backend.finetune import Pictures
-from backend.labeling import Label
+from backend.labelstudio.labeling_config import Label
+from backend.labelstudio.regions import Detection
+from backend.labelstudio.targets import Asked
 from backend.preprocess import Prepared
-from backend.regions import Detection
-from backend.views import Asked
 
 MOST_PICTURES = 300
 SURE = 0.3  # lowest score of what counts as known

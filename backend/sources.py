@@ -19,9 +19,9 @@ import requests
 from urllib3.exceptions import HTTPError
 
 from backend.errors import ImageError
+from backend.labelstudio.client import Studio, never_connected, origin
 from backend.network import Allowed, BlockedAddress, guarded_session
 from backend.settings import Settings
-from backend.studio import Studio, never_connected, origin
 
 TIMEOUT = (3, 10)  # seconds to connect, and between bytes
 TOTAL_TIMEOUT = 30  # seconds for one picture, redirects and repetitions included

@@ -13,11 +13,11 @@ from rq import get_current_job
 from rq.timeouts import JobTimeoutException
 
 from backend.glimpse import Glimpse
+from backend.labelstudio.regions import Region, label_of
 from backend.logs import REQUEST
 from backend.metrics import FAILURES, STAGE_SECONDS, count_boxes
 from backend.projects import note_predicted
 from backend.recent import note_answers, note_picture
-from backend.regions import Region, label_of
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from backend.errors import CheckpointError
-from backend.labeling import Plan
+from backend.labelstudio.labeling_config import Plan
 
 DEMO = Path(__file__).parent / "demo" / "checkpoint"
 PIECE = 1024 * 1024  # bytes

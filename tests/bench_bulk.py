@@ -23,11 +23,11 @@ from backend.checkpoints import load_checkpoint
 from backend.detector import Detector
 from backend.folder import find_files
 from backend.label import Labelling, config_of
-from backend.labeling import Label
+from backend.labelstudio.client import Studio
+from backend.labelstudio.labeling_config import Label
 from backend.preannotate import Preannotation
 from backend.queues import connect
 from backend.settings import Settings
-from backend.studio import Studio
 from backend.versions import find_checkpoint
 from tests.bench import resident_mb
 from tests.e2e.studio import LEGACY_TOKEN, VENV, LabelStudio, running_label_studio

@@ -28,11 +28,11 @@ from backend.checkpoints import load_checkpoint
 from backend.demo.shapes import draw_scene
 from backend.detector import Detector
 from backend.images import Images
-from backend.labeling import Label
+from backend.labelstudio.client import Studio
+from backend.labelstudio.labeling_config import Label
 from backend.preprocess import ImageFormat
 from backend.sources import Sources
 from backend.speed import keep_freed_memory
-from backend.studio import Studio
 from backend.versions import DEMO
 
 PHRASES = [f"{colour} {shape}" for colour in ("red", "green", "blue") for shape in ("circle", "square")]

@@ -18,7 +18,7 @@ import requests
 from PIL import Image
 
 from backend import jobs
-from backend.labeling import read_plan
+from backend.labelstudio.labeling_config import read_plan
 from backend.queues import PredictQueue, connect
 from backend.settings import Settings
 from tests.bench import front_memory, show

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from backend.demo.shapes import Scene, draw_scene
-from backend.regions import iou
+from backend.labelstudio.regions import iou
 
 
 def scenes(count: int, size: tuple[int, int] = (320, 240), seed: int = 11) -> list[Scene]:

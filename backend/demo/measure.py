@@ -15,7 +15,7 @@ from backend.checkpoints import load_checkpoint
 from backend.demo import shapes
 from backend.detector import Detector
 from backend.evaluation import Metrics, evaluate
-from backend.labeling import Label
+from backend.labelstudio.labeling_config import Label
 from backend.versions import find_checkpoint
 
 SEED = 7

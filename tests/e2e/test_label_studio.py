@@ -13,9 +13,9 @@ import requests
 
 from backend.demo import samples
 from backend.images import Images
+from backend.labelstudio.client import Studio
 from backend.projects import FATES
 from backend.sources import Sources
-from backend.studio import Studio
 from tests.e2e.browser import open_browser, screenshot
 from tests.e2e.studio import LEGACY_TOKEN, PASSWORD, USER, LabelStudio, Project
 from tests.pictures import config_for, encode, recall, scenes

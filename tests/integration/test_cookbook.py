@@ -12,9 +12,9 @@ from PIL import Image
 from backend import jobs
 from backend.asking import to_row
 from backend.demo import samples
-from backend.labeling import read_plan
+from backend.labelstudio.labeling_config import read_plan
+from backend.labelstudio.targets import views
 from backend.settings import Settings
-from backend.views import views
 from tests.pictures import beside, data_uri, draw_regions, label_of
 from tests.running import ROOT
 

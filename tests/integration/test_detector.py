@@ -16,9 +16,9 @@ from backend.demo.measure import TRAINING_SIZE, measure
 from backend.demo.shapes import TRAINING_BACKGROUNDS
 from backend.detector import Detector, phrase_scores
 from backend.errors import CheckpointError, ImageError, LabelingConfigError
-from backend.labeling import Label
+from backend.labelstudio.labeling_config import Label
+from backend.labelstudio.regions import iou
 from backend.preprocess import ImageFormat
-from backend.regions import iou
 from backend.speed import speed_up_gpu
 from backend.versions import DEMO
 from tests.pictures import scenes

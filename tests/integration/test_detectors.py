@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from backend.checkpoints import load_model
 from backend.detectors import MOST_LEARNED, Detectors, device_of
 from backend.errors import CheckpointError, SettingsError
-from backend.labeling import Label
+from backend.labelstudio.labeling_config import Label
 from backend.learned import WEIGHTS, Version, Versions
 from backend.settings import Settings
 from backend.versions import find_checkpoint

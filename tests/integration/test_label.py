@@ -17,7 +17,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from backend.demo.shapes import Scene, draw_scene
-from backend.regions import iou
+from backend.labelstudio.regions import iou
 from tests.running import ROOT, wait_for
 
 LABELS = ("circle", "square", "triangle", "star", "cross", "ring")

@@ -12,11 +12,11 @@ from redis import Redis
 from rq.results import Result
 
 from backend.errors import StudioAway, StudioRefused
+from backend.labelstudio.client import Studio
 from backend.outbox import Outbox
 from backend.push import MOST_ATTEMPTS, Pusher
 from backend.queues import PredictQueue
 from backend.settings import Settings
-from backend.studio import Studio
 from model import GroundingDINO
 from tests.pictures import config_for, scenes
 from tests.running import http_server, reply

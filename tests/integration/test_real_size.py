@@ -17,9 +17,9 @@ from transformers import (
 from backend.captions import build_caption, build_captions
 from backend.checkpoints import load_checkpoint
 from backend.detector import Detector, phrase_scores
-from backend.labeling import Label
+from backend.labelstudio.labeling_config import Label
+from backend.labelstudio.regions import iou
 from backend.preprocess import ImageFormat
-from backend.regions import iou
 from backend.versions import DEMO
 
 pytestmark = [

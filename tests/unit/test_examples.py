@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 
 from backend.examples import fingerprint, part_of, read_examples
-from backend.labeling import read_plan
+from backend.labelstudio.labeling_config import read_plan
 
 CONFIG = (
     '<View><Image name="image" value="$image"/><RectangleLabels name="label" toName="image">'

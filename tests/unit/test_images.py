@@ -12,8 +12,8 @@ from PIL import Image
 from backend import sources as sources_module
 from backend.errors import ImageError
 from backend.images import Images, to_rgb
+from backend.labelstudio.client import Studio
 from backend.sources import Sources
-from backend.studio import Studio
 from tests.pictures import data_uri, encode
 from tests.running import http_server, reply
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from backend.errors import CheckpointError
-from backend.labeling import read_plan
+from backend.labelstudio.labeling_config import read_plan
 from backend.learned import ABOUT, CURRENT, WEIGHTS, Version, Versions
 
 CONFIG = (

@@ -7,8 +7,8 @@ import pytest
 
 from backend import sources as sources_module
 from backend.errors import ImageError
+from backend.labelstudio.client import Studio
 from backend.sources import Sources
-from backend.studio import Studio
 from tests.running import http_server, reply
 
 TOKEN = "0123456789abcdef0123456789abcdef01234567"

@@ -1,7 +1,7 @@
 import pytest
 
 from backend.errors import CheckpointError
-from backend.labeling import read_plan
+from backend.labelstudio.labeling_config import read_plan
 from backend.versions import find_checkpoint
 
 CONFIG = (

@@ -4,7 +4,7 @@ import numpy as np
 
 from backend.demo.samples import FOLDER, PICTURES, SIZE
 from backend.demo.shapes import Scene, draw_scene
-from backend.labeling import read_plan
+from backend.labelstudio.labeling_config import read_plan
 
 
 def asked(scene: Scene, phrases: list[str]) -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from backend.errors import LabelingConfigError
-from backend.labeling import Control, Label, Plan, clean_phrase, words
+from backend.labelstudio.labeling_config import Control, Label, Plan, clean_phrase, words
 
 PATH = re.compile(r"\$([\w$]+(?:\.\w+|\[[0-9]{1,9}\])*)")
 INDEX = re.compile(r"[0-9]{1,9}")

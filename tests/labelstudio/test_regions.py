@@ -2,8 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backend.regions import Detection, best_of_overlapping, cxcywh_to_xyxy, iou, to_prediction, to_regions
-from backend.views import Asked, View
+from backend.labelstudio.regions import Detection, best_of_overlapping, cxcywh_to_xyxy, iou, to_prediction, to_regions
+from backend.labelstudio.targets import Asked, View
 
 ASKED = Asked((), (), 1)
 VIEW = View("label", "image", "", "", None, ASKED)

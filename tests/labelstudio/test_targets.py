@@ -4,9 +4,9 @@ from typing import Any
 import pytest
 
 from backend.errors import LabelingConfigError
-from backend.labeling import Plan, read_plan
-from backend.views import Prompt, View, read_prompt, value_of
-from backend.views import views as lazily
+from backend.labelstudio.labeling_config import Plan, read_plan
+from backend.labelstudio.targets import Prompt, View, read_prompt, value_of
+from backend.labelstudio.targets import views as lazily
 
 BOXES = '<RectangleLabels name="box" toName="img">{}</RectangleLabels>'
 PROMPT = '<TextArea name="prompt" toName="img"/><Number name="box_threshold" toName="img"/>'

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from backend.views import View
+from backend.labelstudio.targets import View
 
 Box = tuple[float, float, float, float]
 Region = dict[str, Any]  # as Label Studio stores it

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from backend.errors import LabelingConfigError
-from backend.labeling import Label, Plan, clean_phrase, read_plan, words
+from backend.labelstudio.labeling_config import Label, Plan, clean_phrase, read_plan, words
 
 
 def config(labels: str, control: str = "", image: str = 'value="$image"') -> str:

@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler
 import pytest
 
 from backend.errors import StudioError, StudioRefused
-from backend.studio import Studio, origin
+from backend.labelstudio.client import Studio, origin
 from tests.running import http_server, reply
 
 LEGACY = "0123456789abcdef0123456789abcdef01234567"
