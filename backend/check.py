@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from backend.errors import BackendError
-from backend.images import Images
+from backend.images.decoding import Images
+from backend.images.sources import Sources
 from backend.labelstudio.client import Studio, origin
 from backend.labelstudio.labeling_config import Plan, read_plan
 from backend.labelstudio.targets import views
 from backend.queues import PredictQueue, connect
 from backend.settings import Settings
-from backend.sources import Sources
 from backend.versions import find_checkpoint
 
 BLOCKS_LOCAL = (

@@ -24,7 +24,8 @@ from backend.detectors import device_of, precision_of
 from backend.errors import BackendError, QueueUnavailable, StudioAway
 from backend.examples import Example, fingerprint, read_examples
 from backend.fit_queue import Trainings
-from backend.images import Images
+from backend.images.decoding import Images
+from backend.images.sources import Sources
 from backend.labelstudio.client import Studio
 from backend.labelstudio.labeling_config import Plan, read_plan
 from backend.learned import Version, Versions
@@ -33,7 +34,6 @@ from backend.queues import connect
 from backend.recovery import MOST_DEATHS, lost_chunk
 from backend.settings import Settings
 from backend.shelf import Shelf
-from backend.sources import Sources
 from backend.speed import keep_freed_memory
 from backend.versions import find_checkpoint
 

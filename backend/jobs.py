@@ -20,8 +20,9 @@ from rq.timeouts import JobTimeoutException
 from backend.detector import Detector, Found
 from backend.detectors import Detectors
 from backend.errors import BackendError, CheckpointError, ImageError
-from backend.glimpse import Glimpse
-from backend.images import Images
+from backend.images.decoding import Images
+from backend.images.sources import Sources
+from backend.images.thumbnails import Glimpse
 from backend.labelstudio.client import Studio
 from backend.labelstudio.labeling_config import Plan
 from backend.labelstudio.regions import to_prediction, to_regions
@@ -30,7 +31,6 @@ from backend.metrics import PICTURES, timed
 from backend.preprocess import Prepared
 from backend.recovery import MOST_DEATHS, LostChunk, died, lost_chunk
 from backend.settings import Settings
-from backend.sources import Sources
 from backend.telling import Telling
 from backend.versions import find_checkpoint
 from backend.watchdog import Watchdog

@@ -18,7 +18,7 @@ from backend.asking import Asking
 from backend.errors import SettingsError
 from backend.export import Labelled
 from backend.folder import File
-from backend.images import shown_size
+from backend.images.decoding import shown_size
 from backend.labelstudio.labeling_config import Plan
 from backend.labelstudio.regions import label_of
 from backend.queues import PredictQueue

@@ -13,7 +13,7 @@ import torch
 
 from backend.detector import Detector
 from backend.errors import BackendError, ImageError
-from backend.images import Images
+from backend.images.decoding import Images
 from backend.preprocess import Prepared
 
 DOWNLOADS = 8  # pictures fetched at the same time

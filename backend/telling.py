@@ -12,7 +12,7 @@ from PIL import Image
 from rq import get_current_job
 from rq.timeouts import JobTimeoutException
 
-from backend.glimpse import Glimpse
+from backend.images.thumbnails import Glimpse
 from backend.labelstudio.regions import Region, label_of
 from backend.logs import REQUEST
 from backend.metrics import FAILURES, STAGE_SECONDS, count_boxes

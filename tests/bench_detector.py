@@ -27,11 +27,11 @@ from backend.captions import Caption, build_caption
 from backend.checkpoints import load_checkpoint
 from backend.demo.shapes import draw_scene
 from backend.detector import Detector
-from backend.images import Images
+from backend.images.decoding import Images
+from backend.images.sources import Sources
 from backend.labelstudio.client import Studio
 from backend.labelstudio.labeling_config import Label
 from backend.preprocess import ImageFormat
-from backend.sources import Sources
 from backend.speed import keep_freed_memory
 from backend.versions import DEMO
 

@@ -19,8 +19,8 @@ import requests
 from urllib3.exceptions import HTTPError
 
 from backend.errors import ImageError
+from backend.images.safe_http import Allowed, BlockedAddress, guarded_session
 from backend.labelstudio.client import Studio, never_connected, origin
-from backend.network import Allowed, BlockedAddress, guarded_session
 from backend.settings import Settings
 
 TIMEOUT = (3, 10)  # seconds to connect, and between bytes

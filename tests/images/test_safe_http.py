@@ -5,9 +5,9 @@ from http.server import BaseHTTPRequestHandler
 import pytest
 
 from backend.errors import ImageError, SettingsError
+from backend.images.safe_http import Allowed, BlockedAddress, guarded_session, is_public
+from backend.images.sources import Sources
 from backend.labelstudio.client import Studio
-from backend.network import Allowed, BlockedAddress, guarded_session, is_public
-from backend.sources import Sources
 from tests.running import http_server, reply
 
 

@@ -5,10 +5,10 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from backend import sources as sources_module
 from backend.errors import ImageError
+from backend.images import sources as sources_module
+from backend.images.sources import Sources
 from backend.labelstudio.client import Studio
-from backend.sources import Sources
 from tests.running import http_server, reply
 
 TOKEN = "0123456789abcdef0123456789abcdef01234567"

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from backend import sources as sources_module
 from backend.errors import ImageError
-from backend.images import Images, to_rgb
+from backend.images import sources as sources_module
+from backend.images.decoding import Images, to_rgb
+from backend.images.sources import Sources
 from backend.labelstudio.client import Studio
-from backend.sources import Sources
 from tests.pictures import data_uri, encode
 from tests.running import http_server, reply
 
