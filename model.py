@@ -17,11 +17,11 @@ from redis import Redis
 
 from backend.asking import Asking
 from backend.errors import BackendError, BadRequest, NotReady, QueueUnavailable
-from backend.fit_queue import Annotation, Evidence, Trainings
 from backend.outbox import PULL, Outbox
-from backend.private_redis import with_redis
 from backend.projects import fates, known_versions, predicted
-from backend.queues import PredictQueue, connect, note_import, redis_errors
+from backend.queue.predict_queue import PredictQueue, connect, note_import, redis_errors
+from backend.queue.private_redis import with_redis
+from backend.queue.training_queue import Annotation, Evidence, Trainings
 from backend.settings import Settings
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from backend.images.sources import Sources
 from backend.labelstudio.client import Studio, origin
 from backend.labelstudio.labeling_config import Plan, read_plan
 from backend.labelstudio.targets import views
-from backend.queues import PredictQueue, connect
+from backend.queue.predict_queue import PredictQueue, connect
 from backend.settings import Settings
 from backend.versions import find_checkpoint
 

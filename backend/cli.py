@@ -16,14 +16,14 @@ import click
 from backend import __version__
 from backend.cli_versions import add_commands, follow, report
 from backend.errors import BackendError, SettingsError
-from backend.fit_queue import Trainings
 from backend.fit_worker import run as serve_fit
 from backend.imports import Imports
 from backend.labelstudio.client import Studio
 from backend.logs import set_up_logging
-from backend.private_redis import with_redis
 from backend.push import Pusher
-from backend.queues import connect, worker_name
+from backend.queue.predict_queue import connect, worker_name
+from backend.queue.private_redis import with_redis
+from backend.queue.training_queue import Trainings
 from backend.serve import gunicorn_command, stop_on_signals
 from backend.serve import serve as run_everything
 from backend.settings import Settings

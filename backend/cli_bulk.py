@@ -11,7 +11,7 @@ from tqdm import tqdm
 from backend.errors import SettingsError
 from backend.labelstudio.client import Studio
 from backend.preannotate import Preannotation, Tally
-from backend.queues import connect, redis_errors
+from backend.queue.predict_queue import connect, redis_errors
 from backend.recent import Bulk
 from backend.settings import Settings
 

@@ -23,15 +23,15 @@ from backend.detector import Detector
 from backend.detectors import device_of, precision_of
 from backend.errors import BackendError, QueueUnavailable, StudioAway
 from backend.examples import Example, fingerprint, read_examples
-from backend.fit_queue import Trainings
 from backend.images.decoding import Images
 from backend.images.sources import Sources
 from backend.labelstudio.client import Studio
 from backend.labelstudio.labeling_config import Plan, read_plan
 from backend.learned import Version, Versions
 from backend.learning import MOST_JUDGED, Learned, Material, learn
-from backend.queues import connect
-from backend.recovery import MOST_DEATHS, lost_chunk
+from backend.queue.predict_queue import connect
+from backend.queue.recovery import MOST_DEATHS, lost_chunk
+from backend.queue.training_queue import Trainings
 from backend.settings import Settings
 from backend.shelf import Shelf
 from backend.speed import keep_freed_memory

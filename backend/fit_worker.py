@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import os
 
-from backend.fit_queue import FIT_READY_KEY, fit_queue
-from backend.queues import FIT
-from backend.rq_worker import ready, work
+from backend.queue.predict_queue import FIT
+from backend.queue.training_queue import FIT_READY_KEY, fit_queue
+from backend.queue.worker_loop import ready, work
 from backend.settings import Settings
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from redis import Redis
 from backend.errors import BackendError, QueueUnavailable
 from backend.labelstudio.client import Studio
 from backend.preannotate import Preannotation
-from backend.queues import IMPORTED_KEY, redis_errors
+from backend.queue.predict_queue import IMPORTED_KEY, redis_errors
 from backend.settings import Settings
 
 log = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ from backend.folder import File
 from backend.images.decoding import shown_size
 from backend.labelstudio.labeling_config import Plan
 from backend.labelstudio.regions import label_of
-from backend.queues import PredictQueue
+from backend.queue.predict_queue import PredictQueue
 from backend.settings import Settings
 
 CHUNKS_A_WORKER, MOST_BYTES = 3, 64_000_000  # on their way at a time; the pictures travel through Redis

@@ -21,7 +21,7 @@ from backend.errors import BackendError, BadRequest, ImageError, LabelingConfigE
 from backend.labelstudio.labeling_config import Control, Label, Plan
 from backend.labelstudio.regions import edges_of, label_of
 from backend.projects import created
-from backend.queues import PredictQueue, redis_errors
+from backend.queue.predict_queue import PredictQueue, redis_errors
 from backend.settings import Settings
 
 LOWEST = 0.05  # score of the boxes that are answered, unless a threshold is lower

@@ -22,7 +22,7 @@ from backend.errors import Overloaded, QueueUnavailable, StudioAway
 from backend.labelstudio.client import Studio
 from backend.outbox import Outbox
 from backend.push import Pusher
-from backend.queues import PredictQueue, chunk_id, worker_name
+from backend.queue.predict_queue import PredictQueue, chunk_id, worker_name
 from backend.settings import Settings
 
 log = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 from backend.labelstudio.regions import Region, edges_of, label_of
-from backend.live import found, put
+from backend.queue.redis import found, put
 
 FAILURES_KEY, MOST_FAILURES = "gdino:recent:failures", 50  # list of JSON, the last first
 PICTURES_KEY, MOST_PICTURES = "gdino:recent:pictures", 12  # likewise

@@ -18,8 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
-from backend import private_redis
 from backend.errors import SettingsError
+from backend.queue import private_redis
 from backend.settings import Settings
 from backend.versions import find_checkpoint
 from backend.welcome import welcome

@@ -10,11 +10,11 @@ from redis import Redis
 
 from backend.asking import Asking
 from backend.errors import CheckpointError, QueueUnavailable
-from backend.fit_queue import FIT_READY_KEY, Trainings
-from backend.live import found
 from backend.outbox import Outbox
 from backend.projects import cards
-from backend.queues import READY_KEY, PredictQueue, redis_errors
+from backend.queue.predict_queue import READY_KEY, PredictQueue, redis_errors
+from backend.queue.redis import found
+from backend.queue.training_queue import FIT_READY_KEY, Trainings
 from backend.recent import bulk, failures, pictures, rate
 from backend.settings import Settings
 

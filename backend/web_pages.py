@@ -16,12 +16,12 @@ from werkzeug.wrappers import Response as AnyResponse
 
 from backend.door import json_body
 from backend.errors import BadRequest, NotFound, Overloaded, QueueUnavailable
-from backend.handover import handed_over
 from backend.metrics import REGISTRY, merged
 from backend.outbox import Outbox
 from backend.playground import look
 from backend.projects import label_config, told_versions
-from backend.queues import PredictQueue, connect, redis_errors
+from backend.queue.predict_queue import PredictQueue, connect, redis_errors
+from backend.queue.worker_metrics import handed_over
 from backend.settings import Settings
 from backend.status import status, workers
 

@@ -11,8 +11,8 @@ import torch
 
 from backend import jobs
 from backend.metrics import GPU_MEMORY
-from backend.queues import PREDICT, READY_KEY, predict_queue
-from backend.rq_worker import ready, work
+from backend.queue.predict_queue import PREDICT, READY_KEY, predict_queue
+from backend.queue.worker_loop import ready, work
 from backend.settings import Settings
 from backend.speed import keep_freed_memory
 

@@ -26,7 +26,7 @@ from backend.label import Labelling, config_of
 from backend.labelstudio.client import Studio
 from backend.labelstudio.labeling_config import Label
 from backend.preannotate import Preannotation
-from backend.queues import connect
+from backend.queue.predict_queue import connect
 from backend.settings import Settings
 from backend.versions import find_checkpoint
 from tests.bench import resident_mb

@@ -19,7 +19,7 @@ from PIL import Image
 
 from backend import jobs
 from backend.labelstudio.labeling_config import read_plan
-from backend.queues import PredictQueue, connect
+from backend.queue.predict_queue import PredictQueue, connect
 from backend.settings import Settings
 from tests.bench import front_memory, show
 from tests.pictures import config_for, encode, scenes

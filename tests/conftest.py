@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from redis import Redis
 
-from backend import private_redis
-from backend.queues import connect
+from backend.queue import private_redis
+from backend.queue.predict_queue import connect
 from backend.settings import Settings
 from tests.running import Served
 

@@ -15,8 +15,8 @@ import pytest
 import requests
 from redis import Redis
 
-from backend import private_redis
-from backend.queues import connect
+from backend.queue import private_redis
+from backend.queue.predict_queue import connect
 from tests.chaos.saboteur.sitecustomize import HANGS, KILLS, SLOW
 from tests.pictures import config_for, data_uri, scenes
 from tests.running import Served, free_port, is_running, wait_for

@@ -9,8 +9,8 @@ from flask.testing import FlaskClient
 from redis import Redis
 
 from backend.api import create_app
-from backend.fit_queue import EVIDENCE_KEY, Evidence
-from backend.queues import connect
+from backend.queue.predict_queue import connect
+from backend.queue.training_queue import EVIDENCE_KEY, Evidence
 from backend.settings import Settings
 from model import GroundingDINO
 from tests.pictures import config_for, scenes
@@ -252,7 +252,7 @@ def test_more_than_may_wait_are_sent_away(redis_url: str, monkeypatch: pytest.Mo
 def test_a_full_queue_sends_large_requests_away_and_serves_an_annotator(
     lonely: FlaskClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("backend.queues.MOST_CHUNKS", 2)
+    monkeypatch.setattr("backend.queue.predict_queue.MOST_CHUNKS", 2)
     tasks = [{"id": i, "data": {"image": "x"}} for i in range(12)]
     answer = lonely.post("/predict", json={"tasks": tasks, "label_config": CONFIG})
     assert (answer.status_code, answer.json["error"]["code"]) == (503, "overloaded")

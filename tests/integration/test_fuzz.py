@@ -11,7 +11,7 @@ import pytest
 from flask.testing import FlaskClient
 
 from backend.api import create_app
-from backend.queues import PredictQueue, connect
+from backend.queue.predict_queue import PredictQueue, connect
 from backend.settings import Settings
 from model import GroundingDINO
 from tests.pictures import config_for, scenes

@@ -15,7 +15,7 @@ from backend.errors import StudioAway, StudioRefused
 from backend.labelstudio.client import Studio
 from backend.outbox import Outbox
 from backend.push import MOST_ATTEMPTS, Pusher
-from backend.queues import PredictQueue
+from backend.queue.predict_queue import PredictQueue
 from backend.settings import Settings
 from model import GroundingDINO
 from tests.pictures import config_for, scenes

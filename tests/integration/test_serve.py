@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import requests
 
-from backend.queues import PredictQueue, connect
+from backend.queue.predict_queue import PredictQueue, connect
 from tests.pictures import config_for, data_uri, scenes
 from tests.running import ROOT, Served, free_port, is_running, wait_for
 

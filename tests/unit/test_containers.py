@@ -19,7 +19,7 @@ from jsonschema import Draft7Validator
 
 from backend.api import create_app
 from backend.cli import cli
-from backend.private_redis import command as redis_command
+from backend.queue.private_redis import command as redis_command
 from backend.settings import Settings
 from model import GroundingDINO
 from tests.running import ROOT, http_server, reply

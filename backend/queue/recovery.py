@@ -20,7 +20,7 @@ from rq.job import Job, JobStatus
 from rq.registry import StartedJobRegistry
 
 from backend.errors import WorkerDied
-from backend.queues import CHUNK_KEY, READY_TTL
+from backend.queue.predict_queue import CHUNK_KEY, READY_TTL
 
 log = logging.getLogger(__name__)
 

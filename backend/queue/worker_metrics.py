@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from redis import Redis
 
-from backend.live import found, put
 from backend.metrics import exposed
+from backend.queue.redis import found, put
 
 FIGURES, FIGURES_TTL = "gdino:figures:", 30  # + worker name -> what Prometheus reads; s
 

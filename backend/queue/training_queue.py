@@ -13,9 +13,9 @@ from rq import Queue, Retry
 from rq.exceptions import DuplicateJobError, NoSuchJobError
 from rq.serializers import JSONSerializer
 
-from backend.live import found, put
 from backend.projects import FATES, KEPT_KEY, Boxes
-from backend.queues import CHUNK_KEY, FIT, FIT_FUNCTION, AllowedJob, final_result, redis_errors
+from backend.queue.predict_queue import CHUNK_KEY, FIT, FIT_FUNCTION, AllowedJob, final_result, redis_errors
+from backend.queue.redis import found, put
 
 PROGRESS_KEY = "gdino:training:"  # + project -> JSON: state, done, of, text, time, and in the end the outcome
 EVIDENCE_KEY = "gdino:evidence:"  # + project -> hash of annotation id -> JSON: task, updated_at, is_deleted, boxes

@@ -10,8 +10,8 @@ from rq.results import Result
 from rq.serializers import JSONSerializer
 
 from backend.errors import QueueUnavailable
-from backend.live import put
-from backend.queues import PREDICT, READY_KEY, AllowedJob, PredictQueue, connect
+from backend.queue.predict_queue import PREDICT, READY_KEY, AllowedJob, PredictQueue, connect
+from backend.queue.redis import put
 
 PAYLOAD = {"tasks": [{"id": 1, "data": {"image": "http://x/?token=s3cret"}}], "plan": {"controls": []}}
 

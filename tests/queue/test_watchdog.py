@@ -2,13 +2,13 @@ import subprocess
 import sys
 import time
 
-from backend.watchdog import HUNG
+from backend.queue.watchdog import HUNG
 from tests.running import ROOT
 
 
 def run(body: str) -> tuple[int, float]:
     """Exit status and seconds of a process that has a watchdog of half a second."""
-    code = f"import time\nfrom backend.watchdog import Watchdog\nw = Watchdog(0.5)\n{body}"
+    code = f"import time\nfrom backend.queue.watchdog import Watchdog\nw = Watchdog(0.5)\n{body}"
     start = time.monotonic()
     status = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False, capture_output=True).returncode
     return status, time.monotonic() - start

@@ -4,10 +4,10 @@ import time
 import pytest
 from redis import Redis
 
-from backend.fit_queue import Annotation, Evidence, Trainings, fit_queue
 from backend.projects import FATES, cards, remember
-from backend.queues import FIT, FIT_FUNCTION
-from backend.rq_worker import make_worker
+from backend.queue.predict_queue import FIT, FIT_FUNCTION
+from backend.queue.training_queue import Annotation, Evidence, Trainings, fit_queue
+from backend.queue.worker_loop import make_worker
 from backend.settings import Settings
 
 EVENTS = [

@@ -14,10 +14,10 @@ from redis.exceptions import RedisError
 from rq import Queue, SimpleWorker
 from rq.serializers import JSONSerializer
 
-from backend.handover import hand_over
-from backend.live import put
-from backend.queues import READY_TTL, AllowedJob, connect, redis_errors, worker_name
-from backend.recovery import Recovery
+from backend.queue.predict_queue import READY_TTL, AllowedJob, connect, redis_errors, worker_name
+from backend.queue.recovery import Recovery
+from backend.queue.redis import put
+from backend.queue.worker_metrics import hand_over
 from backend.settings import Settings
 
 log = logging.getLogger(__name__)

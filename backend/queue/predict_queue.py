@@ -25,8 +25,8 @@ from rq.results import Result
 from rq.serializers import JSONSerializer
 
 from backend.errors import Overloaded, QueueUnavailable
-from backend.live import found
 from backend.logs import REQUEST
+from backend.queue.redis import found
 
 PREDICT = "predict"
 PREDICT_FUNCTION = "backend.jobs.predict"

@@ -9,10 +9,10 @@ from rq.intermediate_queue import IntermediateQueue
 from rq.job import Job
 from rq.results import Result
 
-from backend import recovery
-from backend.queues import PREDICT, PREDICT_FUNCTION, READY_KEY, PredictQueue, predict_queue
-from backend.recovery import LostChunk, Recovery
-from backend.rq_worker import make_worker
+from backend.queue import recovery
+from backend.queue.predict_queue import PREDICT, PREDICT_FUNCTION, READY_KEY, PredictQueue, predict_queue
+from backend.queue.recovery import LostChunk, Recovery
+from backend.queue.worker_loop import make_worker
 from backend.settings import Settings
 
 
