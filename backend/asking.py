@@ -14,7 +14,7 @@ from backend.errors import LabelingConfigError
 from backend.labelstudio.labeling_config import Plan, read_plan
 from backend.labelstudio.targets import read_prompt
 from backend.learned import Version, Versions
-from backend.projects import remember
+from backend.monitoring.project_stats import remember
 from backend.settings import Settings
 from backend.versions import Checkpoint, find_checkpoint
 

@@ -10,9 +10,9 @@ from tqdm import tqdm
 
 from backend.errors import SettingsError
 from backend.labelstudio.client import Studio
+from backend.monitoring.activity import Bulk
 from backend.preannotate import Preannotation, Tally
 from backend.queue.predict_queue import connect, redis_errors
-from backend.recent import Bulk
 from backend.settings import Settings
 
 

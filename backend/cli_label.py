@@ -17,10 +17,10 @@ from backend.errors import QueueUnavailable, SettingsError
 from backend.export import Labelled, place_pictures, write_coco, write_labelstudio, write_yolo
 from backend.folder import File, find_files
 from backend.label import ANSWERS, Labelling, Row, config_of, labelled
+from backend.monitoring.activity import Bulk
 from backend.preview import write_previews
 from backend.queue.predict_queue import PredictQueue, connect, worker_name
 from backend.queue.private_redis import with_redis
-from backend.recent import Bulk
 from backend.serve import own_workers
 from backend.settings import Settings
 

@@ -20,7 +20,7 @@ from backend.asking import Asking
 from backend.errors import BackendError, BadRequest, ImageError, LabelingConfigError, NotReady
 from backend.labelstudio.labeling_config import Control, Label, Plan
 from backend.labelstudio.regions import edges_of, label_of
-from backend.projects import created
+from backend.monitoring.project_stats import created
 from backend.queue.predict_queue import PredictQueue, redis_errors
 from backend.settings import Settings
 

@@ -10,12 +10,12 @@ from redis import Redis
 
 from backend.asking import Asking
 from backend.errors import CheckpointError, QueueUnavailable
+from backend.monitoring.activity import bulk, failures, pictures, rate
+from backend.monitoring.project_stats import cards
 from backend.outbox import Outbox
-from backend.projects import cards
 from backend.queue.predict_queue import READY_KEY, PredictQueue, redis_errors
 from backend.queue.redis import found
 from backend.queue.training_queue import FIT_READY_KEY, Trainings
-from backend.recent import bulk, failures, pictures, rate
 from backend.settings import Settings
 
 WORKERS = ((READY_KEY, "predict"), (FIT_READY_KEY, "fit"))

@@ -16,8 +16,8 @@ from backend.images.thumbnails import Glimpse
 from backend.labelstudio.regions import Region, label_of
 from backend.logs import REQUEST
 from backend.metrics import FAILURES, STAGE_SECONDS, count_boxes
-from backend.projects import note_predicted
-from backend.recent import note_answers, note_picture
+from backend.monitoring.activity import note_answers, note_picture
+from backend.monitoring.project_stats import note_predicted
 
 log = logging.getLogger(__name__)
 

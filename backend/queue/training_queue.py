@@ -13,7 +13,7 @@ from rq import Queue, Retry
 from rq.exceptions import DuplicateJobError, NoSuchJobError
 from rq.serializers import JSONSerializer
 
-from backend.projects import FATES, KEPT_KEY, Boxes
+from backend.monitoring.project_stats import FATES, KEPT_KEY, Boxes
 from backend.queue.predict_queue import CHUNK_KEY, FIT, FIT_FUNCTION, AllowedJob, final_result, redis_errors
 from backend.queue.redis import found, put
 

@@ -15,7 +15,7 @@ from backend.demo import samples
 from backend.images.decoding import Images
 from backend.images.sources import Sources
 from backend.labelstudio.client import Studio
-from backend.projects import FATES
+from backend.monitoring.project_stats import FATES
 from tests.e2e.browser import open_browser, screenshot
 from tests.e2e.studio import LEGACY_TOKEN, PASSWORD, USER, LabelStudio, Project
 from tests.pictures import config_for, encode, recall, scenes

@@ -11,9 +11,9 @@ from playwright.sync_api import Browser, Page, expect
 
 from backend.labelstudio.labeling_config import read_plan
 from backend.labelstudio.regions import Detection, best_of_overlapping, label_of
+from backend.monitoring.activity import Bulk
 from backend.queue.predict_queue import connect
 from backend.queue.training_queue import Trainings
-from backend.recent import Bulk
 from tests.e2e.browser import open_browser, screenshot
 from tests.pictures import config_for, data_uri, encode, scenes
 from tests.running import Served

@@ -4,7 +4,7 @@ import time
 import pytest
 from redis import Redis
 
-from backend.projects import FATES, cards, remember
+from backend.monitoring.project_stats import FATES, cards, remember
 from backend.queue.predict_queue import FIT, FIT_FUNCTION
 from backend.queue.training_queue import Annotation, Evidence, Trainings, fit_queue
 from backend.queue.worker_loop import make_worker

@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from backend.projects import MOST_LABELS, fates
+from backend.monitoring.project_stats import MOST_LABELS, fates
 
 
 def region(label: str, **more: Any) -> dict[str, Any]:
