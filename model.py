@@ -15,13 +15,13 @@ from typing import Any
 
 from redis import Redis
 
-from backend.asking import Asking
 from backend.errors import BackendError, BadRequest, NotReady, QueueUnavailable
 from backend.monitoring.project_stats import fates, known_versions, predicted
 from backend.outbox import PULL, Outbox
 from backend.queue.predict_queue import PredictQueue, connect, note_import, redis_errors
 from backend.queue.private_redis import with_redis
 from backend.queue.training_queue import Annotation, Evidence, Trainings
+from backend.registry.project_model import Asking
 from backend.settings import Settings
 
 log = logging.getLogger(__name__)

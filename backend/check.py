@@ -13,8 +13,8 @@ from backend.labelstudio.client import Studio, origin
 from backend.labelstudio.labeling_config import Plan, read_plan
 from backend.labelstudio.targets import views
 from backend.queue.predict_queue import PredictQueue, connect
+from backend.registry.checkpoint import find_checkpoint
 from backend.settings import Settings
-from backend.versions import find_checkpoint
 
 BLOCKS_LOCAL = (
     "none. If connecting answers 403 'reserved network address', Label Studio refuses private addresses: "

@@ -11,8 +11,8 @@ from typing import Any
 import click
 from tqdm import tqdm
 
-from backend.learned import Versions
 from backend.queue.training_queue import Trainings
+from backend.registry.versions import Versions
 from backend.settings import Settings
 
 LOOK_EVERY = 0.5  # s

@@ -11,9 +11,9 @@ import torch
 from backend.checkpoints import load_checkpoint, load_model, take_weights
 from backend.detector import Detector
 from backend.errors import SettingsError
-from backend.learned import Versions
+from backend.registry.checkpoint import find_checkpoint
+from backend.registry.versions import Versions
 from backend.settings import Settings
-from backend.versions import find_checkpoint
 
 log = logging.getLogger(__name__)
 

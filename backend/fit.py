@@ -27,15 +27,15 @@ from backend.images.decoding import Images
 from backend.images.sources import Sources
 from backend.labelstudio.client import Studio
 from backend.labelstudio.labeling_config import Plan, read_plan
-from backend.learned import Version, Versions
 from backend.learning import MOST_JUDGED, Learned, Material, learn
 from backend.queue.predict_queue import connect
 from backend.queue.recovery import MOST_DEATHS, lost_chunk
 from backend.queue.training_queue import Trainings
+from backend.registry.checkpoint import find_checkpoint
+from backend.registry.versions import Version, Versions
 from backend.settings import Settings
 from backend.shelf import Shelf
 from backend.speed import keep_freed_memory
-from backend.versions import find_checkpoint
 
 log = logging.getLogger(__name__)
 

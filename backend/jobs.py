@@ -31,9 +31,9 @@ from backend.metrics import PICTURES, timed
 from backend.preprocess import Prepared
 from backend.queue.recovery import MOST_DEATHS, LostChunk, died, lost_chunk
 from backend.queue.watchdog import Watchdog
+from backend.registry.checkpoint import find_checkpoint
 from backend.settings import Settings
 from backend.telling import Telling
-from backend.versions import find_checkpoint
 
 DOWNLOADS = 8  # pictures of one chunk that are fetched at the same time
 LOAD_TIMEOUT = 60  # s for all pictures of a chunk; each has its own limits, but a server may trickle its headers

@@ -14,7 +14,6 @@ from xml.sax.saxutils import quoteattr
 from PIL import Image
 from redis import Redis
 
-from backend.asking import Asking
 from backend.errors import SettingsError
 from backend.export import Labelled
 from backend.folder import File
@@ -22,6 +21,7 @@ from backend.images.decoding import shown_size
 from backend.labelstudio.labeling_config import Plan
 from backend.labelstudio.regions import label_of
 from backend.queue.predict_queue import PredictQueue
+from backend.registry.project_model import Asking
 from backend.settings import Settings
 
 CHUNKS_A_WORKER, MOST_BYTES = 3, 64_000_000  # on their way at a time; the pictures travel through Redis

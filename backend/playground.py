@@ -16,12 +16,12 @@ from typing import Any
 
 from redis import Redis
 
-from backend.asking import Asking
 from backend.errors import BackendError, BadRequest, ImageError, LabelingConfigError, NotReady
 from backend.labelstudio.labeling_config import Control, Label, Plan
 from backend.labelstudio.regions import edges_of, label_of
 from backend.monitoring.project_stats import created
 from backend.queue.predict_queue import PredictQueue, redis_errors
+from backend.registry.project_model import Asking
 from backend.settings import Settings
 
 LOWEST = 0.05  # score of the boxes that are answered, unless a threshold is lower

@@ -17,12 +17,12 @@ from typing import Any
 
 from redis import Redis
 
-from backend.asking import Asking
 from backend.errors import Overloaded, QueueUnavailable, StudioAway
 from backend.labelstudio.client import Studio
 from backend.outbox import Outbox
 from backend.push import Pusher
 from backend.queue.predict_queue import PredictQueue, chunk_id, worker_name
+from backend.registry.project_model import Asking
 from backend.settings import Settings
 
 log = logging.getLogger(__name__)

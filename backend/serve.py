@@ -20,8 +20,8 @@ from types import FrameType
 
 from backend.errors import SettingsError
 from backend.queue import private_redis
+from backend.registry.checkpoint import find_checkpoint
 from backend.settings import Settings
-from backend.versions import find_checkpoint
 from backend.welcome import welcome
 
 ROOT = Path(__file__).parent.parent

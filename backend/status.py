@@ -8,7 +8,6 @@ from typing import Any
 
 from redis import Redis
 
-from backend.asking import Asking
 from backend.errors import CheckpointError, QueueUnavailable
 from backend.monitoring.activity import bulk, failures, pictures, rate
 from backend.monitoring.project_stats import cards
@@ -16,6 +15,7 @@ from backend.outbox import Outbox
 from backend.queue.predict_queue import READY_KEY, PredictQueue, redis_errors
 from backend.queue.redis import found
 from backend.queue.training_queue import FIT_READY_KEY, Trainings
+from backend.registry.project_model import Asking
 from backend.settings import Settings
 
 WORKERS = ((READY_KEY, "predict"), (FIT_READY_KEY, "fit"))

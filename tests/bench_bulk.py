@@ -27,8 +27,8 @@ from backend.labelstudio.client import Studio
 from backend.labelstudio.labeling_config import Label
 from backend.preannotate import Preannotation
 from backend.queue.predict_queue import connect
+from backend.registry.checkpoint import find_checkpoint
 from backend.settings import Settings
-from backend.versions import find_checkpoint
 from tests.bench import resident_mb
 from tests.e2e.studio import LEGACY_TOKEN, VENV, LabelStudio, running_label_studio
 from tests.pictures import encode, scenes

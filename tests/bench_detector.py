@@ -32,8 +32,8 @@ from backend.images.sources import Sources
 from backend.labelstudio.client import Studio
 from backend.labelstudio.labeling_config import Label
 from backend.preprocess import ImageFormat
+from backend.registry.checkpoint import DEMO
 from backend.speed import keep_freed_memory
-from backend.versions import DEMO
 
 PHRASES = [f"{colour} {shape}" for colour in ("red", "green", "blue") for shape in ("circle", "square")]
 

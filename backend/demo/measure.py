@@ -16,7 +16,7 @@ from backend.demo import shapes
 from backend.detector import Detector
 from backend.evaluation import Metrics, evaluate
 from backend.labelstudio.labeling_config import Label
-from backend.versions import find_checkpoint
+from backend.registry.checkpoint import find_checkpoint
 
 SEED = 7
 PICTURES = 400

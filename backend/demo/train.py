@@ -34,8 +34,8 @@ from backend.demo import shapes
 from backend.demo.measure import figures, print_figures
 from backend.detector import Detector
 from backend.preprocess import ImageFormat
+from backend.registry.checkpoint import DEMO
 from backend.training import Batch, Target, moving_average, train_one_epoch
-from backend.versions import DEMO
 
 IMAGE_FORMAT = ImageFormat(shortest_edge=96, longest_edge=160)
 BATCH_SIZE, WARM_UP_STEPS, LEARNING_RATE = 8, 300, 1e-3

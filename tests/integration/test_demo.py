@@ -12,7 +12,7 @@ from backend.demo import train as train_module
 from backend.demo.measure import figures
 from backend.demo.train import build_tokenizer, draw_batch
 from backend.detector import Detector
-from backend.versions import DEMO
+from backend.registry.checkpoint import DEMO
 from tests.pictures import scenes
 
 MB = 1024 * 1024

@@ -19,8 +19,8 @@ from backend.errors import CheckpointError, ImageError, LabelingConfigError
 from backend.labelstudio.labeling_config import Label
 from backend.labelstudio.regions import iou
 from backend.preprocess import ImageFormat
+from backend.registry.checkpoint import DEMO
 from backend.speed import speed_up_gpu
-from backend.versions import DEMO
 from tests.pictures import scenes
 
 

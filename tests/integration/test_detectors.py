@@ -10,9 +10,9 @@ from backend.checkpoints import load_model
 from backend.detectors import MOST_LEARNED, Detectors, device_of
 from backend.errors import CheckpointError, SettingsError
 from backend.labelstudio.labeling_config import Label
-from backend.learned import WEIGHTS, Version, Versions
+from backend.registry.checkpoint import find_checkpoint
+from backend.registry.versions import WEIGHTS, Version, Versions
 from backend.settings import Settings
-from backend.versions import find_checkpoint
 from tests.pictures import scenes
 
 SCENE = scenes(1)[0]

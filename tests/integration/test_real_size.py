@@ -20,7 +20,7 @@ from backend.detector import Detector, phrase_scores
 from backend.labelstudio.labeling_config import Label
 from backend.labelstudio.regions import iou
 from backend.preprocess import ImageFormat
-from backend.versions import DEMO
+from backend.registry.checkpoint import DEMO
 
 pytestmark = [
     pytest.mark.timeout(300),

@@ -14,8 +14,8 @@ from backend.captions import build_caption
 from backend.checkpoints import load_model
 from backend.deformable import GatheredAttention
 from backend.demo.train import build_tokenizer
+from backend.registry.checkpoint import DEMO
 from backend.speed import FoldedFusion, FusedAttention, PackedLinear, speed_up_cpu
-from backend.versions import DEMO
 from tests.running import ROOT
 
 

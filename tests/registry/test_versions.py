@@ -5,7 +5,7 @@ import pytest
 
 from backend.errors import CheckpointError
 from backend.labelstudio.labeling_config import read_plan
-from backend.learned import ABOUT, CURRENT, WEIGHTS, Version, Versions
+from backend.registry.versions import ABOUT, CURRENT, WEIGHTS, Version, Versions
 
 CONFIG = (
     '<View><Image name="image" value="$image"/><RectangleLabels name="label" toName="image">'

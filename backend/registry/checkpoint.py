@@ -11,7 +11,7 @@ from pathlib import Path
 from backend.errors import CheckpointError
 from backend.labelstudio.labeling_config import Plan
 
-DEMO = Path(__file__).parent / "demo" / "checkpoint"
+DEMO = Path(__file__).parent.parent / "demo" / "checkpoint"
 PIECE = 1024 * 1024  # bytes
 
 

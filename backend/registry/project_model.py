@@ -13,10 +13,10 @@ from redis import Redis
 from backend.errors import LabelingConfigError
 from backend.labelstudio.labeling_config import Plan, read_plan
 from backend.labelstudio.targets import read_prompt
-from backend.learned import Version, Versions
 from backend.monitoring.project_stats import remember
+from backend.registry.checkpoint import Checkpoint, find_checkpoint
+from backend.registry.versions import Version, Versions
 from backend.settings import Settings
-from backend.versions import Checkpoint, find_checkpoint
 
 log = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@ import pytest
 
 from backend.errors import CheckpointError
 from backend.labelstudio.labeling_config import read_plan
-from backend.versions import find_checkpoint
+from backend.registry.checkpoint import find_checkpoint
 
 CONFIG = (
     '<View><Image name="i" value="$i"/><RectangleLabels name="l" toName="i"><Label value="a"/></RectangleLabels></View>'
