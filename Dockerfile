@@ -34,7 +34,7 @@ WORKDIR /app
 # a root that is read-only keeps no bytecode; weights that do not load are better found here than where no hub is
 RUN python -m compileall -q . \
  && if [ -n "$BAKE_MODEL" ]; then \
-      HF_HOME=/opt/weights HF_HUB_OFFLINE=1 python -c 'import sys; from backend.checkpoints import load_checkpoint; \
+      HF_HOME=/opt/weights HF_HUB_OFFLINE=1 python -c 'import sys; from backend.detection.checkpoints import load_checkpoint; \
 load_checkpoint(sys.argv[1])' "$BAKE_MODEL"; \
     fi
 

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from backend.detector import Detector
+from backend.detection.detector import Detector
 from backend.evaluation import FLOOR, Found, Judged, Truth, calibrate, cross_calibrated
 from backend.examples import Example
 from backend.finetune import Pictures

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from backend.captions import build_caption, build_captions
+from backend.detection.captions import build_caption, build_captions
+from backend.detection.preprocess import Prepared
 from backend.examples import Example
-from backend.preprocess import Prepared
 from backend.training import Batch, Target, moving_average, train_one_epoch
 
 BACKBONES = ("model.backbone.", "model.text_backbone.")

@@ -18,9 +18,10 @@ from typing import Any, TypeVar
 
 from safetensors.torch import save
 
-from backend.checkpoints import load_checkpoint, take_weights
-from backend.detector import Detector
-from backend.detectors import device_of, precision_of
+from backend.detection.acceleration import keep_freed_memory
+from backend.detection.checkpoints import load_checkpoint, take_weights
+from backend.detection.detector import Detector
+from backend.detection.detector_cache import device_of, precision_of
 from backend.errors import BackendError, QueueUnavailable, StudioAway
 from backend.examples import Example, fingerprint, read_examples
 from backend.images.decoding import Images
@@ -35,7 +36,6 @@ from backend.registry.checkpoint import find_checkpoint
 from backend.registry.versions import Version, Versions
 from backend.settings import Settings
 from backend.shelf import Shelf
-from backend.speed import keep_freed_memory
 
 log = logging.getLogger(__name__)
 

@@ -17,8 +17,9 @@ from typing import Any
 
 from rq.timeouts import JobTimeoutException
 
-from backend.detector import Detector, Found
-from backend.detectors import Detectors
+from backend.detection.detector import Detector, Found
+from backend.detection.detector_cache import Detectors
+from backend.detection.preprocess import Prepared
 from backend.errors import BackendError, CheckpointError, ImageError
 from backend.images.decoding import Images
 from backend.images.sources import Sources
@@ -28,7 +29,6 @@ from backend.labelstudio.labeling_config import Plan
 from backend.labelstudio.regions import to_prediction, to_regions
 from backend.labelstudio.targets import MOST_VIEWS, Asked, Prompt, View, views
 from backend.metrics import PICTURES, timed
-from backend.preprocess import Prepared
 from backend.queue.recovery import MOST_DEATHS, LostChunk, died, lost_chunk
 from backend.queue.watchdog import Watchdog
 from backend.registry.checkpoint import find_checkpoint

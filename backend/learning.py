@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from backend.detector import Detector
+from backend.detection.detector import Detector
 from backend.evaluation import Judged, is_better
 from backend.exam import Exam, Thresholds
 from backend.examples import Example

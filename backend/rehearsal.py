@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from backend.detector import Detector
+from backend.detection.detector import Detector
+from backend.detection.preprocess import Prepared
 from backend.examples import Example
 from backend.finetune import Pictures
 from backend.labelstudio.labeling_config import Label
 from backend.labelstudio.regions import Detection
 from backend.labelstudio.targets import Asked
-from backend.preprocess import Prepared
 
 MOST_PICTURES = 300
 SURE = 0.3  # lowest score of what counts as known

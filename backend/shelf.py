@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from backend.detector import Detector
+from backend.detection.detector import Detector
+from backend.detection.preprocess import Prepared
 from backend.errors import BackendError, ImageError
 from backend.images.decoding import Images
-from backend.preprocess import Prepared
 
 DOWNLOADS = 8  # pictures fetched at the same time
 RESERVE = 1_000_000_000  # bytes of the disk that stay free: Redis writes there too

@@ -16,8 +16,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from backend.captions import Caption
-from backend.detector import phrase_scores
+from backend.detection.captions import Caption
+from backend.detection.detector import phrase_scores
 
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0
 CLASS_WEIGHT, L1_WEIGHT, GIOU_WEIGHT = 2.0, 5.0, 2.0

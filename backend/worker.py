@@ -10,11 +10,11 @@ import sys
 import torch
 
 from backend import jobs
+from backend.detection.acceleration import keep_freed_memory
 from backend.metrics import GPU_MEMORY
 from backend.queue.predict_queue import PREDICT, READY_KEY, predict_queue
 from backend.queue.worker_loop import ready, work
 from backend.settings import Settings
-from backend.speed import keep_freed_memory
 
 log = logging.getLogger(__name__)
 

@@ -19,8 +19,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from backend.checkpoints import load_checkpoint
-from backend.detector import Detector
+from backend.detection.checkpoints import load_checkpoint
+from backend.detection.detector import Detector
 from backend.folder import find_files
 from backend.label import Labelling, config_of
 from backend.labelstudio.client import Studio

@@ -23,17 +23,17 @@ from PIL import Image
 from torch import Tensor
 from transformers import GroundingDinoConfig, GroundingDinoForObjectDetection
 
-from backend.captions import Caption, build_caption
-from backend.checkpoints import load_checkpoint
 from backend.demo.shapes import draw_scene
-from backend.detector import Detector
+from backend.detection.acceleration import keep_freed_memory
+from backend.detection.captions import Caption, build_caption
+from backend.detection.checkpoints import load_checkpoint
+from backend.detection.detector import Detector
+from backend.detection.preprocess import ImageFormat
 from backend.images.decoding import Images
 from backend.images.sources import Sources
 from backend.labelstudio.client import Studio
 from backend.labelstudio.labeling_config import Label
-from backend.preprocess import ImageFormat
 from backend.registry.checkpoint import DEMO
-from backend.speed import keep_freed_memory
 
 PHRASES = [f"{colour} {shape}" for colour in ("red", "green", "blue") for shape in ("circle", "square")]
 

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from backend.checkpoints import load_checkpoint
 from backend.demo import shapes
-from backend.detector import Detector
+from backend.detection.checkpoints import load_checkpoint
+from backend.detection.detector import Detector
 from backend.evaluation import Metrics, evaluate
 from backend.labelstudio.labeling_config import Label
 from backend.registry.checkpoint import find_checkpoint

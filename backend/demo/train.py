@@ -28,12 +28,12 @@ from transformers import (
     SwinConfig,
 )
 
-from backend.captions import CLS, QUESTION, SEP, STOP, build_caption
-from backend.checkpoints import load_checkpoint
 from backend.demo import shapes
 from backend.demo.measure import figures, print_figures
-from backend.detector import Detector
-from backend.preprocess import ImageFormat
+from backend.detection.captions import CLS, QUESTION, SEP, STOP, build_caption
+from backend.detection.checkpoints import load_checkpoint
+from backend.detection.detector import Detector
+from backend.detection.preprocess import ImageFormat
 from backend.registry.checkpoint import DEMO
 from backend.training import Batch, Target, moving_average, train_one_epoch
 

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from backend.checkpoints import load_checkpoint
 from backend.demo import shapes
 from backend.demo import train as train_module
 from backend.demo.measure import figures
 from backend.demo.train import build_tokenizer, draw_batch
-from backend.detector import Detector
+from backend.detection.checkpoints import load_checkpoint
+from backend.detection.detector import Detector
 from backend.registry.checkpoint import DEMO
 from tests.pictures import scenes
 

@@ -10,7 +10,7 @@ KILLS, HANGS, SLOW = 101, 103, 107  # pixels; at least 0.5 s for a slow one
 
 if b"worker" in Path("/proc/self/cmdline").read_bytes().split(b"\0"):
     sys.path.insert(0, str(Path(__file__).parents[3]))
-    from backend.detector import Detector
+    from backend.detection.detector import Detector
 
     harmless = Detector._stacked
 

@@ -9,18 +9,18 @@ import torch
 from PIL import Image
 from transformers import GroundingDinoImageProcessorPil
 
-from backend.captions import build_caption, build_captions
-from backend.checkpoints import load_checkpoint
-from backend.deformable import gather_plan, sample_rows
 from backend.demo.measure import TRAINING_SIZE, measure
 from backend.demo.shapes import TRAINING_BACKGROUNDS
-from backend.detector import Detector, phrase_scores
+from backend.detection.acceleration import speed_up_gpu
+from backend.detection.captions import build_caption, build_captions
+from backend.detection.checkpoints import load_checkpoint
+from backend.detection.deformable_attention import gather_plan, sample_rows
+from backend.detection.detector import Detector, phrase_scores
+from backend.detection.preprocess import ImageFormat
 from backend.errors import CheckpointError, ImageError, LabelingConfigError
 from backend.labelstudio.labeling_config import Label
 from backend.labelstudio.regions import iou
-from backend.preprocess import ImageFormat
 from backend.registry.checkpoint import DEMO
-from backend.speed import speed_up_gpu
 from tests.pictures import scenes
 
 
@@ -118,7 +118,7 @@ def test_a_folder_without_a_model_is_refused(tmp_path) -> None:
 
 
 def test_without_the_hub_one_line_names_the_ways_out() -> None:
-    code = "from backend.checkpoints import load_checkpoint; load_checkpoint('owner/never-cached')"
+    code = "from backend.detection.checkpoints import load_checkpoint; load_checkpoint('owner/never-cached')"
     env = {**os.environ, "HF_HUB_OFFLINE": "1"}
     run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
     last = run.stderr.strip().splitlines()[-1]
@@ -259,7 +259,7 @@ def half_precision(monkeypatch: pytest.MonkeyPatch) -> Detector:
             values.dtype
         )
 
-    monkeypatch.setitem(sys.modules, "backend.deformable_gpu", SimpleNamespace(sample=sample))
+    monkeypatch.setitem(sys.modules, "backend.detection.deformable_attention_triton", SimpleNamespace(sample=sample))
     model, tokenizer, image_format = load_checkpoint(str(DEMO))
     speed_up_gpu(model)
     return Detector(model, tokenizer, image_format, precision=torch.float16)

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import torch
 
-from backend.checkpoints import load_checkpoint, load_model, take_weights
-from backend.detector import Detector
+from backend.detection.checkpoints import load_checkpoint, load_model, take_weights
+from backend.detection.detector import Detector
 from backend.errors import SettingsError
 from backend.registry.checkpoint import find_checkpoint
 from backend.registry.versions import Versions

@@ -11,8 +11,8 @@ import torch
 from transformers import GroundingDinoConfig
 from transformers.models.grounding_dino import modeling_grounding_dino as reference
 
-from backend import deformable
-from backend.deformable import GatheredAttention, SlicedLayer, gather_plan, sample_rows
+from backend.detection import deformable_attention as deformable
+from backend.detection.deformable_attention import GatheredAttention, SlicedLayer, gather_plan, sample_rows
 
 SHAPES = [(13, 17), (7, 9), (1, 5), (1, 1)]
 TOKENS = sum(height * width for height, width in SHAPES)
@@ -105,7 +105,7 @@ def test_compiled_weights_are_the_same_at_any_size() -> None:
 
 IN_THE_INTERPRETER = """
 from tests.integration.test_deformable import *
-from backend.deformable_gpu import sample
+from backend.detection.deformable_attention_triton import sample
 torch.manual_seed(0)
 for levels in 1, 3, 4:  # 4, 12 and 16 samples: one is no power of two
     rest = geometry(2, 37, 2)

@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 from transformers import GroundingDinoForObjectDetection
 
-from backend.checkpoints import load_model
-from backend.detector import phrase_scores
+from backend.detection.acceleration import speed_up_cpu
+from backend.detection.checkpoints import load_model
+from backend.detection.convert_original import read_state_dict
+from backend.detection.detector import phrase_scores
+from backend.detection.preprocess import ImageFormat
 from backend.errors import CheckpointError
-from backend.original import read_state_dict
-from backend.preprocess import ImageFormat
-from backend.speed import speed_up_cpu
 
 pytestmark = [
     pytest.mark.timeout(300),

@@ -21,7 +21,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from backend.deformable import GatheredAttention, SlicedLayer, compiled_gather_plan, sample_rows
+from backend.detection.deformable_attention import GatheredAttention, SlicedLayer, compiled_gather_plan, sample_rows
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def speed_up_gpu(model: Any) -> None:
 def _gpu_sample(device: torch.device) -> Callable[..., Tensor] | None:
     """Our kernel; None, with a line in the log, where Triton is missing or cannot build it."""
     try:
-        from backend.deformable_gpu import sample
+        from backend.detection.deformable_attention_triton import sample
 
         shapes, starts = torch.tensor([[2, 2]], device=device), torch.tensor([0], device=device)
         numbers = {

@@ -10,12 +10,12 @@ import torch
 from transformers import GroundingDinoConfig
 from transformers.models.grounding_dino import modeling_grounding_dino as reference
 
-from backend.captions import build_caption
-from backend.checkpoints import load_model
-from backend.deformable import GatheredAttention
 from backend.demo.train import build_tokenizer
+from backend.detection.acceleration import FoldedFusion, FusedAttention, PackedLinear, speed_up_cpu
+from backend.detection.captions import build_caption
+from backend.detection.checkpoints import load_model
+from backend.detection.deformable_attention import GatheredAttention
 from backend.registry.checkpoint import DEMO
-from backend.speed import FoldedFusion, FusedAttention, PackedLinear, speed_up_cpu
 from tests.running import ROOT
 
 
@@ -81,7 +81,7 @@ def test_the_whole_model_gives_the_same_detections() -> None:
 
 FAULTS = """
 import resource, torch
-from backend.speed import keep_freed_memory
+from backend.detection.acceleration import keep_freed_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -19,9 +19,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from backend.detection.convert_original import convert, read_config, read_state_dict
+from backend.detection.preprocess import ImageFormat
 from backend.errors import CheckpointError
-from backend.original import convert, read_config, read_state_dict
-from backend.preprocess import ImageFormat
 
 ORIGINAL_TOKENIZER = "google-bert/bert-base-uncased"
 

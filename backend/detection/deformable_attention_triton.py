@@ -16,7 +16,7 @@ BLOCK = 16  # queries of one program
 def sample(
     values: Tensor, reference: Tensor, offsets: Tensor, logits: Tensor, shapes: Tensor, starts: Tensor
 ) -> Tensor:
-    """As `backend.deformable.sample_rows`, for any float type; the heads' width is a power of two."""
+    """As `deformable_attention.sample_rows`, for any float type; the heads' width is a power of two."""
     batch, tokens, width = values.shape
     _, queries, heads, levels, points, _ = offsets.shape
     seen = torch.empty(batch, queries, width, dtype=values.dtype, device=values.device)
