@@ -85,7 +85,9 @@ def worker(queue: str, **options: str | None) -> None:
     code = 0
     try:
         if queue == "predict":
-            from backend.worker import run as serve_predict  # loads torch: only this command pays for it
+            from backend.prediction.predict_worker import (
+                run as serve_predict,  # loads torch: only this command pays for it
+            )
 
             serve_predict(settings)
         elif serve_fit(settings):

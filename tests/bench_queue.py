@@ -17,8 +17,8 @@ from typing import Any
 import requests
 from PIL import Image
 
-from backend import jobs
 from backend.labelstudio.labeling_config import read_plan
+from backend.prediction import predict_job as jobs
 from backend.queue.predict_queue import PredictQueue, connect
 from backend.settings import Settings
 from tests.bench import front_memory, show

@@ -29,7 +29,7 @@ from backend.logs import REQUEST
 from backend.queue.redis import found
 
 PREDICT = "predict"
-PREDICT_FUNCTION = "backend.jobs.predict"
+PREDICT_FUNCTION = "backend.prediction.predict_job.predict"
 FIT = "fit"
 FIT_FUNCTION = "backend.fit.fit"
 ALLOWED = (PREDICT_FUNCTION, FIT_FUNCTION)

@@ -98,7 +98,7 @@ def test_a_requests_id_follows_its_job(served: Served) -> None:
     assert answer.headers["X-Request-ID"] == "follow-me"
     wait_for(lambda: served.text().count("[follow-me]") >= 2, 5, "lines of the request")
     lines = [line for line in served.text().splitlines() if "[follow-me]" in line]
-    assert any("backend.telling" in line for line in lines)
+    assert any("backend.prediction.job_report" in line for line in lines)
     assert any("POST /predict 200 in" in line for line in lines)
 
 

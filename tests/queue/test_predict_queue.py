@@ -38,7 +38,7 @@ def test_a_job_is_json_and_its_description_shows_no_address(connection: Redis) -
     assert json.loads(json.dumps(job.args)) == [PAYLOAD]
 
 
-@pytest.mark.parametrize("name", ["os.system", "backend.jobs.set_up", "subprocess.run"])
+@pytest.mark.parametrize("name", ["os.system", "backend.prediction.predict_job.set_up", "subprocess.run"])
 def test_a_forged_job_does_not_run(connection: Redis, tmp_path: Path, name: str) -> None:
     mark = tmp_path / "pwned"
     queue = Queue(PREDICT, connection=connection, serializer=JSONSerializer)
@@ -50,7 +50,7 @@ def test_a_forged_job_does_not_run(connection: Redis, tmp_path: Path, name: str)
 
 def test_forged_callbacks_do_not_run(connection: Redis, tmp_path: Path) -> None:
     queue = Queue(PREDICT, connection=connection, serializer=JSONSerializer)
-    job = queue.enqueue("backend.jobs.predict", PAYLOAD)
+    job = queue.enqueue("backend.prediction.predict_job.predict", PAYLOAD)
     mark = tmp_path / "pwned"
     for kind in ("success", "failure", "stopped"):
         connection.hset(f"rq:job:{job.id}", f"{kind}_callback_name", "os.system")

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from backend import jobs
 from backend.demo import samples
 from backend.labelstudio.labeling_config import read_plan
 from backend.labelstudio.targets import views
+from backend.prediction import predict_job as jobs
 from backend.registry.project_model import to_row
 from backend.settings import Settings
 from tests.pictures import beside, data_uri, draw_regions, label_of

@@ -29,11 +29,11 @@ from backend.labelstudio.labeling_config import Plan
 from backend.labelstudio.regions import to_prediction, to_regions
 from backend.labelstudio.targets import MOST_VIEWS, Asked, Prompt, View, views
 from backend.metrics import PICTURES, timed
+from backend.prediction.job_report import Telling
 from backend.queue.recovery import MOST_DEATHS, LostChunk, died, lost_chunk
 from backend.queue.watchdog import Watchdog
 from backend.registry.checkpoint import find_checkpoint
 from backend.settings import Settings
-from backend.telling import Telling
 
 DOWNLOADS = 8  # pictures of one chunk that are fetched at the same time
 LOAD_TIMEOUT = 60  # s for all pictures of a chunk; each has its own limits, but a server may trickle its headers

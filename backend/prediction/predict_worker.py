@@ -9,9 +9,9 @@ import sys
 
 import torch
 
-from backend import jobs
 from backend.detection.acceleration import keep_freed_memory
 from backend.metrics import GPU_MEMORY
+from backend.prediction import predict_job as jobs
 from backend.queue.predict_queue import PREDICT, READY_KEY, predict_queue
 from backend.queue.worker_loop import ready, work
 from backend.settings import Settings
