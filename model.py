@@ -15,9 +15,9 @@ from typing import Any
 
 from redis import Redis
 
+from backend.delivery.outbox import PULL, Outbox
 from backend.errors import BackendError, BadRequest, NotReady, QueueUnavailable
 from backend.monitoring.project_stats import fates, known_versions, predicted
-from backend.outbox import PULL, Outbox
 from backend.queue.predict_queue import PredictQueue, connect, note_import, redis_errors
 from backend.queue.private_redis import with_redis
 from backend.queue.training_queue import Annotation, Evidence, Trainings

@@ -15,12 +15,12 @@ import click
 
 from backend import __version__
 from backend.cli_versions import add_commands, follow, report
+from backend.delivery.import_watcher import Imports
+from backend.delivery.pusher import Pusher
 from backend.errors import BackendError, SettingsError
 from backend.fit_worker import run as serve_fit
-from backend.imports import Imports
 from backend.labelstudio.client import Studio
 from backend.logs import set_up_logging
-from backend.push import Pusher
 from backend.queue.predict_queue import connect, worker_name
 from backend.queue.private_redis import with_redis
 from backend.queue.training_queue import Trainings

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from backend.delivery.preannotation import Preannotation, Tally
 from backend.errors import SettingsError
 from backend.labelstudio.client import Studio
 from backend.monitoring.activity import Bulk
-from backend.preannotate import Preannotation, Tally
 from backend.queue.predict_queue import connect, redis_errors
 from backend.settings import Settings
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from redis import Redis
 
+from backend.delivery.outbox import Outbox
 from backend.errors import CheckpointError, QueueUnavailable
 from backend.monitoring.activity import bulk, failures, pictures, rate
 from backend.monitoring.project_stats import cards
-from backend.outbox import Outbox
 from backend.queue.predict_queue import READY_KEY, PredictQueue, redis_errors
 from backend.queue.redis import found
 from backend.queue.training_queue import FIT_READY_KEY, Trainings

@@ -14,11 +14,11 @@ from redis import Redis
 from redis.exceptions import RedisError
 from werkzeug.wrappers import Response as AnyResponse
 
+from backend.delivery.outbox import Outbox
 from backend.door import json_body
 from backend.errors import BadRequest, NotFound, Overloaded, QueueUnavailable
 from backend.metrics import REGISTRY, merged
 from backend.monitoring.project_stats import label_config, told_versions
-from backend.outbox import Outbox
 from backend.playground import look
 from backend.queue.predict_queue import PredictQueue, connect, redis_errors
 from backend.queue.worker_metrics import handed_over

@@ -19,13 +19,13 @@ from pathlib import Path
 
 from PIL import Image
 
+from backend.delivery.preannotation import Preannotation
 from backend.detection.checkpoints import load_checkpoint
 from backend.detection.detector import Detector
 from backend.folder import find_files
 from backend.label import Labelling, config_of
 from backend.labelstudio.client import Studio
 from backend.labelstudio.labeling_config import Label
-from backend.preannotate import Preannotation
 from backend.queue.predict_queue import connect
 from backend.registry.checkpoint import find_checkpoint
 from backend.settings import Settings

@@ -3,8 +3,8 @@ from typing import Any
 
 import pytest
 
+from backend.delivery.preannotation import Pages, Tally
 from backend.errors import StudioAway
-from backend.preannotate import Pages, Tally
 
 
 def pages_of(rows: list[dict[str, Any]], away: list[int], size: int = 3) -> Pages:
@@ -48,7 +48,7 @@ def test_a_tally_counts_and_lists_what_failed(tmp_path: Path) -> None:
 
 def test_the_time_of_reading_is_that_of_the_oldest_row_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 100.0, 200.0, 300.0])
-    monkeypatch.setattr("backend.preannotate.time.time", lambda: next(clock))
+    monkeypatch.setattr("backend.delivery.preannotation.time.time", lambda: next(clock))
     pages = pages_of([{"id": number} for number in range(1, 7)], [])
     pages.take(2)
     assert pages.read_at == 100

@@ -16,10 +16,10 @@ from typing import Any
 
 from redis import Redis
 
+from backend.delivery.outbox import PULL, PUSHED, PUSHING, Entry, Outbox
 from backend.errors import BackendError, QueueUnavailable, StudioAway, StudioError, StudioRefused
 from backend.labelstudio.client import Studio
 from backend.metrics import PUSH_SECONDS, PUSHED_PREDICTIONS
-from backend.outbox import PULL, PUSHED, PUSHING, Entry, Outbox
 from backend.queue.predict_queue import PredictQueue, redis_errors
 from backend.queue.worker_metrics import hand_over
 

@@ -11,10 +11,10 @@ import pytest
 from redis import Redis
 from rq.results import Result
 
+from backend.delivery.outbox import Outbox
+from backend.delivery.pusher import MOST_ATTEMPTS, Pusher
 from backend.errors import StudioAway, StudioRefused
 from backend.labelstudio.client import Studio
-from backend.outbox import Outbox
-from backend.push import MOST_ATTEMPTS, Pusher
 from backend.queue.predict_queue import PredictQueue
 from backend.settings import Settings
 from model import GroundingDINO
@@ -169,7 +169,7 @@ def test_answers_that_lay_there_too_long_are_made_anew_however_often(connection:
 def test_after_an_import_the_pusher_rests_while_more_is_made(
     connection: Redis, pusher: Pusher, stub: Stub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("backend.push.REST", 1e6)
+    monkeypatch.setattr("backend.delivery.pusher.REST", 1e6)
     finish(connection)
     pusher.step()
     later = {**PAYLOAD, "tasks": [{"id": 3, "data": {"image": "c"}}]}

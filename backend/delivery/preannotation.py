@@ -17,10 +17,10 @@ from typing import Any
 
 from redis import Redis
 
+from backend.delivery.outbox import Outbox
+from backend.delivery.pusher import Pusher
 from backend.errors import Overloaded, QueueUnavailable, StudioAway
 from backend.labelstudio.client import Studio
-from backend.outbox import Outbox
-from backend.push import Pusher
 from backend.queue.predict_queue import PredictQueue, chunk_id, worker_name
 from backend.registry.project_model import Asking
 from backend.settings import Settings

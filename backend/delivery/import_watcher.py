@@ -8,9 +8,9 @@ import threading
 
 from redis import Redis
 
+from backend.delivery.preannotation import Preannotation
 from backend.errors import BackendError, QueueUnavailable
 from backend.labelstudio.client import Studio
-from backend.preannotate import Preannotation
 from backend.queue.predict_queue import IMPORTED_KEY, redis_errors
 from backend.settings import Settings
 

@@ -3,7 +3,7 @@
 import pytest
 from redis import Redis
 
-from backend.outbox import PULL, PUSHED, PUSHING, Outbox
+from backend.delivery.outbox import PULL, PUSHED, PUSHING, Outbox
 
 PAYLOADS = [{"tasks": [{"id": number}], "model_version": "v"} for number in range(3)]
 
