@@ -18,7 +18,6 @@ from backend.cli_versions import add_commands, follow, report
 from backend.delivery.import_watcher import Imports
 from backend.delivery.pusher import Pusher
 from backend.errors import BackendError, SettingsError
-from backend.fit_worker import run as serve_fit
 from backend.labelstudio.client import Studio
 from backend.logs import set_up_logging
 from backend.queue.predict_queue import connect, worker_name
@@ -27,6 +26,7 @@ from backend.queue.training_queue import Trainings
 from backend.serve import gunicorn_command, stop_on_signals
 from backend.serve import serve as run_everything
 from backend.settings import Settings
+from backend.training.training_worker import run as serve_fit
 
 # Turns that one of torch's threads waits for the others before it sleeps. The default is without end: two busy
 # processes on the same cores then hold each other up, fifty times over (docs/benchmarks.md).

@@ -14,9 +14,9 @@ import numpy as np
 from backend.demo import shapes
 from backend.detection.checkpoints import load_checkpoint
 from backend.detection.detector import Detector
-from backend.evaluation import Metrics, evaluate
 from backend.labelstudio.labeling_config import Label
 from backend.registry.checkpoint import find_checkpoint
+from backend.training.evaluation import Metrics, evaluate
 
 SEED = 7
 PICTURES = 400

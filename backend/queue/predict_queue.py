@@ -31,7 +31,7 @@ from backend.queue.redis import found
 PREDICT = "predict"
 PREDICT_FUNCTION = "backend.prediction.predict_job.predict"
 FIT = "fit"
-FIT_FUNCTION = "backend.fit.fit"
+FIT_FUNCTION = "backend.training.training_job.fit"
 ALLOWED = (PREDICT_FUNCTION, FIT_FUNCTION)
 
 CHUNK_KEY = "gdino:chunk:"  # + job id -> hash of a chunk over which a worker died: deaths, at, and answers by number

@@ -13,8 +13,8 @@ import requests
 from PIL import Image
 
 from backend.demo.shapes import Scene, choose_phrases, draw_scene
-from backend.evaluation import evaluate
 from backend.labelstudio.regions import Detection
+from backend.training.evaluation import evaluate
 from tests.e2e.browser import SCREENSHOTS
 from tests.e2e.studio import LEGACY_TOKEN, LabelStudio, Project
 from tests.pictures import beside, data_uri, draw_regions, encode, pixel_box

@@ -16,11 +16,11 @@ import numpy as np
 
 from backend.detection.detector import Detector
 from backend.detection.preprocess import Prepared
-from backend.examples import Example
-from backend.finetune import Pictures
 from backend.labelstudio.labeling_config import Label
 from backend.labelstudio.regions import Detection
 from backend.labelstudio.targets import Asked
+from backend.training.dataset import Example
+from backend.training.fine_tuning import Pictures
 
 MOST_PICTURES = 300
 SURE = 0.3  # lowest score of what counts as known
@@ -30,7 +30,7 @@ MOST_PHRASES = 8  # in one example
 VARIANTS = 3  # examples for each picture
 SMALL_VOCABULARY = 2000  # words; of a larger one only common ones are likely to be in pictures
 
-COMMON = (Path(__file__).parent / "common_words.txt").read_text().split()
+COMMON = (Path(__file__).parent / "rehearsal_vocabulary.txt").read_text().split()
 
 
 def known_words(tokenizer: Any) -> list[str]:

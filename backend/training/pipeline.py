@@ -15,12 +15,12 @@ import numpy as np
 import torch
 
 from backend.detection.detector import Detector
-from backend.evaluation import Judged, is_better
-from backend.exam import Exam, Thresholds
-from backend.examples import Example
-from backend.finetune import Lesson, Pictures, Recipe, Tensors, fine_tune
 from backend.labelstudio.labeling_config import Label
-from backend.rehearsal import known_words, rehearse
+from backend.training.dataset import Example
+from backend.training.evaluation import Judged, is_better
+from backend.training.evaluator import Exam, Thresholds
+from backend.training.fine_tuning import Lesson, Pictures, Recipe, Tensors, fine_tune
+from backend.training.rehearsal import known_words, rehearse
 
 log = logging.getLogger(__name__)
 

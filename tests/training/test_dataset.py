@@ -2,8 +2,8 @@ from typing import Any
 
 import pytest
 
-from backend.examples import fingerprint, part_of, read_examples
 from backend.labelstudio.labeling_config import read_plan
+from backend.training.dataset import fingerprint, part_of, read_examples
 
 CONFIG = (
     '<View><Image name="image" value="$image"/><RectangleLabels name="label" toName="image">'

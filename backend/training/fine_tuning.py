@@ -17,8 +17,8 @@ from torch import Tensor
 
 from backend.detection.captions import build_caption, build_captions
 from backend.detection.preprocess import Prepared
-from backend.examples import Example
-from backend.training import Batch, Target, moving_average, train_one_epoch
+from backend.training.dataset import Example
+from backend.training.loop import Batch, Target, moving_average, train_one_epoch
 
 BACKBONES = ("model.backbone.", "model.text_backbone.")
 DECODER = ("model.decoder.", "bbox_embed.", "class_embed.", "model.encoder_output_bbox_embed.")

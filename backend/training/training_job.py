@@ -23,19 +23,19 @@ from backend.detection.checkpoints import load_checkpoint, take_weights
 from backend.detection.detector import Detector
 from backend.detection.detector_cache import device_of, precision_of
 from backend.errors import BackendError, QueueUnavailable, StudioAway
-from backend.examples import Example, fingerprint, read_examples
 from backend.images.decoding import Images
 from backend.images.sources import Sources
 from backend.labelstudio.client import Studio
 from backend.labelstudio.labeling_config import Plan, read_plan
-from backend.learning import MOST_JUDGED, Learned, Material, learn
 from backend.queue.predict_queue import connect
 from backend.queue.recovery import MOST_DEATHS, lost_chunk
 from backend.queue.training_queue import Trainings
 from backend.registry.checkpoint import find_checkpoint
 from backend.registry.versions import Version, Versions
 from backend.settings import Settings
-from backend.shelf import Shelf
+from backend.training.dataset import Example, fingerprint, read_examples
+from backend.training.image_cache import Shelf
+from backend.training.pipeline import MOST_JUDGED, Learned, Material, learn
 
 log = logging.getLogger(__name__)
 

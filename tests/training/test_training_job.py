@@ -15,12 +15,12 @@ import pytest
 import requests
 from redis import Redis
 
-from backend import fit as fit_module
-from backend.fit import fit
 from backend.labelstudio.client import PAGE
 from backend.queue.training_queue import Trainings
 from backend.registry.versions import Versions
 from backend.settings import Settings
+from backend.training import training_job as fit_module
+from backend.training.training_job import fit
 from tests.pictures import config_for, encode, scenes
 from tests.running import Served, http_server, reply, wait_for
 

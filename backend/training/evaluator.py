@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from backend.detection.detector import Detector
-from backend.evaluation import FLOOR, Found, Judged, Truth, calibrate, cross_calibrated
-from backend.examples import Example
-from backend.finetune import Pictures
 from backend.labelstudio.regions import Box, Detection
+from backend.training.dataset import Example
+from backend.training.evaluation import FLOOR, Found, Judged, Truth, calibrate, cross_calibrated
+from backend.training.fine_tuning import Pictures
 
 SLICE = 16  # pictures looked at together
 
