@@ -13,12 +13,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from backend.datasets.formats import Labelled, place_pictures, write_coco, write_labelstudio, write_yolo
+from backend.datasets.image_files import File, find_files
+from backend.datasets.labeling_run import ANSWERS, Labelling, Row, config_of, labelled
+from backend.datasets.previews import write_previews
 from backend.errors import QueueUnavailable, SettingsError
-from backend.export import Labelled, place_pictures, write_coco, write_labelstudio, write_yolo
-from backend.folder import File, find_files
-from backend.label import ANSWERS, Labelling, Row, config_of, labelled
 from backend.monitoring.activity import Bulk
-from backend.preview import write_previews
 from backend.queue.predict_queue import PredictQueue, connect, worker_name
 from backend.queue.private_redis import with_redis
 from backend.serve import own_workers

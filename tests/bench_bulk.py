@@ -19,11 +19,11 @@ from pathlib import Path
 
 from PIL import Image
 
+from backend.datasets.image_files import find_files
+from backend.datasets.labeling_run import Labelling, config_of
 from backend.delivery.preannotation import Preannotation
 from backend.detection.checkpoints import load_checkpoint
 from backend.detection.detector import Detector
-from backend.folder import find_files
-from backend.label import Labelling, config_of
 from backend.labelstudio.client import Studio
 from backend.labelstudio.labeling_config import Label
 from backend.queue.predict_queue import connect

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from backend.folder import File
+from backend.datasets.image_files import File
 
 Box = tuple[float, float, float, float]  # xyxy in pixels of the picture as it is shown
 

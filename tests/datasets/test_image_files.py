@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
+from backend.datasets.image_files import find_files
 from backend.errors import SettingsError
-from backend.folder import find_files
 
 
 @pytest.fixture

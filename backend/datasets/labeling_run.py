@@ -14,9 +14,9 @@ from xml.sax.saxutils import quoteattr
 from PIL import Image
 from redis import Redis
 
+from backend.datasets.formats import Labelled
+from backend.datasets.image_files import File
 from backend.errors import SettingsError
-from backend.export import Labelled
-from backend.folder import File
 from backend.images.decoding import shown_size
 from backend.labelstudio.labeling_config import Plan
 from backend.labelstudio.regions import label_of

@@ -1,0 +1,1 @@
+"""A plain folder to a data set."""
