@@ -1,8 +1,8 @@
 """gunicorn's door: `gunicorn _wsgi:app`."""
 
-from backend.api import create_app
 from backend.logs import set_up_logging
 from backend.settings import Settings
+from backend.web.app import create_app
 from model import GroundingDINO
 
 settings = Settings.from_env()

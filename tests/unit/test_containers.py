@@ -17,10 +17,10 @@ import pytest
 import yaml
 from jsonschema import Draft7Validator
 
-from backend.api import create_app
 from backend.cli import cli
 from backend.queue.private_redis import command as redis_command
 from backend.settings import Settings
+from backend.web.app import create_app
 from model import GroundingDINO
 from tests.running import ROOT, http_server, reply
 

@@ -7,7 +7,7 @@ import requests
 from prometheus_client.parser import text_string_to_metric_families
 
 from backend.monitoring.project_stats import FATES
-from backend.playground import LOWEST
+from backend.web.playground import LOWEST
 from tests.pictures import config_for, data_uri, scenes
 from tests.running import Served, wait_for
 

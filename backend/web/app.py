@@ -15,11 +15,11 @@ from typing import Any
 from flask import Flask, Response, jsonify, request
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
-from backend.door import SecretPath, check_login, json_body, require_login
 from backend.errors import BackendError, BadRequest, NotFound, Overloaded, RequestTooLarge
-from backend.following import follow_requests
 from backend.settings import Settings
-from backend.web_pages import web_pages
+from backend.web.auth import SecretPath, check_login, json_body, require_login
+from backend.web.pages import web_pages
+from backend.web.request_log import follow_requests
 
 log = logging.getLogger(__name__)
 

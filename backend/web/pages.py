@@ -15,19 +15,19 @@ from redis.exceptions import RedisError
 from werkzeug.wrappers import Response as AnyResponse
 
 from backend.delivery.outbox import Outbox
-from backend.door import json_body
 from backend.errors import BadRequest, NotFound, Overloaded, QueueUnavailable
 from backend.metrics import REGISTRY, merged
 from backend.monitoring.project_stats import label_config, told_versions
-from backend.playground import look
 from backend.queue.predict_queue import PredictQueue, connect, redis_errors
 from backend.queue.worker_metrics import handed_over
 from backend.settings import Settings
-from backend.status import status, workers
+from backend.web.auth import json_body
+from backend.web.playground import look
+from backend.web.status import status, workers
 
 MOST_LOOKS = 16  # in the playground at a time; each holds a thread, and its picture lies in Redis
-PAGES = Path(__file__).parent / "pages"
-SAMPLES = Path(__file__).parent / "demo" / "samples"
+PAGES = Path(__file__).parent / "static"
+SAMPLES = Path(__file__).parent.parent / "demo" / "samples"
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"

@@ -8,10 +8,10 @@ import pytest
 from flask.testing import FlaskClient
 from redis import Redis
 
-from backend.api import create_app
 from backend.queue.predict_queue import connect
 from backend.queue.training_queue import EVIDENCE_KEY, Evidence
 from backend.settings import Settings
+from backend.web.app import create_app
 from model import GroundingDINO
 from tests.pictures import config_for, scenes
 from tests.running import Served
@@ -243,7 +243,7 @@ def test_150_waiting_requests_are_answered(redis_url: str) -> None:
 
 
 def test_more_than_may_wait_are_sent_away(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("backend.api.MOST_WAITING", 0)
+    monkeypatch.setattr("backend.web.app.MOST_WAITING", 0)
     answer = client(redis_url=redis_url).post("/predict", json={"tasks": [], "label_config": CONFIG})
     assert (answer.status_code, answer.json["error"]["code"]) == (503, "overloaded")
     assert int(answer.headers["Retry-After"]) > 0
@@ -263,7 +263,7 @@ def test_a_full_queue_sends_large_requests_away_and_serves_an_annotator(
 
 
 def test_a_long_wait_is_kept_alive_by_spaces(lonely: FlaskClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("backend.api.SILENCE", 0.2)
+    monkeypatch.setattr("backend.web.app.SILENCE", 0.2)
     task = {"id": 7, "data": {"image": "y"}}
     answer = lonely.post("/predict", json={"tasks": [task], "label_config": CONFIG})
     assert answer.text.startswith("   ")

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from flask.testing import FlaskClient
 
-from backend.api import create_app
 from backend.queue.predict_queue import PredictQueue, connect
 from backend.settings import Settings
+from backend.web.app import create_app
 from model import GroundingDINO
 from tests.pictures import config_for, scenes
 
