@@ -1,6 +1,6 @@
 """`python -m backend`."""
 
-from backend.cli import main
+from backend.cli.main import main
 
 if __name__ == "__main__":
     main()

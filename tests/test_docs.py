@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from backend.cli import cli
+from backend.cli.main import cli
 from backend.settings import Settings, settings_table
 from tests.running import ROOT
 

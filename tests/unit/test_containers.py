@@ -17,7 +17,7 @@ import pytest
 import yaml
 from jsonschema import Draft7Validator
 
-from backend.cli import cli
+from backend.cli.main import cli
 from backend.queue.private_redis import command as redis_command
 from backend.settings import Settings
 from backend.web.app import create_app

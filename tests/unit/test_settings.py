@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
+from backend.cli.supervisor import _devices
 from backend.errors import SettingsError
-from backend.serve import _devices
 from backend.settings import Settings
 
 
@@ -59,7 +59,7 @@ def test_pictures_are_shown_behind_a_door_or_where_asked_for() -> None:
 
 
 def test_a_worker_for_each_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("backend.serve.NVIDIA", tmp_path)
+    monkeypatch.setattr("backend.cli.supervisor.NVIDIA", tmp_path)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert _devices("auto") == ["auto"]
     assert _devices("cuda:1, cuda:3") == ["cuda:1", "cuda:3"]

@@ -18,13 +18,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
+from backend.cli.welcome import welcome
 from backend.errors import SettingsError
 from backend.queue import private_redis
 from backend.registry.checkpoint import find_checkpoint
 from backend.settings import Settings
-from backend.welcome import welcome
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 SOCKET_ROOT = "/tmp"  # noqa: S108 - a socket's path may have 108 bytes, and TMPDIR may be long; the folder is private
 CONFIGURED_REDIS_TIMEOUT = 10  # s; it may be starting beside us
 LONGEST_PAUSE = 30  # s before a part that keeps crashing is started again

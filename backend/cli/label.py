@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from backend.cli.supervisor import own_workers
 from backend.datasets.formats import Labelled, place_pictures, write_coco, write_labelstudio, write_yolo
 from backend.datasets.image_files import File, find_files
 from backend.datasets.labeling_run import ANSWERS, Labelling, Row, config_of, labelled
@@ -21,7 +22,6 @@ from backend.errors import QueueUnavailable, SettingsError
 from backend.monitoring.activity import Bulk
 from backend.queue.predict_queue import PredictQueue, connect, worker_name
 from backend.queue.private_redis import with_redis
-from backend.serve import own_workers
 from backend.settings import Settings
 
 DONE, SAMPLE = ".finished", "sample"

@@ -14,7 +14,9 @@ from typing import Any, TypeVar
 import click
 
 from backend import __version__
-from backend.cli_versions import add_commands, follow, report
+from backend.cli.supervisor import gunicorn_command, stop_on_signals
+from backend.cli.supervisor import serve as run_everything
+from backend.cli.versions import add_commands, follow, report
 from backend.delivery.import_watcher import Imports
 from backend.delivery.pusher import Pusher
 from backend.errors import BackendError, SettingsError
@@ -23,8 +25,6 @@ from backend.logs import set_up_logging
 from backend.queue.predict_queue import connect, worker_name
 from backend.queue.private_redis import with_redis
 from backend.queue.training_queue import Trainings
-from backend.serve import gunicorn_command, stop_on_signals
-from backend.serve import serve as run_everything
 from backend.settings import Settings
 from backend.training.training_worker import run as serve_fit
 
@@ -119,7 +119,7 @@ def push(**options: str | None) -> None:
 @settings_options
 def check(project: str, **options: str | None) -> None:
     """Try everything that must work, and say what does not; exit code 1 if anything fails."""
-    from backend.check import check as try_everything  # loads numpy: the supervisor and the front do without
+    from backend.cli.check import check as try_everything  # loads numpy: the supervisor and the front do without
 
     settings = with_redis(_settings({**options, "log_level": "ERROR"}))
     lines = []
@@ -157,7 +157,7 @@ def preannotate(
     project: str, tasks: str, view: str, limit: int, dry_run: bool, replace: bool, **options: str | None
 ) -> None:
     """Predict a whole project; Ctrl-C stops, and the same command goes on. Exit code 1: some tasks failed."""
-    from backend.cli_bulk import preannotate as run  # loads the pusher: other commands do without
+    from backend.cli.preannotate import preannotate as run  # loads the pusher: other commands do without
 
     settings = with_redis(_settings({"log_level": "ERROR", **{k: v for k, v in options.items() if v is not None}}))
     try:

@@ -13,7 +13,7 @@ import requests
 
 from backend.settings import Settings
 
-SAMPLES = Path(__file__).parent / "demo" / "samples"
+SAMPLES = Path(__file__).parent.parent / "demo" / "samples"
 SAMPLE = SAMPLES / "sample-1.jpg"
 LABELING_CONFIG = SAMPLES / "labeling_config.xml"
 
