@@ -62,10 +62,10 @@ e2e: install-dev install-studio  ## Drive a real Label Studio and a real browser
 	@LABEL_STUDIO_VENV=$(STUDIO_VENV) $(BIN)/python -m pytest tests/e2e
 
 bench: install-dev  ## Measure start-up, latency, memory, the queue, and the detector
-	@$(BIN)/python -m tests.bench
-	@$(BIN)/python -m tests.bench_queue
-	@$(BIN)/python -m tests.bench_bulk
-	@$(BIN)/python -m tests.bench_detector
+	@$(BIN)/python -m tests.bench.serving
+	@$(BIN)/python -m tests.bench.queue
+	@$(BIN)/python -m tests.bench.bulk
+	@$(BIN)/python -m tests.bench.detector
 
 clean:  ## Remove what was installed
 	rm -rf $(VENV) $(STUDIO_VENV)

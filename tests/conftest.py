@@ -17,7 +17,7 @@ from redis import Redis
 from backend.queue import private_redis
 from backend.queue.predict_queue import connect
 from backend.settings import Settings
-from tests.running import Served
+from tests.servers import Served
 
 
 @pytest.fixture(autouse=True)

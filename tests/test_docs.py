@@ -10,7 +10,7 @@ import pytest
 
 from backend.cli.main import cli
 from backend.settings import Settings, settings_table
-from tests.running import ROOT
+from tests.servers import ROOT
 
 README = (ROOT / "README.md").read_text()
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])

@@ -18,8 +18,8 @@ from redis import Redis
 from backend.queue import private_redis
 from backend.queue.predict_queue import connect
 from tests.chaos.saboteur.sitecustomize import HANGS, KILLS, SLOW
-from tests.pictures import config_for, data_uri, scenes
-from tests.running import Served, free_port, is_running, wait_for
+from tests.scenes import config_for, data_uri, scenes
+from tests.servers import Served, free_port, is_running, wait_for
 
 pytestmark = pytest.mark.timeout(400)
 

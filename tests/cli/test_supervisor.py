@@ -14,8 +14,8 @@ import pytest
 import requests
 
 from backend.queue.predict_queue import PredictQueue, connect
-from tests.pictures import config_for, data_uri, scenes
-from tests.running import ROOT, Served, free_port, is_running, wait_for
+from tests.scenes import config_for, data_uri, scenes
+from tests.servers import ROOT, Served, free_port, is_running, wait_for
 
 MB = 1024 * 1024
 

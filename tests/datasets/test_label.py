@@ -18,7 +18,7 @@ from pycocotools.cocoeval import COCOeval
 
 from backend.demo.shapes import Scene, draw_scene
 from backend.labelstudio.regions import iou
-from tests.running import ROOT, wait_for
+from tests.servers import ROOT, wait_for
 
 LABELS = ("circle", "square", "triangle", "star", "cross", "ring")
 COUNT = 200

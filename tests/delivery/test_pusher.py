@@ -18,8 +18,8 @@ from backend.labelstudio.client import Studio
 from backend.queue.predict_queue import PredictQueue
 from backend.settings import Settings
 from model import GroundingDINO
-from tests.pictures import config_for, scenes
-from tests.running import http_server, reply
+from tests.scenes import config_for, scenes
+from tests.servers import http_server, reply
 
 PAYLOAD = {"tasks": [{"id": 1, "data": {"image": "a"}}, {"id": 2, "data": {"image": "b"}}], "model_version": "v"}
 ANSWERS = {"answers": [{"result": [], "score": 0.0, "model_version": "v"}] * 2}

@@ -16,7 +16,7 @@ from backend.detection.captions import build_caption
 from backend.detection.checkpoints import load_model
 from backend.detection.deformable_attention import GatheredAttention
 from backend.registry.checkpoint import DEMO
-from tests.running import ROOT
+from tests.servers import ROOT
 
 
 @pytest.mark.parametrize("padded", [False, True])

@@ -21,7 +21,7 @@ from backend.errors import CheckpointError, ImageError, LabelingConfigError
 from backend.labelstudio.labeling_config import Label
 from backend.labelstudio.regions import iou
 from backend.registry.checkpoint import DEMO
-from tests.pictures import scenes
+from tests.scenes import scenes
 
 
 @pytest.fixture(scope="module")

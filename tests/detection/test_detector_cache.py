@@ -13,7 +13,7 @@ from backend.labelstudio.labeling_config import Label
 from backend.registry.checkpoint import find_checkpoint
 from backend.registry.versions import WEIGHTS, Version, Versions
 from backend.settings import Settings
-from tests.pictures import scenes
+from tests.scenes import scenes
 
 SCENE = scenes(1)[0]
 LABELS = [Label(phrase, (phrase,), 0.3) for phrase in sorted({shape.shape for shape in SCENE.shapes})]

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from tests.running import ROOT
+from tests.servers import ROOT
 
 SCREENSHOTS = ROOT / os.environ.get("SCREENSHOTS", "build/screenshots")
 

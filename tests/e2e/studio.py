@@ -13,7 +13,7 @@ from typing import Any
 
 import requests
 
-from tests.running import ROOT, free_port, wait_for
+from tests.servers import ROOT, free_port, wait_for
 
 VENV = (ROOT / os.environ.get("LABEL_STUDIO_VENV", ".venv-label-studio")).resolve()
 USER, PASSWORD = "e2e@example.com", "e2e-password-of-a-throw-away-server"

@@ -17,8 +17,8 @@ from backend.labelstudio.regions import Detection
 from backend.training.evaluation import evaluate
 from tests.e2e.browser import SCREENSHOTS
 from tests.e2e.studio import LEGACY_TOKEN, LabelStudio, Project
-from tests.pictures import beside, data_uri, draw_regions, encode, pixel_box
-from tests.running import ROOT, Served, wait_for
+from tests.scenes import beside, data_uri, draw_regions, encode, pixel_box
+from tests.servers import ROOT, Served, wait_for
 
 pytestmark = pytest.mark.timeout(900)
 

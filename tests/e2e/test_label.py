@@ -11,7 +11,7 @@ import pytest
 
 from backend.demo.shapes import draw_scene
 from tests.e2e.studio import LabelStudio
-from tests.running import ROOT
+from tests.servers import ROOT
 
 pytestmark = pytest.mark.timeout(600)
 

@@ -18,8 +18,8 @@ from backend.labelstudio.client import Studio
 from backend.monitoring.project_stats import FATES
 from tests.e2e.browser import open_browser, screenshot
 from tests.e2e.studio import LEGACY_TOKEN, PASSWORD, USER, LabelStudio, Project
-from tests.pictures import config_for, encode, recall, scenes
-from tests.running import ROOT, Served, http_server, reply, wait_for
+from tests.scenes import config_for, encode, recall, scenes
+from tests.servers import ROOT, Served, http_server, reply, wait_for
 
 pytestmark = pytest.mark.timeout(600)
 

@@ -15,8 +15,8 @@ from backend.monitoring.activity import Bulk
 from backend.queue.predict_queue import connect
 from backend.queue.training_queue import Trainings
 from tests.e2e.browser import open_browser, screenshot
-from tests.pictures import config_for, data_uri, encode, scenes
-from tests.running import Served
+from tests.scenes import config_for, data_uri, encode, scenes
+from tests.servers import Served
 
 DRAWN = scenes(3, (640, 480), seed=23)
 CONFIG = config_for(DRAWN)

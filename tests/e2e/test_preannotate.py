@@ -16,8 +16,8 @@ from playwright.sync_api import expect
 
 from tests.e2e.browser import open_browser, screenshot
 from tests.e2e.studio import LEGACY_TOKEN, LabelStudio, Project
-from tests.pictures import config_for, data_uri, encode, scenes
-from tests.running import ROOT, Served, http_server, reply, wait_for
+from tests.scenes import config_for, data_uri, encode, scenes
+from tests.servers import ROOT, Served, http_server, reply, wait_for
 
 pytestmark = pytest.mark.timeout(900)
 

@@ -9,8 +9,8 @@ import pytest
 import requests
 
 from tests.e2e.studio import LEGACY_TOKEN, LabelStudio, Project, running_label_studio
-from tests.pictures import config_for, data_uri, scenes
-from tests.running import Served, free_port, wait_for
+from tests.scenes import config_for, data_uri, scenes
+from tests.servers import Served, free_port, wait_for
 
 pytestmark = pytest.mark.timeout(900)
 

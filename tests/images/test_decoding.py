@@ -14,8 +14,8 @@ from backend.images import sources as sources_module
 from backend.images.decoding import Images, to_rgb
 from backend.images.sources import Sources
 from backend.labelstudio.client import Studio
-from tests.pictures import data_uri, encode
-from tests.running import http_server, reply
+from tests.scenes import data_uri, encode
+from tests.servers import http_server, reply
 
 RED = Image.new("RGB", (4, 3), (255, 0, 0))
 TOKEN = "0123456789abcdef0123456789abcdef01234567"

@@ -8,7 +8,7 @@ from backend.errors import ImageError, SettingsError
 from backend.images.safe_http import Allowed, BlockedAddress, guarded_session, is_public
 from backend.images.sources import Sources
 from backend.labelstudio.client import Studio
-from tests.running import http_server, reply
+from tests.servers import http_server, reply
 
 
 @pytest.mark.parametrize(

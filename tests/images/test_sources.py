@@ -9,7 +9,7 @@ from backend.errors import ImageError
 from backend.images import sources as sources_module
 from backend.images.sources import Sources
 from backend.labelstudio.client import Studio
-from tests.running import http_server, reply
+from tests.servers import http_server, reply
 
 TOKEN = "0123456789abcdef0123456789abcdef01234567"
 

@@ -9,7 +9,7 @@ import pytest
 
 from backend.errors import StudioError, StudioRefused
 from backend.labelstudio.client import Studio, origin
-from tests.running import http_server, reply
+from tests.servers import http_server, reply
 
 LEGACY = "0123456789abcdef0123456789abcdef01234567"
 

@@ -15,8 +15,8 @@ from backend.labelstudio.targets import views
 from backend.prediction import predict_job as jobs
 from backend.registry.project_model import to_row
 from backend.settings import Settings
-from tests.pictures import beside, data_uri, draw_regions, label_of
-from tests.running import ROOT
+from tests.scenes import beside, data_uri, draw_regions, label_of
+from tests.servers import ROOT
 
 DOCUMENT = (ROOT / "docs" / "labeling-configs.md").read_text()
 EXAMPLE = re.compile(

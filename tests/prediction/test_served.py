@@ -6,8 +6,8 @@ import time
 import requests
 from PIL import Image
 
-from tests.pictures import config_for, data_uri, encode, pixel_box, recall, scenes
-from tests.running import Served, http_server, reply
+from tests.scenes import config_for, data_uri, encode, pixel_box, recall, scenes
+from tests.servers import Served, http_server, reply
 
 
 def predict(served: Served, tasks: list[dict], config: str) -> list[dict]:

@@ -3,7 +3,7 @@ import sys
 import time
 
 from backend.queue.watchdog import HUNG
-from tests.running import ROOT
+from tests.servers import ROOT
 
 
 def run(body: str) -> tuple[int, float]:

@@ -21,8 +21,8 @@ from backend.registry.versions import Versions
 from backend.settings import Settings
 from backend.training import training_job as fit_module
 from backend.training.training_job import fit
-from tests.pictures import config_for, encode, scenes
-from tests.running import Served, http_server, reply, wait_for
+from tests.scenes import config_for, encode, scenes
+from tests.servers import Served, http_server, reply, wait_for
 
 DRAWN = scenes(8, (160, 120), seed=21)
 CONFIG = config_for(DRAWN)

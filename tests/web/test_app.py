@@ -13,8 +13,8 @@ from backend.queue.training_queue import EVIDENCE_KEY, Evidence
 from backend.settings import Settings
 from backend.web.app import create_app
 from model import GroundingDINO
-from tests.pictures import config_for, scenes
-from tests.running import Served
+from tests.scenes import config_for, scenes
+from tests.servers import Served
 
 CONFIG = config_for(scenes(1))
 EMPTY = "<View></View>"

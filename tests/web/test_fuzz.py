@@ -14,7 +14,7 @@ from backend.queue.predict_queue import PredictQueue, connect
 from backend.settings import Settings
 from backend.web.app import create_app
 from model import GroundingDINO
-from tests.pictures import config_for, scenes
+from tests.scenes import config_for, scenes
 
 REQUESTS = int(os.environ.get("FUZZ", "10000"))
 CANARY = "canary-0123456789abcdef"

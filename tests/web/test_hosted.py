@@ -4,8 +4,8 @@ import pytest
 import requests
 
 from model import GroundingDINO
-from tests.pictures import config_for, data_uri, scenes
-from tests.running import Served
+from tests.scenes import config_for, data_uri, scenes
+from tests.servers import Served
 
 api = pytest.importorskip("label_studio_ml.api", reason="label-studio-ml 2.x is not installed")
 

@@ -8,8 +8,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from backend.monitoring.project_stats import FATES
 from backend.web.playground import LOWEST
-from tests.pictures import config_for, data_uri, scenes
-from tests.running import Served, wait_for
+from tests.scenes import config_for, data_uri, scenes
+from tests.servers import Served, wait_for
 
 DRAWN = scenes(3)
 CONFIG = config_for(DRAWN)

@@ -193,7 +193,7 @@ def main() -> None:
     shares(Detector(real, tokenizer, ImageFormat()), photograph())
     print("the same with the bundled checkpoint: ", end="")
     shares(Detector(model, tokenizer, image_format), photograph())
-    subprocess.run([sys.executable, "-m", "tests.bench_detector", "--peak"], check=True)
+    subprocess.run([sys.executable, "-m", "tests.bench.detector", "--peak"], check=True)
 
 
 if __name__ == "__main__":

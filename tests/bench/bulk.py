@@ -29,10 +29,10 @@ from backend.labelstudio.labeling_config import Label
 from backend.queue.predict_queue import connect
 from backend.registry.checkpoint import find_checkpoint
 from backend.settings import Settings
-from tests.bench import resident_mb
+from tests.bench.serving import resident_mb
 from tests.e2e.studio import LEGACY_TOKEN, VENV, LabelStudio, running_label_studio
-from tests.pictures import encode, scenes
-from tests.running import Served
+from tests.scenes import encode, scenes
+from tests.servers import Served
 
 CORES = sorted(os.sched_getaffinity(0))
 FOR_WORKER, FOR_ALL_ELSE = CORES[: -(-len(CORES) // 2)], CORES[len(CORES) // 2 :]

@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from backend.logs import REQUEST, JsonFormatter, request_id, set_up_logging
 from backend.metrics import BOXES, MOST_LABELS, OTHER, REGISTRY, count_boxes, exposed, merged, timed
 from backend.settings import Settings
-from tests.running import ROOT
+from tests.servers import ROOT
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from backend.demo.train import build_tokenizer, draw_batch
 from backend.detection.checkpoints import load_checkpoint
 from backend.detection.detector import Detector
 from backend.registry.checkpoint import DEMO
-from tests.pictures import scenes
+from tests.scenes import scenes
 
 MB = 1024 * 1024
 

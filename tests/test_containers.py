@@ -22,7 +22,7 @@ from backend.queue.private_redis import command as redis_command
 from backend.settings import Settings
 from backend.web.app import create_app
 from model import GroundingDINO
-from tests.running import ROOT, http_server, reply
+from tests.servers import ROOT, http_server, reply
 
 FIELDS = {field.name.upper() for field in dataclasses.fields(Settings)}
 PORT = Settings().port

@@ -21,9 +21,9 @@ from backend.labelstudio.labeling_config import read_plan
 from backend.prediction import predict_job as jobs
 from backend.queue.predict_queue import PredictQueue, connect
 from backend.settings import Settings
-from tests.bench import front_memory, show
-from tests.pictures import config_for, encode, scenes
-from tests.running import Served, http_server, reply
+from tests.bench.serving import front_memory, show
+from tests.scenes import config_for, encode, scenes
+from tests.servers import Served, http_server, reply
 
 SINGLE, BULK, LARGE = 200, 1000, 10_000
 BATCH = 16

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import requests
 
-from tests.pictures import config_for, data_uri, scenes
-from tests.running import ROOT, Served, free_port, wait_for
+from tests.scenes import config_for, data_uri, scenes
+from tests.servers import ROOT, Served, free_port, wait_for
 
 STARTS, REQUESTS = 5, 50
 
