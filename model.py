@@ -17,10 +17,12 @@ from redis import Redis
 
 from backend.delivery.outbox import PULL, Outbox
 from backend.errors import BackendError, BadRequest, NotReady, QueueUnavailable
+from backend.monitoring.feedback import Annotation, Evidence
 from backend.monitoring.project_stats import fates, known_versions, predicted
-from backend.queue.predict_queue import PredictQueue, connect, note_import, redis_errors
+from backend.queue.predict_queue import PredictQueue, note_import
 from backend.queue.private_redis import with_redis
-from backend.queue.training_queue import Annotation, Evidence, Trainings
+from backend.queue.redis import connect, redis_errors
+from backend.queue.training_queue import Trainings
 from backend.registry.project_model import Asking
 from backend.settings import Settings
 

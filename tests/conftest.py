@@ -15,7 +15,7 @@ import pytest
 from redis import Redis
 
 from backend.queue import private_redis
-from backend.queue.predict_queue import connect
+from backend.queue.redis import connect
 from backend.settings import Settings
 from tests.servers import Served
 

@@ -6,8 +6,8 @@ import io
 import numpy as np
 from PIL import Image, ImageDraw
 
+from backend.boxes import iou
 from backend.demo.shapes import Scene, draw_scene
-from backend.labelstudio.regions import iou
 
 
 def scenes(count: int, size: tuple[int, int] = (320, 240), seed: int = 11) -> list[Scene]:

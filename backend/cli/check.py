@@ -12,7 +12,8 @@ from backend.images.sources import Sources
 from backend.labelstudio.client import Studio, origin
 from backend.labelstudio.labeling_config import Plan, read_plan
 from backend.labelstudio.targets import views
-from backend.queue.predict_queue import PredictQueue, connect
+from backend.queue.predict_queue import PredictQueue
+from backend.queue.redis import connect
 from backend.registry.checkpoint import find_checkpoint
 from backend.settings import Settings
 

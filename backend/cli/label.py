@@ -20,8 +20,9 @@ from backend.datasets.labeling_run import ANSWERS, Labelling, Row, config_of, la
 from backend.datasets.previews import write_previews
 from backend.errors import QueueUnavailable, SettingsError
 from backend.monitoring.activity import Bulk
-from backend.queue.predict_queue import PredictQueue, connect, worker_name
+from backend.queue.predict_queue import PredictQueue, worker_name
 from backend.queue.private_redis import with_redis
+from backend.queue.redis import connect
 from backend.settings import Settings
 
 DONE, SAMPLE = ".finished", "sample"

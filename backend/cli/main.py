@@ -22,8 +22,9 @@ from backend.delivery.pusher import Pusher
 from backend.errors import BackendError, SettingsError
 from backend.labelstudio.client import Studio
 from backend.logs import set_up_logging
-from backend.queue.predict_queue import connect, worker_name
+from backend.queue.predict_queue import worker_name
 from backend.queue.private_redis import with_redis
+from backend.queue.redis import connect
 from backend.queue.training_queue import Trainings
 from backend.settings import Settings
 from backend.training.training_worker import run as serve_fit
@@ -185,7 +186,7 @@ def label(
     val: float, preview: bool, as_zip: bool, sample: int, force: bool, **options: str | None,
 ) -> None:  # fmt: skip
     """Label pictures in files, folders or patterns; the same command goes on where it was stopped."""
-    from backend import cli_label as bulk  # loads Pillow: other commands do without
+    from backend.cli import label as bulk  # loads Pillow: other commands do without
 
     chosen = tuple(word.strip() for word in formats.split(","))
     if not set(chosen) <= set(bulk.FORMATS):

@@ -12,7 +12,7 @@ from backend.delivery.preannotation import Preannotation, Tally
 from backend.errors import SettingsError
 from backend.labelstudio.client import Studio
 from backend.monitoring.activity import Bulk
-from backend.queue.predict_queue import connect, redis_errors
+from backend.queue.redis import connect, redis_errors
 from backend.settings import Settings
 
 

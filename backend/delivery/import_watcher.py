@@ -11,7 +11,8 @@ from redis import Redis
 from backend.delivery.preannotation import Preannotation
 from backend.errors import BackendError, QueueUnavailable
 from backend.labelstudio.client import Studio
-from backend.queue.predict_queue import IMPORTED_KEY, redis_errors
+from backend.queue.predict_queue import IMPORTED_KEY
+from backend.queue.redis import redis_errors
 from backend.settings import Settings
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,8 @@ from typing import Any
 
 from redis import Redis
 
-from backend.queue.predict_queue import chunk_id, redis_errors
+from backend.queue.predict_queue import chunk_id
+from backend.queue.redis import redis_errors
 
 ORDER_KEY = "gdino:outbox"  # sorted set: chunk -> when it was asked for
 ENTRIES_KEY = "gdino:outbox:entries"  # hash: chunk -> project, since, payload

@@ -20,7 +20,8 @@ from backend.delivery.outbox import PULL, PUSHED, PUSHING, Entry, Outbox
 from backend.errors import BackendError, QueueUnavailable, StudioAway, StudioError, StudioRefused
 from backend.labelstudio.client import Studio
 from backend.metrics import PUSH_SECONDS, PUSHED_PREDICTIONS
-from backend.queue.predict_queue import PredictQueue, redis_errors
+from backend.queue.predict_queue import PredictQueue
+from backend.queue.redis import redis_errors
 from backend.queue.worker_metrics import hand_over
 
 log = logging.getLogger(__name__)

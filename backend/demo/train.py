@@ -35,7 +35,8 @@ from backend.detection.checkpoints import load_checkpoint
 from backend.detection.detector import Detector
 from backend.detection.preprocess import ImageFormat
 from backend.registry.checkpoint import DEMO
-from backend.training.loop import Batch, Target, moving_average, train_one_epoch
+from backend.training.loop import moving_average, train_one_epoch
+from backend.training.loss import Batch, Target
 
 IMAGE_FORMAT = ImageFormat(shortest_edge=96, longest_edge=160)
 BATCH_SIZE, WARM_UP_STEPS, LEARNING_RATE = 8, 300, 1e-3

@@ -16,12 +16,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from backend.boxes import Detection, best_of_overlapping, clip, cxcywh_to_xyxy
 from backend.detection.acceleration import speed_up
 from backend.detection.captions import Caption, build_captions
 from backend.detection.preprocess import ImageFormat, Prepared, Size, prepare
 from backend.errors import ImageError
 from backend.labelstudio.labeling_config import Label
-from backend.labelstudio.regions import Detection, best_of_overlapping, clip, cxcywh_to_xyxy
 from backend.metrics import BATCH_PICTURES
 
 log = logging.getLogger(__name__)

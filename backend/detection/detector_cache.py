@@ -6,11 +6,9 @@ import logging
 from collections import OrderedDict
 from collections.abc import Sequence
 
-import torch
-
 from backend.detection.checkpoints import load_checkpoint, load_model, take_weights
 from backend.detection.detector import Detector
-from backend.errors import SettingsError
+from backend.detection.device import device_of, precision_of
 from backend.registry.checkpoint import find_checkpoint
 from backend.registry.versions import Versions
 from backend.settings import Settings
@@ -55,28 +53,3 @@ class Detectors:
         detector = Detector(model, plain.tokenizer, plain.image_format, str(plain.device), plain.precision)
         detector.batch_size, detector.on_forward = plain.batch_size, plain.on_forward
         return detector
-
-
-def device_of(settings: Settings) -> str:
-    """The torch device that the settings mean.
-
-    Raises:
-        SettingsError: there is no such device.
-    """
-    if settings.device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=settings.device)
-    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
-        reason = str(error).splitlines()[0]
-        raise SettingsError(f"DEVICE={settings.device} cannot be used ({reason}); try cpu, or auto") from None
-    return settings.device
-
-
-def precision_of(settings: Settings) -> torch.dtype:
-    """The precision of the parts that need not be exact."""
-    name = settings.precision
-    if name == "auto":
-        name = "float16" if device_of(settings).startswith("cuda") else "float32"
-    found: torch.dtype = getattr(torch, name)
-    return found

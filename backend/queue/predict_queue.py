@@ -5,19 +5,15 @@ Jobs and answers are plain JSON. A worker runs only the functions in `ALLOWED`: 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from redis import Redis
-from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
-from redis.retry import Retry as ConnectionRetry
 from rq import Queue, Retry
 from rq.exceptions import DuplicateJobError, NoSuchJobError
 from rq.job import Job
@@ -26,18 +22,15 @@ from rq.serializers import JSONSerializer
 
 from backend.errors import Overloaded, QueueUnavailable
 from backend.logs import REQUEST
-from backend.queue.redis import found
+from backend.queue.allowed_job import PREDICT_FUNCTION, AllowedJob, final_result
+from backend.queue.redis import found, redis_errors
 
 PREDICT = "predict"
-PREDICT_FUNCTION = "backend.prediction.predict_job.predict"
 FIT = "fit"
-FIT_FUNCTION = "backend.training.training_job.fit"
-ALLOWED = (PREDICT_FUNCTION, FIT_FUNCTION)
 
 CHUNK_KEY = "gdino:chunk:"  # + job id -> hash of a chunk over which a worker died: deaths, at, and answers by number
 TO_FRONT = "if redis.call('LREM', KEYS[1], 1, ARGV[1]) == 1 then redis.call('LPUSH', KEYS[1], ARGV[1]) end"
 READY_KEY = "gdino:ready:"  # + worker name -> JSON: batch_size, device; a worker with its model loaded keeps it alive
-READY_TTL = 10  # s; a killed worker counts as gone after this
 BATCH_SIZE = 4  # pictures in one job while no worker has said what it wants
 IMPORTED_KEY = "gdino:imported"  # sorted set: project -> when it last got tasks
 
@@ -45,59 +38,8 @@ JOB_TIMEOUT = 3600  # s; a task of 500 pages on a CPU takes as long, and the wat
 MOST_CHUNKS = 100_000  # waiting; about 300 MB of Redis
 RESULT_TTL = 3600  # s that the answers of a finished chunk are kept, for whoever asks for the same again
 ATTEMPTS = 3  # at putting a job in the place of one that others may be replacing too
-CONNECT_TIMEOUT, SOCKET_TIMEOUT = 0.5, 2.0  # s; together below the 3 s that Label Studio waits for /setup
-MAX_CONNECTIONS = 512  # one for each waiting thread of the web front, and some
 SOON = 0.1  # s between looks at a job that failed once and is to run again
 WAIT_SLICE = 1  # s; shorter than SOCKET_TIMEOUT, so that waiting for a job does not look like a dead Redis
-
-
-class AllowedJob(Job):
-    """A job that resolves only functions on the list, and no callbacks."""
-
-    @property
-    def func(self) -> Any:
-        """The function to run.
-
-        Raises:
-            PermissionError: it is not on the list.
-        """
-        if self.func_name not in ALLOWED:
-            raise PermissionError("this worker runs only its own functions")
-        return super().func
-
-    @property
-    def success_callback(self) -> None:
-        """None: callbacks are import paths too."""
-
-    @property
-    def failure_callback(self) -> None:
-        """None: callbacks are import paths too."""
-
-    @property
-    def stopped_callback(self) -> None:
-        """None: callbacks are import paths too."""
-
-
-def connect(redis_url: str, socket_timeout: float | None = SOCKET_TIMEOUT) -> Redis:
-    """A client that says at once when Redis is away, instead of retrying; connects on first use."""
-    retry = ConnectionRetry(NoBackoff(), 0)
-    return Redis.from_url(
-        redis_url,
-        socket_connect_timeout=CONNECT_TIMEOUT,
-        socket_timeout=socket_timeout,
-        max_connections=MAX_CONNECTIONS,
-        retry=retry,
-        health_check_interval=0,
-    )
-
-
-@contextlib.contextmanager
-def redis_errors() -> Iterator[None]:
-    """Turns any failure of Redis into `QueueUnavailable`."""
-    try:
-        yield
-    except RedisError as error:
-        raise QueueUnavailable(f"the queue does not answer ({type(error).__name__}); is Redis running?") from error
 
 
 def chunk_id(payload: Mapping[str, Any]) -> str:
@@ -255,12 +197,6 @@ class PredictQueue:
         with redis_errors():
             rows = found(self._connection, READY_KEY)
         return min((int(json.loads(row)["batch_size"]) for row in rows.values()), default=BATCH_SIZE)
-
-
-def final_result(job: Job, timeout: int = 0) -> Result | None:
-    """The job's result, for which it waits up to `timeout` seconds; none while another attempt is to come."""
-    result = job.latest_result(timeout=timeout)
-    return None if result is None or result.type is Result.Type.RETRIED else result
 
 
 def _is_well_answered(result: Result) -> bool:

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from redis.exceptions import RedisError
 
 from backend.errors import SettingsError
-from backend.queue.predict_queue import connect
+from backend.queue.redis import connect
 from backend.settings import Settings
 
 OLDEST = (6, 2)  # RQ moves jobs with BLMOVE

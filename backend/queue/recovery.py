@@ -20,7 +20,7 @@ from rq.job import Job, JobStatus
 from rq.registry import StartedJobRegistry
 
 from backend.errors import WorkerDied
-from backend.queue.predict_queue import CHUNK_KEY, READY_TTL
+from backend.queue.predict_queue import CHUNK_KEY
 
 log = logging.getLogger(__name__)
 
@@ -141,3 +141,6 @@ class Recovery:
 def _is_past(taken: IntermediateQueue, job_id: str) -> bool:
     first = taken.get_first_seen(job_id)
     return first is not None and time.time() - first.timestamp() > READY_TTL
+
+
+READY_TTL = 10  # s; a killed worker counts as gone after this

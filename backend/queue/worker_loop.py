@@ -14,9 +14,10 @@ from redis.exceptions import RedisError
 from rq import Queue, SimpleWorker
 from rq.serializers import JSONSerializer
 
-from backend.queue.predict_queue import READY_TTL, AllowedJob, connect, redis_errors, worker_name
-from backend.queue.recovery import Recovery
-from backend.queue.redis import put
+from backend.queue.allowed_job import AllowedJob
+from backend.queue.predict_queue import worker_name
+from backend.queue.recovery import READY_TTL, Recovery
+from backend.queue.redis import connect, put, redis_errors
 from backend.queue.worker_metrics import hand_over
 from backend.settings import Settings
 

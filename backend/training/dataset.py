@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+from backend.boxes import Box
 from backend.errors import LabelingConfigError
 from backend.labelstudio.labeling_config import Plan
-from backend.labelstudio.regions import Box
 from backend.labelstudio.targets import MOST_VIEWS, View, views
 
 # Of a hundred tasks so many tell when to stop and so many are for the gate alone; neither is trained on. The gate must

@@ -11,16 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from backend.labelstudio.regions import Box, Detection, iou
+from backend.boxes import Box, Detection, iou
 
 Truth = Sequence[Sequence[tuple[Box, str]]]
 Found = Sequence[Sequence[Detection]]
-
-PRIOR = 10  # decisions of annotators that weigh as much as the threshold that was there before
-FLOOR = 0.05  # lowest score of the detections that a threshold is chosen from, and lowest threshold
-DRAWS, DRAWS_AT_ONCE = 400, 20  # of the bootstrap
-CERTAINTY = 0.95  # share of the draws in which a gain must be above nothing
-LEAST_GAIN = 0.01  # of AP50 and F1 together that is worth another version
 
 
 @dataclass(frozen=True)
@@ -104,54 +98,6 @@ def _graded(found: Sequence[Detection], truth: Sequence[tuple[Box, str]]) -> lis
 # -- thresholds -------------------------------------------------------------------------------------------------------
 
 
-def calibrate(found: Found, truth: Truth, thresholds: Mapping[str, float]) -> dict[str, float]:
-    """For each label the threshold of the best F1, drawn toward the present one while there is little to judge by.
-
-    Args:
-        found: detections with scores down to `FLOOR`.
-        truth: of the same pictures.
-        thresholds: the present ones; a label without examples keeps its own.
-    """
-    graded: dict[str, list[tuple[float, bool]]] = {label: [] for label in thresholds}
-    boxes = dict.fromkeys(thresholds, 0)
-    for f, t in zip(found, truth, strict=True):
-        for detection, right in _graded(f, t):
-            graded.setdefault(detection.label, []).append((detection.score, right))
-        for _, label in t:
-            boxes[label] = boxes.get(label, 0) + 1
-    return {label: _calibrated(graded[label], boxes[label], now) for label, now in thresholds.items()}
-
-
-def _calibrated(graded: Sequence[tuple[float, bool]], boxes: int, now: float) -> float:
-    if not boxes:
-        return now
-    best = _best_threshold(sorted(graded, reverse=True), boxes, now)
-    decisions = sum(score >= min(best, now) for score, _ in graded)
-    return round((decisions * best + PRIOR * now) / (decisions + PRIOR), 3)
-
-
-def _best_threshold(graded: Sequence[tuple[float, bool]], boxes: int, now: float) -> float:
-    """Halfway between the scores that the best cut lies between; the present one where no cut is better."""
-    cuts, hits = [], 0
-    for kept, (score, right) in enumerate(graded, 1):
-        hits += right
-        below = graded[kept][0] if kept < len(graded) else FLOOR
-        if below < score:
-            threshold = (score + below) / 2
-            cuts.append((2 * hits / (kept + boxes), -abs(threshold - now), threshold))
-    kept = sum(score >= now for score, _ in graded)
-    present = 2 * sum(right for score, right in graded if score >= now) / (kept + boxes)
-    best = max(cuts, default=(0.0, 0.0, now))
-    return max(best[2], FLOOR) if best[0] > present else now
-
-
-def cross_calibrated(found: Found, truth: Truth, thresholds: Mapping[str, float]) -> list[Mapping[str, float]]:
-    """For each picture the thresholds that the other half of the pictures chose: a fair judge of choosing them."""
-    halves = [range(start, len(found), 2) for start in (0, 1)]
-    chosen = [calibrate([found[i] for i in half], [truth[i] for i in half], thresholds) for half in halves]
-    return [chosen[1 - i % 2] for i in range(len(found))]
-
-
 # -- is it better? ----------------------------------------------------------------------------------------------------
 
 
@@ -172,22 +118,3 @@ class Judged:
         rows = self.rows()
         (ap50,), (precision,), (recall,) = rows.figures(np.ones((1, rows.pictures)))
         return Metrics(float(ap50), float(precision), float(recall), int(rows.boxes.sum()))
-
-
-def is_better(before: Judged, after: Judged) -> bool:
-    """Whether AP50 and F1 rise by more than the choice of pictures explains (paired bootstrap), and neither falls."""
-    count = len(before.truth)
-    draws = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), DRAWS).astype(float)
-    gains = _ap50_and_f1(after.rows(), draws) - _ap50_and_f1(before.rows(), draws)
-    both = gains.sum(1)
-    none_falls = bool((gains.mean(0) > -LEAST_GAIN).all())
-    return none_falls and bool(np.quantile(both, 1 - CERTAINTY) > 0 and both.mean() >= LEAST_GAIN)
-
-
-def _ap50_and_f1(rows: _Rows, draws: Any) -> Any:
-    """(draws, 2), some draws at a time: each takes memory for every detection."""
-    figures = []
-    for start in range(0, len(draws), DRAWS_AT_ONCE):
-        ap50, precision, recall = rows.figures(draws[start : start + DRAWS_AT_ONCE])
-        figures.append(np.stack([ap50, 2 * precision * recall / np.maximum(precision + recall, 1e-9)], 1))
-    return np.concatenate(figures)

@@ -9,11 +9,12 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from backend.boxes import Box, Detection
 from backend.detection.detector import Detector
-from backend.labelstudio.regions import Box, Detection
+from backend.training.batches import Pictures
+from backend.training.calibration import FLOOR, calibrate, cross_calibrated
 from backend.training.dataset import Example
-from backend.training.evaluation import FLOOR, Found, Judged, Truth, calibrate, cross_calibrated
-from backend.training.fine_tuning import Pictures
+from backend.training.evaluation import Found, Judged, Truth
 
 SLICE = 16  # pictures looked at together
 

@@ -16,10 +16,12 @@ import torch
 
 from backend.detection.detector import Detector
 from backend.labelstudio.labeling_config import Label
+from backend.training.batches import Lesson, Pictures, Recipe
 from backend.training.dataset import Example
-from backend.training.evaluation import Judged, is_better
+from backend.training.evaluation import Judged
 from backend.training.evaluator import Exam, Thresholds
-from backend.training.fine_tuning import Lesson, Pictures, Recipe, Tensors, fine_tune
+from backend.training.fine_tuning import Tensors, fine_tune
+from backend.training.gate import is_better
 from backend.training.rehearsal import known_words, rehearse
 
 log = logging.getLogger(__name__)

@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from backend.boxes import Detection
 from backend.detection.detector import Detector
 from backend.detection.preprocess import Prepared
 from backend.labelstudio.labeling_config import Label
-from backend.labelstudio.regions import Detection
 from backend.labelstudio.targets import Asked
+from backend.training.batches import Pictures
 from backend.training.dataset import Example
-from backend.training.fine_tuning import Pictures
 
 MOST_PICTURES = 300
 SURE = 0.3  # lowest score of what counts as known

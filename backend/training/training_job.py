@@ -21,14 +21,14 @@ from safetensors.torch import save
 from backend.detection.acceleration import keep_freed_memory
 from backend.detection.checkpoints import load_checkpoint, take_weights
 from backend.detection.detector import Detector
-from backend.detection.detector_cache import device_of, precision_of
+from backend.detection.device import device_of, precision_of
 from backend.errors import BackendError, QueueUnavailable, StudioAway
 from backend.images.decoding import Images
 from backend.images.sources import Sources
 from backend.labelstudio.client import Studio
 from backend.labelstudio.labeling_config import Plan, read_plan
-from backend.queue.predict_queue import connect
 from backend.queue.recovery import MOST_DEATHS, lost_chunk
+from backend.queue.redis import connect
 from backend.queue.training_queue import Trainings
 from backend.registry.checkpoint import find_checkpoint
 from backend.registry.versions import Version, Versions

@@ -18,7 +18,8 @@ from backend.delivery.outbox import Outbox
 from backend.errors import BadRequest, NotFound, Overloaded, QueueUnavailable
 from backend.metrics import REGISTRY, merged
 from backend.monitoring.project_stats import label_config, told_versions
-from backend.queue.predict_queue import PredictQueue, connect, redis_errors
+from backend.queue.predict_queue import PredictQueue
+from backend.queue.redis import connect, redis_errors
 from backend.queue.worker_metrics import handed_over
 from backend.settings import Settings
 from backend.web.auth import json_body

@@ -20,7 +20,8 @@ from backend.errors import BackendError, BadRequest, ImageError, LabelingConfigE
 from backend.labelstudio.labeling_config import Control, Label, Plan
 from backend.labelstudio.regions import edges_of, label_of
 from backend.monitoring.project_stats import created
-from backend.queue.predict_queue import PredictQueue, redis_errors
+from backend.queue.predict_queue import PredictQueue
+from backend.queue.redis import redis_errors
 from backend.registry.project_model import Asking
 from backend.settings import Settings
 

@@ -12,8 +12,8 @@ from backend.delivery.outbox import Outbox
 from backend.errors import CheckpointError, QueueUnavailable
 from backend.monitoring.activity import bulk, failures, pictures, rate
 from backend.monitoring.project_stats import cards
-from backend.queue.predict_queue import READY_KEY, PredictQueue, redis_errors
-from backend.queue.redis import found
+from backend.queue.predict_queue import READY_KEY, PredictQueue
+from backend.queue.redis import found, redis_errors
 from backend.queue.training_queue import FIT_READY_KEY, Trainings
 from backend.registry.project_model import Asking
 from backend.settings import Settings

@@ -26,7 +26,7 @@ from backend.detection.checkpoints import load_checkpoint
 from backend.detection.detector import Detector
 from backend.labelstudio.client import Studio
 from backend.labelstudio.labeling_config import Label
-from backend.queue.predict_queue import connect
+from backend.queue.redis import connect
 from backend.registry.checkpoint import find_checkpoint
 from backend.settings import Settings
 from tests.bench.serving import resident_mb

@@ -19,7 +19,8 @@ from PIL import Image
 
 from backend.labelstudio.labeling_config import read_plan
 from backend.prediction import predict_job as jobs
-from backend.queue.predict_queue import PredictQueue, connect
+from backend.queue.predict_queue import PredictQueue
+from backend.queue.redis import connect
 from backend.settings import Settings
 from tests.bench.serving import front_memory, show
 from tests.scenes import config_for, encode, scenes

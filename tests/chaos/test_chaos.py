@@ -16,7 +16,7 @@ import requests
 from redis import Redis
 
 from backend.queue import private_redis
-from backend.queue.predict_queue import connect
+from backend.queue.redis import connect
 from tests.chaos.saboteur.sitecustomize import HANGS, KILLS, SLOW
 from tests.scenes import config_for, data_uri, scenes
 from tests.servers import Served, free_port, is_running, wait_for

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import requests
 
-from backend.queue.predict_queue import PredictQueue, connect
+from backend.queue.predict_queue import PredictQueue
+from backend.queue.redis import connect
 from tests.scenes import config_for, data_uri, scenes
 from tests.servers import ROOT, Served, free_port, is_running, wait_for
 

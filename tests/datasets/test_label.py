@@ -16,8 +16,8 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from backend.boxes import iou
 from backend.demo.shapes import Scene, draw_scene
-from backend.labelstudio.regions import iou
 from tests.servers import ROOT, wait_for
 
 LABELS = ("circle", "square", "triangle", "star", "cross", "ring")

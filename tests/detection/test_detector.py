@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from transformers import GroundingDinoImageProcessorPil
 
+from backend.boxes import iou
 from backend.demo.measure import TRAINING_SIZE, measure
 from backend.demo.shapes import TRAINING_BACKGROUNDS
 from backend.detection.acceleration import speed_up_gpu
@@ -19,7 +20,6 @@ from backend.detection.detector import Detector, phrase_scores
 from backend.detection.preprocess import ImageFormat
 from backend.errors import CheckpointError, ImageError, LabelingConfigError
 from backend.labelstudio.labeling_config import Label
-from backend.labelstudio.regions import iou
 from backend.registry.checkpoint import DEMO
 from tests.scenes import scenes
 

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import save_file
 
 from backend.detection.checkpoints import load_model
-from backend.detection.detector_cache import MOST_LEARNED, Detectors, device_of
+from backend.detection.detector_cache import MOST_LEARNED, Detectors
+from backend.detection.device import device_of
 from backend.errors import CheckpointError, SettingsError
 from backend.labelstudio.labeling_config import Label
 from backend.registry.checkpoint import find_checkpoint

@@ -14,12 +14,12 @@ from transformers import (
     SwinConfig,
 )
 
+from backend.boxes import iou
 from backend.detection.captions import build_caption, build_captions
 from backend.detection.checkpoints import load_checkpoint
 from backend.detection.detector import Detector, phrase_scores
 from backend.detection.preprocess import ImageFormat
 from backend.labelstudio.labeling_config import Label
-from backend.labelstudio.regions import iou
 from backend.registry.checkpoint import DEMO
 
 pytestmark = [

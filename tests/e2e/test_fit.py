@@ -12,8 +12,8 @@ import pytest
 import requests
 from PIL import Image
 
+from backend.boxes import Detection
 from backend.demo.shapes import Scene, choose_phrases, draw_scene
-from backend.labelstudio.regions import Detection
 from backend.training.evaluation import evaluate
 from tests.e2e.browser import SCREENSHOTS
 from tests.e2e.studio import LEGACY_TOKEN, LabelStudio, Project

@@ -9,10 +9,11 @@ import pytest
 import requests
 from playwright.sync_api import Browser, Page, expect
 
+from backend.boxes import Detection, best_of_overlapping
 from backend.labelstudio.labeling_config import read_plan
-from backend.labelstudio.regions import Detection, best_of_overlapping, label_of
+from backend.labelstudio.regions import label_of
 from backend.monitoring.activity import Bulk
-from backend.queue.predict_queue import connect
+from backend.queue.redis import connect
 from backend.queue.training_queue import Trainings
 from tests.e2e.browser import open_browser, screenshot
 from tests.scenes import config_for, data_uri, encode, scenes

@@ -2,7 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backend.labelstudio.regions import Detection, best_of_overlapping, cxcywh_to_xyxy, iou, to_prediction, to_regions
+from backend.boxes import Detection, best_of_overlapping, cxcywh_to_xyxy, iou
+from backend.labelstudio.regions import to_prediction, to_regions
 from backend.labelstudio.targets import Asked, View
 
 ASKED = Asked((), (), 1)

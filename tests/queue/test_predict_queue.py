@@ -10,8 +10,9 @@ from rq.results import Result
 from rq.serializers import JSONSerializer
 
 from backend.errors import QueueUnavailable
-from backend.queue.predict_queue import PREDICT, READY_KEY, AllowedJob, PredictQueue, connect
-from backend.queue.redis import put
+from backend.queue.allowed_job import AllowedJob
+from backend.queue.predict_queue import PREDICT, READY_KEY, PredictQueue
+from backend.queue.redis import connect, put
 
 PAYLOAD = {"tasks": [{"id": 1, "data": {"image": "http://x/?token=s3cret"}}], "plan": {"controls": []}}
 

@@ -10,7 +10,8 @@ from rq.job import Job
 from rq.results import Result
 
 from backend.queue import recovery
-from backend.queue.predict_queue import PREDICT, PREDICT_FUNCTION, READY_KEY, PredictQueue, predict_queue
+from backend.queue.allowed_job import PREDICT_FUNCTION
+from backend.queue.predict_queue import PREDICT, READY_KEY, PredictQueue, predict_queue
 from backend.queue.recovery import LostChunk, Recovery
 from backend.queue.worker_loop import make_worker
 from backend.settings import Settings

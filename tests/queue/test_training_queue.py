@@ -4,9 +4,11 @@ import time
 import pytest
 from redis import Redis
 
+from backend.monitoring.feedback import Annotation, Evidence
 from backend.monitoring.project_stats import FATES, cards, remember
-from backend.queue.predict_queue import FIT, FIT_FUNCTION
-from backend.queue.training_queue import Annotation, Evidence, Trainings, fit_queue
+from backend.queue.allowed_job import FIT_FUNCTION
+from backend.queue.predict_queue import FIT
+from backend.queue.training_queue import Trainings, fit_queue
 from backend.queue.worker_loop import make_worker
 from backend.settings import Settings
 

@@ -2,8 +2,10 @@ import random
 
 import pytest
 
-from backend.labelstudio.regions import Detection
-from backend.training.evaluation import FLOOR, Judged, calibrate, cross_calibrated, evaluate, is_better
+from backend.boxes import Detection
+from backend.training.calibration import FLOOR, calibrate, cross_calibrated
+from backend.training.evaluation import Judged, evaluate
+from backend.training.gate import is_better
 
 BOX = (0.0, 0.0, 10.0, 10.0)
 FAR = (50.0, 50.0, 60.0, 60.0)

@@ -3,7 +3,8 @@ import pytest
 import torch
 
 from backend.demo.train import build_model, build_tokenizer, draw_batch
-from backend.training.loop import generalized_iou, loss, train_one_epoch
+from backend.training.loop import train_one_epoch
+from backend.training.loss import generalized_iou, loss
 
 
 def test_generalized_iou() -> None:

@@ -8,8 +8,8 @@ import pytest
 from flask.testing import FlaskClient
 from redis import Redis
 
-from backend.queue.predict_queue import connect
-from backend.queue.training_queue import EVIDENCE_KEY, Evidence
+from backend.monitoring.feedback import EVIDENCE_KEY, Evidence
+from backend.queue.redis import connect
 from backend.settings import Settings
 from backend.web.app import create_app
 from model import GroundingDINO

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from flask.testing import FlaskClient
 
-from backend.queue.predict_queue import PredictQueue, connect
+from backend.queue.predict_queue import PredictQueue
+from backend.queue.redis import connect
 from backend.settings import Settings
 from backend.web.app import create_app
 from model import GroundingDINO
