@@ -17,19 +17,21 @@ from redis import Redis
 
 from backend.delivery.outbox import PULL, Outbox
 from backend.errors import BackendError, BadRequest, NotReady, QueueUnavailable
-from backend.monitoring.feedback import Annotation, Evidence
-from backend.monitoring.project_stats import fates, known_versions, predicted
-from backend.queue.predict_queue import PredictQueue, note_import
-from backend.queue.private_redis import with_redis
+from backend.monitoring.feedback import AnnotationEvent, AnnotationLog
+from backend.monitoring.project_stats import count_outcomes, get_predicted, list_model_versions
+from backend.queue.predict_queue import PredictQueue, record_import
+from backend.queue.private_redis import resolve_redis_url
 from backend.queue.redis import connect, redis_errors
-from backend.queue.training_queue import Trainings
-from backend.registry.project_model import Asking
+from backend.queue.training_queue import TrainingQueue
+from backend.registry.project_model import ProjectModel
 from backend.settings import Settings
 
 log = logging.getLogger(__name__)
 
-DESK = threading.BoundedSemaphore(2)  # requests whose tasks are put into the queue at a time: /health wants a turn too
-LISTING = 60  # s that Label Studio may take from choosing the tasks of a request to sending it
+ENQUEUE_SLOTS = threading.BoundedSemaphore(
+    2
+)  # requests whose tasks are put into the queue at a time: /health wants a turn too
+SELECTION_TIMEOUT = 60  # s that Label Studio may take from choosing the tasks of a request to sending it
 DELETIONS = ("ANNOTATIONS_DELETED", "ANNOTATION_DELETED")
 ANNOTATION_EVENTS = ("ANNOTATION_CREATED", "ANNOTATION_UPDATED", "ANNOTATIONS_CREATED", *DELETIONS)
 PUSHED_LATER = NotReady("the predictions of so many tasks are pushed into the project as they are made")
@@ -57,13 +59,15 @@ class GroundingDINO:
     ) -> None:
         number, _, created = (project_id or "").partition(".")  # as Label Studio writes it: number and birthday
         self.project_id = number
-        self.settings = settings or with_redis(Settings.from_env())
-        self._asking = Asking(self.settings, label_config or "", number, int(created) if created.isdigit() else None)
+        self.settings = settings or resolve_redis_url(Settings.from_env())
+        self._project_model = ProjectModel(
+            self.settings, label_config or "", number, int(created) if created.isdigit() else None
+        )
 
     @property
     def model_version(self) -> str:
         """Fingerprint of weights, prompts and thresholds; that of the weights alone while there is no usable config."""
-        return self._asking.model_version
+        return self._project_model.model_version
 
     @property
     def queue(self) -> PredictQueue:
@@ -72,14 +76,14 @@ class GroundingDINO:
 
     def prepare(self) -> None:
         """Reads the checkpoint's files for their fingerprint, so that no request has to wait for it."""
-        log.info("serving %s", self._asking.checkpoint.model_version())
+        log.info("serving %s", self._project_model.checkpoint.model_version())
 
     def setup(self) -> str:
         """Called when a project connects and before every retrieval; returns the model version, whatever the config."""
         version = self.model_version
         try:
             with redis_errors():
-                self._asking.remember(self._connection)
+                self._project_model.remember(self._connection)
         except QueueUnavailable as error:
             log.warning("%s", error)
         return version
@@ -94,9 +98,9 @@ class GroundingDINO:
             QueueUnavailable: Redis does not answer.
         """
         start, deadline = time.time(), time.monotonic() + self.settings.predict_deadline
-        with DESK:
+        with ENQUEUE_SLOTS:
             size = self.settings.batch_size or self.queue.batch_size()
-            chunks = self._asking.chunks(tasks, size, context)
+            chunks = self._project_model.make_chunks(tasks, size, context)
             jobs = self.queue.enqueue(chunks, at_front=len(tasks) == 1, project=self.project_id)
         stored = not context and self._can_push(tasks)  # Label Studio keeps no answer to interactive work
         if stored and len(tasks) > self.settings.push_above:
@@ -112,7 +116,7 @@ class GroundingDINO:
         return (
             bool(self.settings.label_studio_url and self.settings.label_studio_api_key and self.project_id)
             and all(isinstance(task.get("id"), int) for task in tasks)
-            and not self._outbox.is_strange(self.project_id)
+            and not self._outbox.is_mismatched(self.project_id)
         )
 
     def _push_late(self, chunks: list[dict[str, Any]], answers: list[list[dict[str, Any]]], start: float) -> None:
@@ -122,7 +126,7 @@ class GroundingDINO:
         for chunk, parts in zip(chunks, answers, strict=True):
             ready = {task["id"]: i for i, task in enumerate(chunk["tasks"]) if "error" not in parts[i]}
             ways = self._outbox.claim(
-                PULL, self.project_id, chunk["model_version"], list(ready), time.time(), start - LISTING
+                PULL, self.project_id, chunk["model_version"], list(ready), time.time(), start - SELECTION_TIMEOUT
             )
             for task, way in ways.items():
                 if way:
@@ -154,7 +158,7 @@ class GroundingDINO:
         if event == "START_TRAINING":
             return {"job": self.train()}
         if event == "TASKS_CREATED" and self.project_id and self.settings.preannotate_on_import:
-            note_import(self._connection, self.project_id)
+            record_import(self._connection, self.project_id)
         if event in ANNOTATION_EVENTS and self.project_id:
             self._record(event, data.get("annotation") or data.get("annotations"))
         return {"status": "recorded"}
@@ -170,31 +174,31 @@ class GroundingDINO:
             raise BadRequest("training reads annotations: set LABEL_STUDIO_URL and LABEL_STUDIO_API_KEY")
         if not self.project_id:
             raise BadRequest("the project has no number")
-        return Trainings(self._connection).start(self.project_id, train or self.settings.train)
+        return TrainingQueue(self._connection).start(self.project_id, train or self.settings.train)
 
     def _record(self, event: str, annotations: Any) -> None:
         rows = [row for row in (annotations if isinstance(annotations, list) else [annotations]) if _is_annotation(row)]
         is_deletion = event in DELETIONS
         with redis_errors():
-            given = predicted(self._connection, self.project_id, [row.get("task") for row in rows])
+            given = get_predicted(self._connection, self.project_id, [row.get("task") for row in rows])
         evidence = [
-            Annotation(
+            AnnotationEvent(
                 row["id"],
                 row.get("task"),
                 str(row.get("updated_at") or ""),
                 is_deletion,
-                {} if is_deletion else fates(row, boxes),
+                {} if is_deletion else count_outcomes(row, boxes),
             )
             for row, boxes in zip(rows, given, strict=True)
         ]
-        Evidence(self._connection, self.project_id).record(evidence)
+        AnnotationLog(self._connection, self.project_id).record(evidence)
 
     def versions(self) -> list[str]:
         """Model versions that projects were told, and the one of the weights alone."""
-        own = self._asking.checkpoint.model_version()
+        own = self._project_model.checkpoint.model_version()
         try:
             with redis_errors():
-                return [own, *(version for version in known_versions(self._connection) if version != own)]
+                return [own, *(version for version in list_model_versions(self._connection) if version != own)]
         except QueueUnavailable:
             return [own]
 
@@ -204,9 +208,10 @@ class GroundingDINO:
         Nothing while Redis does not answer.
         """
         try:
-            rows = Trainings(self._connection).all()
+            rows = TrainingQueue(self._connection).all()
             return [
-                {**row, "annotations": len(Evidence(self._connection, row["project"]).annotations())} for row in rows
+                {**row, "annotations": len(AnnotationLog(self._connection, row["project"]).annotations())}
+                for row in rows
             ]
         except QueueUnavailable:
             return []
@@ -224,7 +229,7 @@ class GroundingDINO:
         Raises:
             QueueUnavailable: Redis does not answer.
         """
-        return self.queue.ready_workers()
+        return self.queue.count_ready_workers()
 
     @property
     def _outbox(self) -> Outbox:

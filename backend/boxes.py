@@ -37,7 +37,7 @@ def iou(a: Box, b: Box) -> float:
     return intersection / union if union > 0 else 0.0
 
 
-def best_of_overlapping(detections: Sequence[Detection], nms_iou: float) -> list[Detection]:
+def non_max_suppression(detections: Sequence[Detection], nms_iou: float) -> list[Detection]:
     """Greedy non-maximum suppression, blind to labels: a thing gets one box. Best first."""
     kept: list[Detection] = []
     for detection in sorted(detections, key=lambda d: -d.score):

@@ -9,10 +9,10 @@ BackendError                      500  internal
 ├── LabelingConfigError           422  labeling_config
 ├── ImageError                    422  image
 ├── CheckpointError               500  checkpoint
-├── StudioError                   502  label_studio
-│   ├── StudioRefused             502  label_studio_key
-│   ├── StudioMissing             502  label_studio_missing
-│   └── StudioAway                503  label_studio_away
+├── LabelStudioError                   502  label_studio
+│   ├── LabelStudioAuthError             502  label_studio_key
+│   ├── LabelStudioNotFound             502  label_studio_missing
+│   └── LabelStudioUnavailable                503  label_studio_away
 ├── QueueUnavailable              503  queue_unavailable
 ├── Overloaded                    503  overloaded
 ├── WorkerDied                    500  worker_died
@@ -87,25 +87,25 @@ class CheckpointError(BackendError):
     code = "checkpoint"
 
 
-class StudioError(BackendError):
+class LabelStudioError(BackendError):
     """Label Studio refused us or did not answer."""
 
     status, code = 502, "label_studio"
 
 
-class StudioRefused(StudioError):
+class LabelStudioAuthError(LabelStudioError):
     """Label Studio refused our key; another one may open what waits for it."""
 
     code = "label_studio_key"
 
 
-class StudioMissing(StudioError):
+class LabelStudioNotFound(LabelStudioError):
     """Label Studio has no such thing: the number of a project, a task or a tab is wrong."""
 
     code = "label_studio_missing"
 
 
-class StudioAway(StudioError):
+class LabelStudioUnavailable(LabelStudioError):
     """Label Studio did not answer, or cannot now; where it was `reached`, it may have done what it was asked."""
 
     status, code = 503, "label_studio_away"

@@ -11,20 +11,20 @@ from datetime import datetime, timezone
 
 from backend.settings import Settings
 
-REQUEST: ContextVar[str] = ContextVar("request", default="-")
+REQUEST_ID: ContextVar[str] = ContextVar("request", default="-")
 TEXT = "%(asctime)s %(levelname)s %(name)s [%(request)s]: %(message)s"
 CONTROL = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]")
 ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
-def request_id(given: str | None) -> str:
+def choose_request_id(given: str | None) -> str:
     """The caller's id of its request, where it is one that fits into a line, else a new one."""
     return given if given and ID.fullmatch(given) else secrets.token_hex(4)
 
 
 class _WithRequest(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
-        record.request = REQUEST.get()
+        record.request = REQUEST_ID.get()
         return True
 
 

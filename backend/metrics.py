@@ -17,8 +17,8 @@ from prometheus_client.process_collector import ProcessCollector
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a second line for each figure, which nobody reads
 REGISTRY = CollectorRegistry()
 SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120)
-MOST_LABELS = 300  # that are counted by name; each is a line of what Prometheus reads, from every worker
-LONGEST_LABEL, OTHER = 100, "(other)"  # characters; the name of all others together
+MAX_LABELS = 300  # that are counted by name; each is a line of what Prometheus reads, from every worker
+MAX_LABEL_LENGTH, OTHER = 100, "(other)"  # characters; the name of all others together
 
 ProcessCollector(namespace="gdino", registry=REGISTRY)
 REQUESTS = Counter("gdino_requests", "Requests answered.", ["route", "status"], registry=REGISTRY)
@@ -36,10 +36,10 @@ STAGE_SECONDS = Histogram(
     buckets=SECONDS,
     registry=REGISTRY,
 )
-BATCH_PICTURES = Histogram(
+BATCH_IMAGES = Histogram(
     "gdino_batch_pictures", "Pictures in a forward pass.", buckets=(1, 2, 4, 8, 16, 32, 64), registry=REGISTRY
 )
-PICTURES = Counter("gdino_pictures", "Pictures looked at.", registry=REGISTRY)
+IMAGES = Counter("gdino_pictures", "Pictures looked at.", registry=REGISTRY)
 BOXES = Counter("gdino_boxes", "Boxes answered, by label.", ["label"], registry=REGISTRY)
 FAILURES = Counter("gdino_failures", "Tasks that failed, by code.", ["code"], registry=REGISTRY)
 PUSHED_PREDICTIONS = Counter("gdino_pushed_predictions", "Predictions brought into Label Studio.", registry=REGISTRY)
@@ -60,21 +60,21 @@ def timed(stage: str) -> Iterator[None]:
 
 
 def count_boxes(label: str) -> None:
-    """Counts a box; labels beyond `MOST_LABELS` are counted together."""
-    label = label[:LONGEST_LABEL]
-    if label in _labels or len(_labels) < MOST_LABELS:
+    """Counts a box; labels beyond `MAX_LABELS` are counted together."""
+    label = label[:MAX_LABEL_LENGTH]
+    if label in _labels or len(_labels) < MAX_LABELS:
         _labels.add(label)
         BOXES.labels(label).inc()
     else:
         BOXES.labels(OTHER).inc()
 
 
-def exposed() -> bytes:
+def render_metrics() -> bytes:
     """This process's figures as Prometheus reads them."""
     return generate_latest(REGISTRY)
 
 
-def merged(texts: Mapping[str, str]) -> Iterator[Metric]:
+def merge_metrics(texts: Mapping[str, str]) -> Iterator[Metric]:
     """The figures of other processes, by name: every family once, its samples told apart by the label `worker`."""
     families: dict[str, Metric] = {}
     for name, text in sorted(texts.items()):

@@ -86,7 +86,7 @@ class Settings:
         return {f.name.upper(): str(getattr(self, f.name)) for f in dataclasses.fields(self)}
 
     @property
-    def may_show_pictures(self) -> bool:
+    def may_show_images(self) -> bool:
         """Whether the status page shows pictures: without a door anybody could look at them."""
         if self.show_pictures == "auto":
             return bool(self.basic_auth_user or self.path_secret or self.model == "demo")

@@ -7,8 +7,8 @@ import pytest
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from backend.logs import REQUEST, JsonFormatter, request_id, set_up_logging
-from backend.metrics import BOXES, MOST_LABELS, OTHER, REGISTRY, count_boxes, exposed, merged, timed
+from backend.logs import REQUEST_ID, JsonFormatter, choose_request_id, set_up_logging
+from backend.metrics import BOXES, MAX_LABELS, OTHER, REGISTRY, count_boxes, merge_metrics, render_metrics, timed
 from backend.settings import Settings
 from tests.servers import ROOT
 
@@ -19,7 +19,7 @@ def nothing_stays(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     level = logging.root.level
     yield
     BOXES.clear()
-    REQUEST.set("-")
+    REQUEST_ID.set("-")
     logging.root.setLevel(level)
 
 
@@ -31,7 +31,7 @@ def worker_text(count: int) -> str:
 
 
 def test_workers_are_told_apart_and_each_family_comes_once() -> None:
-    families = list(merged({"a": worker_text(1), "b": worker_text(2)}))
+    families = list(merge_metrics({"a": worker_text(1), "b": worker_text(2)}))
     assert [family.name for family in families] == ["boxes", "stage"]
     counts = {
         (sample.labels["worker"], sample.labels["label"]): sample.value
@@ -44,7 +44,7 @@ def test_workers_are_told_apart_and_each_family_comes_once() -> None:
 def test_what_a_process_exposes_can_be_read() -> None:
     with timed("decode"):
         pass
-    found = {family.name for family in text_string_to_metric_families(exposed().decode())}
+    found = {family.name for family in text_string_to_metric_families(render_metrics().decode())}
     assert {"gdino_stage_seconds", "gdino_requests", "gdino_boxes", "gdino_process_cpu_seconds"} <= found
 
 
@@ -56,25 +56,25 @@ def test_a_stage_that_fails_is_timed_too() -> None:
 
 
 def test_labels_beyond_a_number_are_counted_together() -> None:
-    for number in range(2 * MOST_LABELS):
+    for number in range(2 * MAX_LABELS):
         count_boxes(f"label {number}")
-    assert len(BOXES._metrics) <= MOST_LABELS + 1
-    assert BOXES.labels(OTHER)._value.get() >= MOST_LABELS
+    assert len(BOXES._metrics) <= MAX_LABELS + 1
+    assert BOXES.labels(OTHER)._value.get() >= MAX_LABELS
 
 
 @pytest.mark.parametrize("given", ["", "a b", "x\nINFO forged line", "ü", "a" * 65, None])
 def test_a_callers_id_must_fit_into_a_line(given: str | None) -> None:
-    assert request_id(given) != given
-    assert request_id("abc-1.2_3") == "abc-1.2_3"
+    assert choose_request_id(given) != given
+    assert choose_request_id("abc-1.2_3") == "abc-1.2_3"
 
 
 def test_a_line_of_json_holds_request_and_traceback() -> None:
-    REQUEST.set("abc")
+    REQUEST_ID.set("abc")
     try:
         raise ValueError('a "quoted"\nreason')
     except ValueError:
         record = logging.LogRecord("backend", logging.ERROR, "f", 1, "%s failed", ("it",), __import__("sys").exc_info())
-    record.request = REQUEST.get()
+    record.request = REQUEST_ID.get()
     line = JsonFormatter().format(record)
     row = json.loads(line)
     assert "\n" not in line
@@ -86,7 +86,7 @@ def test_a_line_of_json_holds_request_and_traceback() -> None:
 def test_every_line_has_the_id_of_its_request(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setattr(logging.root, "handlers", [])
     set_up_logging(Settings(model="demo"))
-    REQUEST.set("r-1")
+    REQUEST_ID.set("r-1")
     logging.getLogger("backend.x").warning("hello")
     assert "WARNING backend.x [r-1]: hello" in capsys.readouterr().err
     logging.getLogger("backend.x").warning("GET /a\n2026 ERROR backend [x]: forged \x1b[31m\u2028")

@@ -51,11 +51,11 @@ def test_secrets_are_not_shown() -> None:
 
 
 def test_pictures_are_shown_behind_a_door_or_where_asked_for() -> None:
-    assert not Settings().may_show_pictures
-    assert Settings(show_pictures="true").may_show_pictures
-    assert Settings(model="demo").may_show_pictures
-    assert Settings(path_secret="0123456789abcdef").may_show_pictures
-    assert not Settings(model="demo", show_pictures="false").may_show_pictures
+    assert not Settings().may_show_images
+    assert Settings(show_pictures="true").may_show_images
+    assert Settings(model="demo").may_show_images
+    assert Settings(path_secret="0123456789abcdef").may_show_images
+    assert not Settings(model="demo", show_pictures="false").may_show_images
 
 
 def test_a_worker_for_each_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from backend.errors import BackendError
-from backend.images.decoding import Images
-from backend.images.sources import Sources
-from backend.labelstudio.client import Studio, origin
+from backend.images.decoding import ImageLoader
+from backend.images.sources import ImageFetcher
+from backend.labelstudio.client import LabelStudioClient, parse_origin
 from backend.labelstudio.labeling_config import Plan, read_plan
-from backend.labelstudio.targets import views
+from backend.labelstudio.targets import expand_targets
 from backend.queue.predict_queue import PredictQueue
 from backend.queue.redis import connect
 from backend.registry.checkpoint import find_checkpoint
@@ -24,7 +24,7 @@ BLOCKS_LOCAL = (
 
 
 @dataclass(frozen=True)
-class Line:
+class CheckResult:
     """What was tried, what came back or is to be done, and whether it is well."""
 
     tried: str
@@ -35,40 +35,42 @@ class Line:
         return f"{'ok  ' if self.is_well else 'FAIL'}  {self.tried}: {self.found}"
 
 
-def check(settings: Settings, project: str) -> Iterator[Line]:
+def check(settings: Settings, project: str) -> Iterator[CheckResult]:
     """Tries one thing after the other; `project` is a number, or empty to leave out what needs one."""
-    studio = Studio(settings.label_studio_url, settings.label_studio_api_key)
+    studio = LabelStudioClient(settings.label_studio_url, settings.label_studio_api_key)
     yield _tried("MODEL", lambda: find_checkpoint(settings.model).source)
     yield _tried("Redis", lambda: _redis(settings))
     yield _tried("workers", lambda: _workers(settings))
     if not settings.label_studio_url:
-        yield Line("Label Studio", "LABEL_STUDIO_URL is not set: uploads cannot be read, nothing can be pushed", False)
+        yield CheckResult(
+            "Label Studio", "LABEL_STUDIO_URL is not set: uploads cannot be read, nothing can be pushed", False
+        )
         return
-    yield _tried("Label Studio", lambda: studio.release())
-    yield _tried("LABEL_STUDIO_API_KEY", lambda: f"{studio.kind_of_key()} of {studio.user()}")
+    yield _tried("Label Studio", lambda: studio.get_version())
+    yield _tried("LABEL_STUDIO_API_KEY", lambda: f"{studio.get_token_type()} of {studio.whoami()}")
     if project:
         yield from _project(settings, studio, project)
 
 
-def _tried(tried: str, attempt: Callable[[], str]) -> Line:
+def _tried(tried: str, attempt: Callable[[], str]) -> CheckResult:
     try:
-        return Line(tried, attempt(), True)
+        return CheckResult(tried, attempt(), True)
     except BackendError as error:
-        return Line(tried, str(error), False)
+        return CheckResult(tried, str(error), False)
 
 
 def _redis(settings: Settings) -> str:
-    return f"{PredictQueue(connect(settings.redis_url)).waiting()} chunks are waiting"
+    return f"{PredictQueue(connect(settings.redis_url)).count_waiting()} chunks are waiting"
 
 
 def _workers(settings: Settings) -> str:
-    ready = PredictQueue(connect(settings.redis_url)).ready_workers()
+    ready = PredictQueue(connect(settings.redis_url)).count_ready_workers()
     if not ready:
         raise BackendError("none has its model loaded; look into the log of `serve`, or start `worker`")
     return f"{ready} ready"
 
 
-def _project(settings: Settings, studio: Studio, project: str) -> Iterator[Line]:
+def _project(settings: Settings, studio: LabelStudioClient, project: str) -> Iterator[CheckResult]:
     config: list[Plan] = []
 
     def plan() -> str:
@@ -82,19 +84,21 @@ def _project(settings: Settings, studio: Studio, project: str) -> Iterator[Line]
     yield _tried("models connected to it", lambda: _backends(studio, project))
 
 
-def _picture(settings: Settings, studio: Studio, project: str, plan: Plan) -> str:
-    task = studio.first_task(project)
+def _picture(settings: Settings, studio: LabelStudioClient, project: str, plan: Plan) -> str:
+    task = studio.get_first_task(project)
     if task is None:
         raise BackendError("the project has no tasks")
-    sources = Sources.from_settings(settings, studio)
-    view = next(iter(views(plan, task["data"])), None)
+    sources = ImageFetcher.from_settings(settings, studio)
+    view = next(iter(expand_targets(plan, task["data"])), None)
     if view is None:
         raise BackendError("the task's list of pictures is empty or missing")
-    picture = Images(sources, settings.max_image_pixels).load(view.uri, task["id"])
+    picture = ImageLoader(sources, settings.max_image_pixels).load(view.uri, task["id"])
     return f"task {task['id']}: {picture.size[0]} x {picture.size[1]} pixels"
 
 
-def _backends(studio: Studio, project: str) -> str:
-    rows = studio.backends(project)
-    states = [f"{'{}://{}:{}'.format(*origin(row['url']))} {json.dumps(row.get('readable_state'))}" for row in rows]
+def _backends(studio: LabelStudioClient, project: str) -> str:
+    rows = studio.list_ml_backends(project)
+    states = [
+        f"{'{}://{}:{}'.format(*parse_origin(row['url']))} {json.dumps(row.get('readable_state'))}" for row in rows
+    ]
     return ", ".join(states) or BLOCKS_LOCAL

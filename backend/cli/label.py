@@ -13,27 +13,27 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from backend.cli.supervisor import own_workers
-from backend.datasets.formats import Labelled, place_pictures, write_coco, write_labelstudio, write_yolo
-from backend.datasets.image_files import File, find_files
-from backend.datasets.labeling_run import ANSWERS, Labelling, Row, config_of, labelled
+from backend.cli.supervisor import temporary_workers
+from backend.datasets.formats import LabeledImage, place_images, write_coco, write_labelstudio, write_yolo
+from backend.datasets.image_files import ImageFile, find_images
+from backend.datasets.labeling_run import ANSWERS, LabelingRun, Row, make_labeling_config, to_labeled_image
 from backend.datasets.previews import write_previews
 from backend.errors import QueueUnavailable, SettingsError
-from backend.monitoring.activity import Bulk
+from backend.monitoring.activity import BulkProgress
 from backend.queue.predict_queue import PredictQueue, worker_name
-from backend.queue.private_redis import with_redis
+from backend.queue.private_redis import resolve_redis_url
 from backend.queue.redis import connect
 from backend.settings import Settings
 
-DONE, SAMPLE = ".finished", "sample"
-WRITTEN = ("images", "labels", "annotations", "preview")  # folders
+FINISHED_MARKER, SAMPLE_FOLDER = ".finished", "sample"
+WRITTEN_FOLDERS = ("images", "labels", "annotations", "preview")  # folders
 FORMATS = ("yolo", "coco", "labelstudio")
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
-SAMPLE_FLOOR = 0.1  # lowest score that a sample is looked at with
+SAMPLE_MIN_SCORE = 0.1  # lowest score that a sample is looked at with
 
 
 @dataclass(frozen=True)
-class Wanted:
+class LabelOptions:
     """What `label` is to write, and where."""
 
     out: Path
@@ -45,25 +45,25 @@ class Wanted:
     force: bool
 
 
-def label(settings: Settings, words: Sequence[str], label_config: str, wanted: Wanted) -> int:
+def label(settings: Settings, words: Sequence[str], label_config: str, wanted: LabelOptions) -> int:
     """Runs the command; returns its exit code: 0 all done, 1 some pictures failed.
 
     Raises:
         SettingsError: an option is not what it must be, or something would be overwritten.
         BackendError: it could not run.
     """
-    files = find_files(words)
+    files = find_images(words)
     if wanted.sample:
         files = sorted(random.Random(0).sample(files, min(wanted.sample, len(files))), key=lambda file: file.key)
-        settings = dataclasses.replace(settings, box_threshold=SAMPLE_FLOOR)
-        wanted = dataclasses.replace(wanted, out=wanted.out / SAMPLE, force=True)
+        settings = dataclasses.replace(settings, box_threshold=SAMPLE_MIN_SCORE)
+        wanted = dataclasses.replace(wanted, out=wanted.out / SAMPLE_FOLDER, force=True)
     _clear(wanted)
     with _workers_of(settings) as running:
         connection = connect(running.redis_url)
-        run = Labelling(running, connection, label_config, wanted.out)
-        _answer_all(run, files, Bulk(connection, worker_name(), f"label, {len(files)} pictures"))
+        run = LabelingRun(running, connection, label_config, wanted.out)
+        _answer_all(run, files, BulkProgress(connection, worker_name(), f"label, {len(files)} pictures"))
     kept = run.kept()
-    rows = [labelled(file, kept[file.key]) for file in files if file.key in kept]
+    rows = [to_labeled_image(file, kept[file.key]) for file in files if file.key in kept]
     if wanted.sample:
         _show_sample(rows, run.labels, wanted.out)
     else:
@@ -73,13 +73,13 @@ def label(settings: Settings, words: Sequence[str], label_config: str, wanted: W
     return 1 if failed else 0
 
 
-def _clear(wanted: Wanted) -> None:
+def _clear(wanted: LabelOptions) -> None:
     """Makes room for what is written; raises SettingsError where something else is there, and --force is not given."""
-    is_begun = (wanted.out / ANSWERS).exists() and not (wanted.out / DONE).exists()
-    others = [path for path in wanted.out.glob("*") if path.name != SAMPLE]
+    is_begun = (wanted.out / ANSWERS).exists() and not (wanted.out / FINISHED_MARKER).exists()
+    others = [path for path in wanted.out.glob("*") if path.name != SAMPLE_FOLDER]
     if others and not (is_begun or wanted.force):
         raise SettingsError(f"{wanted.out} holds something already; give another --out, or --force to write it anew")
-    for name in WRITTEN if wanted.force else ():
+    for name in WRITTEN_FOLDERS if wanted.force else ():
         shutil.rmtree(wanted.out / name, ignore_errors=True)
     wanted.out.mkdir(parents=True, exist_ok=True)
 
@@ -94,28 +94,28 @@ def config_from(labels: str, labels_file: str | None, labels_from: str | None) -
     names = list(dict.fromkeys(word.strip() for word in words if word.strip()))
     if not names:
         raise SettingsError("there are no labels in what was given")
-    return config_of(names)
+    return make_labeling_config(names)
 
 
 @contextlib.contextmanager
 def _workers_of(settings: Settings) -> Iterator[Settings]:
     """The workers of a running server, or else some of our own."""
     if settings.redis_url or _is_served(settings):
-        yield with_redis(settings)
+        yield resolve_redis_url(settings)
     else:
-        with own_workers(settings) as running:
+        with temporary_workers(settings) as running:
             yield running
 
 
 def _is_served(settings: Settings) -> bool:
     """Whether a server runs in MODEL_DIR: one that was killed leaves its address behind."""
     try:
-        return PredictQueue(connect(with_redis(settings).redis_url)).waiting() >= 0
+        return PredictQueue(connect(resolve_redis_url(settings).redis_url)).count_waiting() >= 0
     except (SettingsError, QueueUnavailable):
         return False
 
 
-def _answer_all(run: Labelling, files: Sequence[File], shown: Bulk) -> None:
+def _answer_all(run: LabelingRun, files: Sequence[ImageFile], shown: BulkProgress) -> None:
     left = len(files) - len(run.kept().keys() & {file.key for file in files})
     failed: list[tuple[str, str]] = []
     progress = tqdm(total=len(files), initial=len(files) - left, unit="picture", file=sys.stderr)
@@ -133,9 +133,9 @@ def _answer_all(run: Labelling, files: Sequence[File], shown: Bulk) -> None:
         print(f"skipped {key}: {reason}")
 
 
-def _write(rows: Sequence[Labelled], run: Labelling, wanted: Wanted) -> None:
+def _write(rows: Sequence[LabeledImage], run: LabelingRun, wanted: LabelOptions) -> None:
     labels, out = run.labels, wanted.out
-    place_pictures(rows, out, wanted.val)
+    place_images(rows, out, wanted.val)
     if "yolo" in wanted.formats:
         write_yolo(rows, labels, out, wanted.val)
     if "coco" in wanted.formats:
@@ -145,12 +145,12 @@ def _write(rows: Sequence[Labelled], run: Labelling, wanted: Wanted) -> None:
         (out / "labelstudio.xml").write_text(run.label_config)
     if wanted.preview:
         write_previews(rows, labels, out)
-    (out / DONE).write_text("finished\n")
+    (out / FINISHED_MARKER).write_text("finished\n")
     if wanted.zip:
         shutil.make_archive(str(out), "zip", out)
 
 
-def _show_sample(rows: Sequence[Labelled], labels: Sequence[str], out: Path) -> None:
+def _show_sample(rows: Sequence[LabeledImage], labels: Sequence[str], out: Path) -> None:
     """How many boxes each threshold would give, and the sheets to look at."""
     print("boxes at threshold " + "".join(f"{threshold:>7}" for threshold in THRESHOLDS))
     for name in labels:

@@ -14,18 +14,18 @@ from typing import Any, TypeVar
 import click
 
 from backend import __version__
-from backend.cli.supervisor import gunicorn_command, stop_on_signals
+from backend.cli.supervisor import build_gunicorn_command, stop_on_signals
 from backend.cli.supervisor import serve as run_everything
 from backend.cli.versions import add_commands, follow, report
-from backend.delivery.import_watcher import Imports
+from backend.delivery.import_watcher import ImportWatcher
 from backend.delivery.pusher import Pusher
 from backend.errors import BackendError, SettingsError
-from backend.labelstudio.client import Studio
+from backend.labelstudio.client import LabelStudioClient
 from backend.logs import set_up_logging
 from backend.queue.predict_queue import worker_name
-from backend.queue.private_redis import with_redis
+from backend.queue.private_redis import resolve_redis_url
 from backend.queue.redis import connect
-from backend.queue.training_queue import Trainings
+from backend.queue.training_queue import TrainingQueue
 from backend.settings import Settings
 from backend.training.training_worker import run as serve_fit
 
@@ -71,8 +71,8 @@ def serve(**options: str | None) -> None:
 @settings_options
 def web(**options: str | None) -> None:
     """Run the web front alone, with REDIS_URL or beside a running server."""
-    settings = with_redis(_settings(options))
-    command = gunicorn_command(settings)
+    settings = resolve_redis_url(_settings(options))
+    command = build_gunicorn_command(settings)
     os.execve(command[0], command, {**os.environ, **settings.to_env()})  # noqa: S606
 
 
@@ -81,7 +81,7 @@ def web(**options: str | None) -> None:
 @settings_options
 def worker(queue: str, **options: str | None) -> None:
     """Run one worker alone, with REDIS_URL or beside a running server."""
-    settings = with_redis(_settings(options))
+    settings = resolve_redis_url(_settings(options))
     os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # read when torch is loaded
     code = 0
     try:
@@ -104,13 +104,13 @@ def worker(queue: str, **options: str | None) -> None:
 @settings_options
 def push(**options: str | None) -> None:
     """Run the pusher alone: it brings predictions of large requests into Label Studio."""
-    settings = with_redis(_settings(options))
+    settings = resolve_redis_url(_settings(options))
     if not (settings.label_studio_url and settings.label_studio_api_key):
         raise SettingsError("set LABEL_STUDIO_URL and LABEL_STUDIO_API_KEY: without them nothing can be pushed")
-    studio = Studio(settings.label_studio_url, settings.label_studio_api_key)
+    studio = LabelStudioClient(settings.label_studio_url, settings.label_studio_api_key)
     stop, name = stop_on_signals(), worker_name()
     if settings.preannotate_on_import:
-        imports = Imports(settings, connect(settings.redis_url), studio, name)
+        imports = ImportWatcher(settings, connect(settings.redis_url), studio, name)
         threading.Thread(target=imports.run, args=(stop,), daemon=True).start()
     Pusher(connect(settings.redis_url), studio, name).run(stop)
 
@@ -122,7 +122,7 @@ def check(project: str, **options: str | None) -> None:
     """Try everything that must work, and say what does not; exit code 1 if anything fails."""
     from backend.cli.check import check as try_everything  # loads numpy: the supervisor and the front do without
 
-    settings = with_redis(_settings({**options, "log_level": "ERROR"}))
+    settings = resolve_redis_url(_settings({**options, "log_level": "ERROR"}))
     lines = []
     for line in try_everything(settings, project):
         print(line, flush=True)
@@ -136,12 +136,12 @@ def check(project: str, **options: str | None) -> None:
 @settings_options
 def train(project: str, **options: str | None) -> None:
     """Learn from a project's annotations, as Start Training does, and show how it goes; Ctrl-C leaves it running."""
-    settings = with_redis(_settings(options))
+    settings = resolve_redis_url(_settings(options))
     if not (settings.label_studio_url and settings.label_studio_api_key):
         raise SettingsError("training reads annotations: set LABEL_STUDIO_URL and LABEL_STUDIO_API_KEY")
     if not project.isdigit():
         raise SettingsError("--project must be a project's number")
-    trainings = Trainings(connect(settings.redis_url))
+    trainings = TrainingQueue(connect(settings.redis_url))
     trainings.start(project, settings.train)
     sys.exit(report(follow(trainings, project)))
 
@@ -160,7 +160,9 @@ def preannotate(
     """Predict a whole project; Ctrl-C stops, and the same command goes on. Exit code 1: some tasks failed."""
     from backend.cli.preannotate import preannotate as run  # loads the pusher: other commands do without
 
-    settings = with_redis(_settings({"log_level": "ERROR", **{k: v for k, v in options.items() if v is not None}}))
+    settings = resolve_redis_url(
+        _settings({"log_level": "ERROR", **{k: v for k, v in options.items() if v is not None}})
+    )
     try:
         sys.exit(run(settings, project, tasks, view, limit, dry_run, replace))
     except KeyboardInterrupt:
@@ -193,7 +195,7 @@ def label(
         raise SettingsError(f"--format must be of {', '.join(bulk.FORMATS)}")
     config = bulk.config_from(labels, labels_file, labels_from)
     settings = _settings({"log_level": "ERROR", **{k: v for k, v in options.items() if v is not None}})
-    wanted = bulk.Wanted(Path(out), chosen, val, preview, as_zip, sample, force)
+    wanted = bulk.LabelOptions(Path(out), chosen, val, preview, as_zip, sample, force)
     try:
         sys.exit(bulk.label(settings, images, config, wanted))
     except KeyboardInterrupt:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from backend.delivery.preannotation import Preannotation, Tally
+from backend.delivery.preannotation import Preannotation, PreannotationSummary
 from backend.errors import SettingsError
-from backend.labelstudio.client import Studio
-from backend.monitoring.activity import Bulk
+from backend.labelstudio.client import LabelStudioClient
+from backend.monitoring.activity import BulkProgress
 from backend.queue.redis import connect, redis_errors
 from backend.settings import Settings
 
@@ -30,20 +30,20 @@ def preannotate(
     if not project.isdigit():
         raise SettingsError("--project must be a project's number")
     wanted = _numbers(numbers)
-    studio = Studio(settings.label_studio_url, settings.label_studio_api_key)
+    studio = LabelStudioClient(settings.label_studio_url, settings.label_studio_api_key)
     connection = connect(settings.redis_url)
     run = Preannotation(settings, connection, studio, project)
     with redis_errors():
-        run.asking.remember(connection)  # for the status page
-    count = run.to_do(wanted)
-    print(f"project {project}: {count} tasks have no prediction of {run.asking.model_version}", file=sys.stderr)
+        run.project_model.remember(connection)  # for the status page
+    count = run.count_pending(wanted)
+    print(f"project {project}: {count} tasks have no prediction of {run.project_model.model_version}", file=sys.stderr)
     if dry_run:
-        for control in run.asking.plan.controls:
+        for control in run.project_model.plan.controls:
             for label in control.labels:
                 print(f"{control.from_name}: {label.name}: {', '.join(label.phrases)}; from {label.threshold}")
         return 0
     most = limit or (sys.maxsize if view else count)
-    shown = Bulk(connection, f"preannotate-{project}", f"preannotate, project {project}")
+    shown = BulkProgress(connection, f"preannotate-{project}", f"preannotate, project {project}")
     most_there = min(most, count)
     with contextlib.closing(shown), tqdm(total=most_there, unit="task", file=sys.stderr) as bar:
 
@@ -64,7 +64,7 @@ def _numbers(text: str) -> list[int]:
     return [int(word) for word in words]
 
 
-def _sum_up(tally: Tally, path: Path) -> int:
+def _sum_up(tally: PreannotationSummary, path: Path) -> int:
     print(f"{tally.done - len(tally.failures)} tasks predicted, {len(tally.failures)} failed")
     if not tally.failures:
         return 0

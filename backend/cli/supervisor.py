@@ -27,15 +27,15 @@ from backend.settings import Settings
 ROOT = Path(__file__).parent.parent.parent
 SOCKET_ROOT = "/tmp"  # noqa: S108 - a socket's path may have 108 bytes, and TMPDIR may be long; the folder is private
 CONFIGURED_REDIS_TIMEOUT = 10  # s; it may be starting beside us
-LONGEST_PAUSE = 30  # s before a part that keeps crashing is started again
-STEADY = 60  # s after which a crash counts as the first
+MAX_RESTART_DELAY = 30  # s before a part that keeps crashing is started again
+STABLE_AFTER = 60  # s after which a crash counts as the first
 NVIDIA = Path("/proc/driver/nvidia/gpus")
-GRACE = 2  # s between SIGTERM and SIGKILL
+SHUTDOWN_TIMEOUT = 2  # s between SIGTERM and SIGKILL
 PR_SET_PDEATHSIG = 1  # prctl(2)
 LIBC = ctypes.CDLL(None)  # bound here: between fork and exec nothing may be loaded
 
 
-class Part:
+class ManagedProcess:
     """One process of the group; started again when it ends, after a pause that grows while it keeps ending at once."""
 
     def __init__(self, name: str, command: list[str], env: dict[str, str]) -> None:
@@ -59,9 +59,9 @@ class Part:
         """Notices that the process has ended, and starts it again when its pause is over."""
         if self.process and self.has_ended():
             _end_session(self.process)
-            self._crashes = 0 if time.monotonic() - self._started > STEADY else self._crashes
-            pause = min(2**self._crashes - 1, LONGEST_PAUSE)
-            say(f"{self.name} ended with {self.process.returncode}; starting it again in {pause} s")
+            self._crashes = 0 if time.monotonic() - self._started > STABLE_AFTER else self._crashes
+            pause = min(2**self._crashes - 1, MAX_RESTART_DELAY)
+            echo(f"{self.name} ended with {self.process.returncode}; starting it again in {pause} s")
             self._crashes, self._start_at, self.process = self._crashes + 1, time.monotonic() + pause, None
         if not self.process and time.monotonic() >= self._start_at:
             self.start()
@@ -87,7 +87,7 @@ def _end_with_parent() -> None:
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def say(text: str) -> None:
+def echo(text: str) -> None:
     """A line for the person at the terminal."""
     print(text, flush=True)
 
@@ -108,12 +108,12 @@ def serve(settings: Settings) -> None:
             _supervise(settings, redis, stop)
         finally:
             for part in redis:
-                part.stop(time.monotonic() + GRACE)
+                part.stop(time.monotonic() + SHUTDOWN_TIMEOUT)
             (settings.model_dir / private_redis.URL_FILE).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def own_workers(settings: Settings) -> Iterator[Settings]:
+def temporary_workers(settings: Settings) -> Iterator[Settings]:
     """Workers, and a Redis where none is configured, for as long as this lasts; the settings that lead to them.
 
     Raises:
@@ -133,35 +133,35 @@ def own_workers(settings: Settings) -> Iterator[Settings]:
             stop.set()
             tending.join()
             for part in reversed(parts):
-                part.stop(time.monotonic() + GRACE)
+                part.stop(time.monotonic() + SHUTDOWN_TIMEOUT)
             (settings.model_dir / private_redis.URL_FILE).unlink(missing_ok=True)
 
 
-def _tend(parts: list[Part], stop: threading.Event) -> None:
+def _tend(parts: list[ManagedProcess], stop: threading.Event) -> None:
     while not stop.is_set():
         for part in parts:
             part.tend()
         stop.wait(0.2)
 
 
-def _workers(settings: Settings, env: dict[str, str]) -> list[Part]:
+def _workers(settings: Settings, env: dict[str, str]) -> list[ManagedProcess]:
     devices = _devices(settings.device)
     names = range(settings.workers or len(devices))
     return [_part(f"worker {n + 1}", ["worker"], {**env, "DEVICE": devices[n % len(devices)]}) for n in names]
 
 
-def _supervise(settings: Settings, redis: list[Part], stop: threading.Event) -> None:
+def _supervise(settings: Settings, redis: list[ManagedProcess], stop: threading.Event) -> None:
     env = {**os.environ, **settings.to_env()}
     parts = [_part("web front", ["web"], env), *_workers(settings, env)]
     if settings.label_studio_url and settings.label_studio_api_key:
         parts.append(_part("pusher", ["push"], env))
         last = {**env, "DEVICE": _devices(settings.device)[-1]}  # of several GPUs the one that is asked last
         parts.append(_part("fit worker", ["worker", "--queue", "fit"], last))
-    greeting = threading.Thread(target=welcome, args=(settings, say, stop), daemon=True)
+    greeting = threading.Thread(target=welcome, args=(settings, echo, stop), daemon=True)
     greeting.start()
     _tend([*redis, *parts], stop)
-    say("stopping")
-    deadline = time.monotonic() + GRACE
+    echo("stopping")
+    deadline = time.monotonic() + SHUTDOWN_TIMEOUT
     for part in parts:
         if part.process:
             part.process.terminate()
@@ -178,17 +178,19 @@ def _devices(device: str) -> list[str]:
     return [f"cuda:{number}" for number in range(len(gpus))] if len(gpus) > 1 else [device]
 
 
-def _part(name: str, arguments: list[str], env: dict[str, str]) -> Part:
-    return Part(name, [sys.executable, "-m", "backend", *arguments], env)
+def _part(name: str, arguments: list[str], env: dict[str, str]) -> ManagedProcess:
+    return ManagedProcess(name, [sys.executable, "-m", "backend", *arguments], env)
 
 
-def _private_redis(settings: Settings, private: Path, stop: threading.Event) -> tuple[list[Part], Settings]:
+def _private_redis(settings: Settings, private: Path, stop: threading.Event) -> tuple[list[ManagedProcess], Settings]:
     """The private server, running, and the settings that lead to it; no server where one is configured."""
     if settings.redis_url:
         private_redis.wait_until_ready(settings.redis_url, CONFIGURED_REDIS_TIMEOUT, stop.is_set)
         return [], settings
     path, folder = private / "redis.sock", settings.model_dir / "redis"
-    part = Part("private Redis", private_redis.command(private_redis.find_server(), path, folder.resolve()), {})
+    part = ManagedProcess(
+        "private Redis", private_redis.command(private_redis.find_server(), path, folder.resolve()), {}
+    )
     part.start()
     try:
         private_redis.wait_until_ready(private_redis.url(path), given_up=lambda: stop.is_set() or part.has_ended())
@@ -240,7 +242,7 @@ def stop_on_signals() -> threading.Event:
     return stop
 
 
-def gunicorn_command(settings: Settings) -> list[str]:
+def build_gunicorn_command(settings: Settings) -> list[str]:
     """The web front as a command: one process, to keep its memory small, and a thread for each waiting request."""
     options = {
         "bind": f"0.0.0.0:{settings.port}",

@@ -11,12 +11,12 @@ from typing import Any
 import click
 from tqdm import tqdm
 
-from backend.queue.training_queue import Trainings
-from backend.registry.versions import Versions
+from backend.queue.training_queue import TrainingQueue
+from backend.registry.versions import VersionStore
 from backend.settings import Settings
 
-LOOK_EVERY = 0.5  # s
-WORDS = {
+POLL_INTERVAL = 0.5  # s
+STATE_TEXTS = {
     "queued": "waiting for a fit worker",
     "reading": "reading annotations",
     "loading": "loading pictures",
@@ -26,17 +26,17 @@ WORDS = {
 }
 
 
-def follow(trainings: Trainings, project: str) -> dict[str, Any]:
+def follow(trainings: TrainingQueue, project: str) -> dict[str, Any]:
     """Shows a training's progress until it is over, and returns its outcome."""
     with tqdm(file=sys.stderr, bar_format="{desc} {bar} {n_fmt}/{total_fmt}", leave=False) as bar:
         while True:
             row = trainings.progress(project) or {"state": "queued"}
             if row["state"] in ("done", "failed"):
                 return row
-            bar.set_description_str(WORDS.get(row["state"], row["state"]), refresh=False)
+            bar.set_description_str(STATE_TEXTS.get(row["state"], row["state"]), refresh=False)
             bar.total, bar.n = row.get("of") or 1, row.get("done", 0)
             bar.refresh()
-            time.sleep(LOOK_EVERY)
+            time.sleep(POLL_INTERVAL)
 
 
 def add_commands(group: click.Group, settings_options: Callable[..., Any], read: Callable[..., Settings]) -> None:
@@ -52,8 +52,8 @@ def add_commands(group: click.Group, settings_options: Callable[..., Any], read:
     @settings_options
     def list_(project: str, **options: str | None) -> None:
         """Every version of a project, oldest first; the one that is to serve has a star."""
-        store = Versions(read(options).model_dir, project)
-        current = store.current_id()
+        store = VersionStore(read(options).model_dir, project)
+        current = store.get_current_id()
         print("* the checkpoint as it came" if not current else "  the checkpoint as it came")
         for version in store.all():
             print(f"{'*' if version.id == current else ' '} {version.id}  {version.reason}")
@@ -64,7 +64,7 @@ def add_commands(group: click.Group, settings_options: Callable[..., Any], read:
     @settings_options
     def show(version: str, project: str, **options: str | None) -> None:
         """One version as JSON: thresholds (before, learned), metrics, parent."""
-        found = Versions(read(options).model_dir, project).get(version)
+        found = VersionStore(read(options).model_dir, project).get(version)
         print(json.dumps(vars(found), indent=2))
 
     @versions.command()
@@ -73,7 +73,7 @@ def add_commands(group: click.Group, settings_options: Callable[..., Any], read:
     @settings_options
     def promote(version: str, project: str, **options: str | None) -> None:
         """Let a version serve; "none" stands for the checkpoint as it came."""
-        Versions(read(options).model_dir, project).promote("" if version == "none" else version)
+        VersionStore(read(options).model_dir, project).promote("" if version == "none" else version)
         print(f"project {project} is served by {version}")
 
     @versions.command()
@@ -81,7 +81,7 @@ def add_commands(group: click.Group, settings_options: Callable[..., Any], read:
     @settings_options
     def rollback(project: str, **options: str | None) -> None:
         """Let what served before the current version serve again."""
-        serving = Versions(read(options).model_dir, project).roll_back()
+        serving = VersionStore(read(options).model_dir, project).roll_back()
         print(f"project {project} is served by {serving or 'the checkpoint as it came'}")
 
 

@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from backend.datasets.image_files import File
+from backend.datasets.image_files import ImageFile
 
 Box = tuple[float, float, float, float]  # xyxy in pixels of the picture as it is shown
 
 
 @dataclass(frozen=True)
-class Labelled:
+class LabeledImage:
     """One picture with what was found in it: boxes with labels and scores; its size is in pixels as it is shown."""
 
-    file: File
+    file: ImageFile
     width: int
     height: int
     boxes: tuple[tuple[str, float, Box], ...]
@@ -31,7 +31,7 @@ class Labelled:
         return "val" if self.file.is_for_validation(share) else "train"
 
 
-def place_pictures(rows: Sequence[Labelled], out: Path, share: float) -> None:
+def place_images(rows: Sequence[LabeledImage], out: Path, share: float) -> None:
     """`images/train`, `images/val`: links to the pictures, or copies where the disk is another; never re-encoded."""
     for row in rows:
         path = out / "images" / row.split(share) / row.file.name
@@ -43,7 +43,7 @@ def place_pictures(rows: Sequence[Labelled], out: Path, share: float) -> None:
             shutil.copyfile(row.file.path, path)
 
 
-def write_yolo(rows: Sequence[Labelled], labels: Sequence[str], out: Path, share: float) -> None:
+def write_yolo(rows: Sequence[LabeledImage], labels: Sequence[str], out: Path, share: float) -> None:
     """`labels/train`, `labels/val`, `data.yaml`: class, centre and size in 0..1; no boxes make an empty file."""
     for row in rows:
         path = (out / "labels" / row.split(share) / row.file.name).with_suffix(".txt")
@@ -54,12 +54,12 @@ def write_yolo(rows: Sequence[Labelled], labels: Sequence[str], out: Path, share
     (out / "data.yaml").write_text(f"path: {root}\ntrain: images/train\nval: images/val\nnames:\n{names}")
 
 
-def _centred(box: Box, row: Labelled) -> str:
+def _centred(box: Box, row: LabeledImage) -> str:
     x1, y1, x2, y2 = box[0] / row.width, box[1] / row.height, box[2] / row.width, box[3] / row.height
     return " ".join(f"{value:.6f}" for value in ((x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1))
 
 
-def write_coco(rows: Sequence[Labelled], labels: Sequence[str], out: Path, share: float) -> None:
+def write_coco(rows: Sequence[LabeledImage], labels: Sequence[str], out: Path, share: float) -> None:
     """`annotations/train.json`, `annotations/val.json`; file names are those below `images/train`, `images/val`."""
     categories = [{"id": number, "name": label, "supercategory": ""} for number, label in enumerate(labels, 1)]
     (out / "annotations").mkdir(exist_ok=True)
@@ -81,7 +81,7 @@ def write_coco(rows: Sequence[Labelled], labels: Sequence[str], out: Path, share
         (out / "annotations" / f"{split}.json").write_text(json.dumps(whole))
 
 
-def write_labelstudio(rows: Sequence[Labelled], out: Path, share: float, field: str) -> None:
+def write_labelstudio(rows: Sequence[LabeledImage], out: Path, share: float, field: str) -> None:
     """`labelstudio.json`: tasks with predictions, the pictures as local files below the folder that `out` lies in."""
     tasks = []
     for row in rows:

@@ -15,7 +15,7 @@ SUFFIXES = frozenset([".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", 
 
 
 @dataclass(frozen=True)
-class File:
+class ImageFile:
     """A picture: its path, its path below the folder that was asked for, and its name in what is written."""
 
     path: Path
@@ -28,7 +28,7 @@ class File:
         return place / 2**32 < share
 
 
-def find_files(words: Sequence[str]) -> list[File]:
+def find_images(words: Sequence[str]) -> list[ImageFile]:
     """The pictures of files, folders (with all below them) and patterns, each once, by name.
 
     Raises:
@@ -61,7 +61,7 @@ def _is_picture(path: Path) -> bool:
     return path.is_file() and path.suffix.lower() in SUFFIXES
 
 
-def _named(found: dict[Path, str]) -> Iterator[File]:
+def _named(found: dict[Path, str]) -> Iterator[ImageFile]:
     """Each keeps its name; those whose labels would share a file get their folders in front, or the suffix behind.
 
     Everything lies in one folder, because not all that read YOLO look into folders below.
@@ -75,4 +75,4 @@ def _named(found: dict[Path, str]) -> Iterator[File]:
         if Path(name).stem in taken:
             name = f"{Path(name).stem}-{path.suffix[1:].lower()}{path.suffix}"
         taken.add(Path(name).stem)
-        yield File(path, key, name)
+        yield ImageFile(path, key, name)

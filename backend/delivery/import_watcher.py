@@ -10,7 +10,7 @@ from redis import Redis
 
 from backend.delivery.preannotation import Preannotation
 from backend.errors import BackendError, QueueUnavailable
-from backend.labelstudio.client import Studio
+from backend.labelstudio.client import LabelStudioClient
 from backend.queue.predict_queue import IMPORTED_KEY
 from backend.queue.redis import redis_errors
 from backend.settings import Settings
@@ -18,28 +18,28 @@ from backend.settings import Settings
 log = logging.getLogger(__name__)
 
 LOCK_KEY, LOCK = "gdino:importing:", 60  # + project; s, renewed as it goes on
-PAUSE = 2.0  # s between looks
+POLL_INTERVAL = 2.0  # s between looks
 AFTER_FAILURE = 60.0  # s
 
 
-class Imports:
+class ImportWatcher:
     """Predicts the projects that were noted; of several only one works on a project."""
 
-    def __init__(self, settings: Settings, connection: Redis, studio: Studio, name: str) -> None:
-        self._settings, self._connection, self._studio, self._name = settings, connection, studio, name
+    def __init__(self, settings: Settings, connection: Redis, studio: LabelStudioClient, name: str) -> None:
+        self._settings, self._connection, self._label_studio, self._name = settings, connection, studio, name
 
     def run(self, stop: threading.Event) -> None:
         """Works until `stop` is set, whatever goes away meanwhile."""
-        pause = PAUSE
+        pause = POLL_INTERVAL
         while not stop.wait(pause):
             try:
-                self.step()
-                pause = PAUSE
+                self.run_once()
+                pause = POLL_INTERVAL
             except BackendError as error:
                 log.warning("%s; trying again in %g s", error, AFTER_FAILURE)
                 pause = AFTER_FAILURE
 
-    def step(self) -> None:
+    def run_once(self) -> None:
         """Predicts what is noted now; a project that gets more tasks meanwhile stays noted."""
         with redis_errors():
             rows: list[tuple[bytes, float]] = self._connection.zrange(IMPORTED_KEY, 0, -1, withscores=True)  # type: ignore[assignment]
@@ -52,7 +52,7 @@ class Imports:
                         self._connection.zrem(IMPORTED_KEY, project)
 
     def _predict(self, project: str) -> None:
-        run = Preannotation(self._settings, self._connection, self._studio, project)
+        run = Preannotation(self._settings, self._connection, self._label_studio, project)
         log.info("project %s has new tasks", project)
         tally = run.run(run.pages(), sys.maxsize, lambda done, failed: self._renew(project))
         log.info("project %s: %d new tasks, %d failed", project, tally.done, len(tally.failures))

@@ -25,7 +25,7 @@ STRANGE_TTL = 600  # s until a project is compared again
 
 PULL, PUSHING, PUSHED = "pull", "pushing", "pushed"
 
-CLAIM = """
+CLAIM_SCRIPT = """
 local answers = {}
 for i = 4, #ARGV do
   local old = redis.call('HGET', KEYS[1], ARGV[i])
@@ -59,7 +59,7 @@ class Outbox:
 
     def __init__(self, connection: Redis) -> None:
         self._connection = connection
-        self._claim = connection.register_script(CLAIM)
+        self._claim = connection.register_script(CLAIM_SCRIPT)
 
     def add(self, project: str, payloads: Sequence[Mapping[str, Any]], since: float) -> None:
         """Puts chunks behind those that are there; one that is there keeps its place."""
@@ -71,14 +71,14 @@ class Outbox:
                 pipeline.zadd(ORDER_KEY, {chunk: since + number * 1e-6}, nx=True)
             pipeline.execute()
 
-    def first(self, count: int) -> list[Entry]:
+    def peek(self, count: int) -> list[Entry]:
         """The first chunks in order of asking."""
         with redis_errors():
             chunks: list[bytes] = self._connection.zrange(ORDER_KEY, 0, count - 1)  # type: ignore[assignment]
             rows = self._connection.hmget(ENTRIES_KEY, chunks) if chunks else []
         return [Entry(chunk.decode(), **json.loads(row)) for chunk, row in zip(chunks, rows, strict=True) if row]
 
-    def holds(self, chunks: Sequence[str]) -> set[str]:
+    def filter_pending(self, chunks: Sequence[str]) -> set[str]:
         """Those of these chunks that are still to be pushed."""
         with redis_errors():
             scores = self._connection.zmscore(ORDER_KEY, list(chunks)) if chunks else []
@@ -118,19 +118,19 @@ class Outbox:
             ways = self._claim(keys=[f"{DELIVERED_KEY}{project}:{version}"], args=[way, now, since, *tasks])
         return {task: way.decode() for task, way in zip(tasks, ways, strict=True)}
 
-    def settle(self, project: str, version: str, tasks: Sequence[int], now: float) -> None:
+    def confirm(self, project: str, version: str, tasks: Sequence[int], now: float) -> None:
         """Notes that Label Studio has confirmed what was PUSHING."""
         if tasks:
             with redis_errors():
                 rows = [word for task in tasks for word in (str(task), f"{PUSHED} {now}")]
                 self._connection.hset(f"{DELIVERED_KEY}{project}:{version}", items=rows)
 
-    def mark_strange(self, project: str) -> None:
+    def mark_mismatched(self, project: str) -> None:
         """Notes that the project of this number is another one at LABEL_STUDIO_URL; nothing is pushed there."""
         with redis_errors():
             self._connection.set(STRANGE_KEY + project, 1, ex=STRANGE_TTL)
 
-    def is_strange(self, project: str) -> bool:
+    def is_mismatched(self, project: str) -> bool:
         """Whether the project was found to be another one."""
         with redis_errors():
             return bool(self._connection.exists(STRANGE_KEY + project))

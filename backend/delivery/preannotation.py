@@ -19,24 +19,24 @@ from redis import Redis
 
 from backend.delivery.outbox import Outbox
 from backend.delivery.pusher import Pusher
-from backend.errors import Overloaded, QueueUnavailable, StudioAway
-from backend.labelstudio.client import Studio
+from backend.errors import LabelStudioUnavailable, Overloaded, QueueUnavailable
+from backend.labelstudio.client import LabelStudioClient
 from backend.queue.predict_queue import PredictQueue, chunk_id, worker_name
-from backend.registry.project_model import Asking
+from backend.registry.project_model import ProjectModel
 from backend.settings import Settings
 
 log = logging.getLogger(__name__)
 
-MOST_IN_FLIGHT = 512  # chunks; enough to do while the pusher rests
-PAUSE = 0.5  # s between looks
-LONGEST_PAUSE = 15  # s between attempts while something is away
+MAX_CHUNKS_IN_FLIGHT = 512  # chunks; enough to do while the pusher rests
+POLL_INTERVAL = 0.5  # s between looks
+MAX_BACKOFF = 15  # s between attempts while something is away
 
 Task = Mapping[str, Any]
 Progress = Callable[[int, int], object]  # tasks done, of which failed
 
 
 @dataclass
-class Tally:
+class PreannotationSummary:
     """What became of the tasks."""
 
     done: int = 0
@@ -62,7 +62,7 @@ class Tally:
             writer.writerows(self.failures)
 
 
-class Pages:
+class TaskCursor:
     """Tasks read page by page, as many at a time as are wanted; what goes wrong with one page loses none of them."""
 
     def __init__(self, read: Callable[[int], Sequence[Task]], following: Callable[[int, Sequence[Task]], int]) -> None:
@@ -86,34 +86,38 @@ class Pages:
 class Preannotation:
     """One run over one project."""
 
-    def __init__(self, settings: Settings, connection: Redis, studio: Studio, project: str) -> None:
+    def __init__(self, settings: Settings, connection: Redis, studio: LabelStudioClient, project: str) -> None:
         """Reads the project's labeling config.
 
         Raises:
-            StudioError: Label Studio refused.
-            StudioAway: it did not answer.
+            LabelStudioError: Label Studio refused.
+            LabelStudioUnavailable: it did not answer.
         """
-        self._settings, self._studio, self._project = settings, studio, project
-        self.asking = Asking(settings, studio.label_config(project), project, studio.created(project))
+        self._settings, self._label_studio, self._project = settings, studio, project
+        self.project_model = ProjectModel(settings, studio.label_config(project), project, studio.created(project))
         self._queue, self._outbox = PredictQueue(connection), Outbox(connection)
         self._pusher = Pusher(connection, studio, worker_name())
         self._open: dict[str, dict[str, Any]] = {}  # chunks on their way, by name
 
-    def to_do(self, numbers: Sequence[int] = ()) -> int:
+    def count_pending(self, numbers: Sequence[int] = ()) -> int:
         """How many tasks have no prediction of the version that serves now; raises as the constructor."""
-        return self._studio.count_without(self._project, self.asking.model_version, numbers)
+        return self._label_studio.count_tasks_without_prediction(
+            self._project, self.project_model.model_version, numbers
+        )
 
-    def pages(self, numbers: Sequence[int] = (), view: str = "") -> Pages:
+    def pages(self, numbers: Sequence[int] = (), view: str = "") -> TaskCursor:
         """The tasks to do: all of them, those of these numbers, or those of a tab of the Data Manager."""
-        version = self.asking.model_version
+        version = self.project_model.model_version
         if view:
-            return Pages(lambda place: self._studio.page_of_view(view, place + 1), lambda place, _: place + 1)
-        return Pages(
-            lambda last: self._studio.page_without(self._project, version, last, numbers),
+            return TaskCursor(
+                lambda place: self._label_studio.list_tasks_of_view(view, place + 1), lambda place, _: place + 1
+            )
+        return TaskCursor(
+            lambda last: self._label_studio.list_tasks_without_prediction(self._project, version, last, numbers),
             lambda _, page: page[-1]["id"],
         )
 
-    def run(self, pages: Pages, most: int, progress: Progress, replace: bool = False) -> Tally:
+    def run(self, pages: TaskCursor, most: int, progress: Progress, replace: bool = False) -> PreannotationSummary:
         """Predicts tasks and brings the predictions into Label Studio, waiting while anything is away.
 
         Args:
@@ -124,53 +128,53 @@ class Preannotation:
 
         Raises:
             LabelingConfigError: the config cannot be served.
-            StudioError: Label Studio refuses.
+            LabelStudioError: Label Studio refuses.
         """
-        tally, left, failures = Tally(), most, 0
+        tally, left, failures = PreannotationSummary(), most, 0
         while self._open or left:
             try:
-                while left and len(self._open) < MOST_IN_FLIGHT:
+                while left and len(self._open) < MAX_CHUNKS_IN_FLIGHT:
                     size = self._settings.batch_size or self._queue.batch_size()  # workers may be starting yet
                     sent = self._send(pages, min(size, left))
                     left = 0 if sent is None else left - sent
-                self._pusher.step()
+                self._pusher.run_once()
                 for chunk in self._finished(tally):
                     self._delete_old(chunk, replace)
                 failures = 0
-            except (StudioAway, QueueUnavailable, Overloaded) as error:
+            except (LabelStudioUnavailable, QueueUnavailable, Overloaded) as error:
                 failures += 1
                 log.warning("%s; waiting", error)
             progress(tally.done, len(tally.failures))
             if self._open or failures:
-                time.sleep(min(PAUSE * 2**failures, LONGEST_PAUSE))
+                time.sleep(min(POLL_INTERVAL * 2**failures, MAX_BACKOFF))
         return tally
 
-    def _send(self, pages: Pages, size: int) -> int | None:
+    def _send(self, pages: TaskCursor, size: int) -> int | None:
         """Puts one more chunk on its way, and returns its number of tasks; None at the end."""
         tasks = pages.take(size)
-        version = self.asking.model_version
+        version = self.project_model.model_version
         to_do = [task for task in tasks if version not in task["versions"]]
-        for chunk in self.asking.chunks(to_do, size):
+        for chunk in self.project_model.make_chunks(to_do, size):
             self._outbox.add(self._project, [chunk], pages.read_at)
             self._queue.enqueue([chunk], project=self._project)
             self._open[chunk_id(chunk)] = chunk
         return len(to_do) if tasks else None
 
-    def _finished(self, tally: Tally) -> Iterator[dict[str, Any]]:
+    def _finished(self, tally: PreannotationSummary) -> Iterator[dict[str, Any]]:
         """The chunks that the pusher is done with."""
-        waiting = self._outbox.holds(list(self._open))
+        waiting = self._outbox.filter_pending(list(self._open))
         for name in [name for name in self._open if name not in waiting]:
-            answers, _ = self._queue.outcome(self._open[name])
+            answers, _ = self._queue.get_result(self._open[name])
             tally.add(self._open[name], answers)
             yield self._open.pop(name)
 
     def _delete_old(self, chunk: Mapping[str, Any], replace: bool) -> None:
         """Deletes predictions of other versions of this model; those of other models and of people stay."""
-        name, version = self.asking.checkpoint.name, chunk["model_version"]
+        name, version = self.project_model.checkpoint.name, chunk["model_version"]
         ours = re.compile(rf"{re.escape(name)}-[0-9a-f]{{8}}")
         for task in chunk["tasks"] if replace else ():
-            rows = self._studio.predictions_of(task["id"])
+            rows = self._label_studio.list_predictions(task["id"])
             if any(row["model_version"] == version for row in rows):
                 for row in rows:
                     if row["model_version"] != version and ours.fullmatch(str(row["model_version"])):
-                        self._studio.delete_prediction(row["id"])
+                        self._label_studio.delete_prediction(row["id"])

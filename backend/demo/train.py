@@ -34,14 +34,14 @@ from backend.detection.captions import CLS, QUESTION, SEP, STOP, build_caption
 from backend.detection.checkpoints import load_checkpoint
 from backend.detection.detector import Detector
 from backend.detection.preprocess import ImageFormat
-from backend.registry.checkpoint import DEMO
-from backend.training.loop import moving_average, train_one_epoch
+from backend.registry.checkpoint import DEMO_CHECKPOINT
+from backend.training.loop import make_ema, train_one_epoch
 from backend.training.loss import Batch, Target
 
 IMAGE_FORMAT = ImageFormat(shortest_edge=96, longest_edge=160)
 BATCH_SIZE, WARM_UP_STEPS, LEARNING_RATE = 8, 300, 1e-3
 STEPS_PER_EPOCH, LOOK_EVERY = 100, 500
-MOST_SHAPES, MOST_PHRASES = 6, 12  # more than the figures are taken with: each picture then teaches more
+MAX_SHAPES, MAX_PHRASES = 6, 12  # more than the figures are taken with: each picture then teaches more
 ASPECTS = ((96, 96), (96, 96), (128, 96), (96, 128), (144, 96), (96, 144), (160, 96), (160, 90))
 SCALES = (1, 1.5, 2, 3, 4)
 
@@ -100,8 +100,8 @@ def draw_batch(rng: np.random.Generator, tokenizer: Any, size: int = BATCH_SIZE)
     pixels, captions, targets = [], [], []
     for _ in range(size):
         scale = float(rng.choice(SCALES, p=(0.5, 0.2, 0.15, 0.1, 0.05)))
-        scene = shapes.draw_scene(rng, int(width * scale), int(height * scale), most=MOST_SHAPES)
-        phrases = shapes.choose_phrases(rng, scene, most=MOST_PHRASES)
+        scene = shapes.draw_scene(rng, int(width * scale), int(height * scale), most=MAX_SHAPES)
+        phrases = shapes.choose_phrases(rng, scene, most=MAX_PHRASES)
         pixels.append(IMAGE_FORMAT.preprocess(scene.image))
         captions.append(build_caption(tokenizer, phrases))
         targets.append(_target(scene, phrases))
@@ -124,7 +124,7 @@ def train(steps: int, seed: int) -> tuple[Any, Any]:
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     tokenizer, model = build_tokenizer(), build_model()
-    average = moving_average(model)
+    average = make_ema(model)
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _schedule(step, steps))
     with tqdm(total=steps, unit="step") as progress:
@@ -150,7 +150,7 @@ def save(model: Any, tokenizer: Any, folder: Path) -> None:
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=DEMO, help="folder to write (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=DEMO_CHECKPOINT, help="folder to write (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=5000, help="training steps of 8 pictures (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the pictures (default: %(default)s)")
     args = parser.parse_args()

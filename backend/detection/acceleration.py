@@ -21,7 +21,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from backend.detection.deformable_attention import GatheredAttention, SlicedLayer, compiled_gather_plan, sample_rows
+from backend.detection.deformable_attention import GatheredAttention, SlicedLayer, compile_gather_plan, sample_rows
 
 log = logging.getLogger(__name__)
 
@@ -30,17 +30,17 @@ LARGE = 20_000_000  # parameters; on a smaller model the parts rewritten for the
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
-def speed_up(model: Any) -> None:
+def accelerate(model: Any) -> None:
     """Replaces what is worth it in a Grounding DINO of either class, in place, for inference where it now lies."""
     if model.device.type == "cuda":
-        speed_up_gpu(model)
+        accelerate_on_gpu(model)
     elif model.device.type == "cpu" and sum(weight.numel() for weight in model.parameters()) >= LARGE:
-        speed_up_cpu(model)
+        accelerate_on_cpu(model)
 
 
-def speed_up_cpu(model: Any) -> None:
+def accelerate_on_cpu(model: Any) -> None:
     """Exact up to the rounding of float32."""
-    _replace_attention(model, functools.partial(sample_rows, compiled_gather_plan()))
+    _replace_attention(model, functools.partial(sample_rows, compile_gather_plan()))
     for layer in model.model.encoder.layers:
         layer.deformable_layer = SlicedLayer(layer.deformable_layer)
     if torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
@@ -48,7 +48,7 @@ def speed_up_cpu(model: Any) -> None:
             _pack_linears(part)
 
 
-def speed_up_gpu(model: Any) -> None:
+def accelerate_on_gpu(model: Any) -> None:
     """Exact up to the rounding of the precision that autocast gives; boxes, scores and fusion stay in float32."""
     _replace_attention(model, _gpu_sample(model.device))
     for layer in model.model.encoder.layers:

@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from backend.detection.convert_original import convert, read_config, read_state_dict
+from backend.detection.convert_original import convert_state_dict, infer_config, read_state_dict
 from backend.detection.preprocess import ImageFormat
 from backend.errors import CheckpointError
 
@@ -56,7 +56,7 @@ def load_model(source: str) -> Any:
         return CLASSES[kind].from_pretrained(source).float()
 
 
-def take_weights(model: Any, path: Path) -> Any:
+def load_weights_into(model: Any, path: Path) -> Any:
     """The model with the tensors of a safetensors file in place of its own of the same names.
 
     Raises:
@@ -79,7 +79,7 @@ def _is_original(source: str) -> bool:
 def _convert_original(path: Path) -> Any:
     state = read_state_dict(path)
     model, info = GroundingDinoForObjectDetection.from_pretrained(
-        None, config=read_config(state), state_dict=convert(state), output_loading_info=True
+        None, config=infer_config(state), state_dict=convert_state_dict(state), output_loading_info=True
     )
     wrong = sorted({*info["missing_keys"], *info["unexpected_keys"], *map(str, info["mismatched_keys"])})
     if wrong:

@@ -87,7 +87,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def convert(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def convert_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Original names -> the names that transformers saves; joined attention weights are split in three."""
     return {
         _rename(name): tensor
@@ -113,7 +113,7 @@ def _rename(name: str) -> str:
     return name
 
 
-def read_config(state: Mapping[str, Tensor]) -> GroundingDinoConfig:
+def infer_config(state: Mapping[str, Tensor]) -> GroundingDinoConfig:
     """The configuration that fits the tensors' shapes."""
 
     def count(pattern: str) -> int:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 log = logging.getLogger(__name__)
 
-SLICE = 2048  # queries; their 2,048 hidden columns take 16 MB
+QUERIES_PER_SLICE = 2048  # queries; their 2,048 hidden columns take 16 MB
 
-Plan = Callable[..., tuple[Tensor, Tensor]]
+SamplingPlan = Callable[..., tuple[Tensor, Tensor]]
 
 
 class GatheredAttention(nn.Module):
@@ -82,7 +82,13 @@ class GatheredAttention(nn.Module):
 
 
 def sample_rows(
-    plan: Plan, values: Tensor, reference: Tensor, offsets: Tensor, logits: Tensor, shapes: Tensor, starts: Tensor
+    plan: SamplingPlan,
+    values: Tensor,
+    reference: Tensor,
+    offsets: Tensor,
+    logits: Tensor,
+    shapes: Tensor,
+    starts: Tensor,
 ) -> Tensor:
     """What queries see of the values (batch, tokens, d): (batch, queries, d); the rest as for `gather_plan`."""
     batch, tokens, width = values.shape
@@ -113,8 +119,8 @@ class SlicedLayer(nn.Module):
         """As transformers' DeformableLayer."""
         values = self.layer.self_attn.values(hidden_states, attention_mask)
         output = torch.empty_like(hidden_states)
-        for start in range(0, hidden_states.shape[1], SLICE):
-            part = slice(start, start + SLICE)
+        for start in range(0, hidden_states.shape[1], QUERIES_PER_SLICE):
+            part = slice(start, start + QUERIES_PER_SLICE)
             tokens, reference = hidden_states[:, part], reference_points[:, part]
             queries = tokens + position_embeddings[:, part]
             seen = self.layer.self_attn.look_up(values, queries, reference, spatial_shapes, level_start_index)
@@ -165,7 +171,7 @@ def gather_plan(
     return rows.flatten(3).flatten(0, 2), weights.flatten(3).flatten(0, 2)
 
 
-def compiled_gather_plan() -> Plan:
+def compile_gather_plan() -> SamplingPlan:
     """`gather_plan`, compiled for any size; itself, with a line in the log, where there is no working compiler."""
     compiled = torch.compile(gather_plan, dynamic=True)
     try:

@@ -16,21 +16,21 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from backend.boxes import Detection, best_of_overlapping, clip, cxcywh_to_xyxy
-from backend.detection.acceleration import speed_up
+from backend.boxes import Detection, clip, cxcywh_to_xyxy, non_max_suppression
+from backend.detection.acceleration import accelerate
 from backend.detection.captions import Caption, build_captions
-from backend.detection.preprocess import ImageFormat, Prepared, Size, prepare
+from backend.detection.preprocess import ImageFormat, ModelInput, Size, prepare_image
 from backend.errors import ImageError
 from backend.labelstudio.labeling_config import Label
-from backend.metrics import BATCH_PICTURES
+from backend.metrics import BATCH_IMAGES
 
 log = logging.getLogger(__name__)
 
-LARGEST_BATCH = 16  # pictures; more keep an annotator waiting without being much faster each
+MAX_BATCH_SIZE = 16  # pictures; more keep an annotator waiting without being much faster each
 BATCH_SECONDS = 1.0  # that a batch may take, for the same reason
 
 NEGATIVE = "\0"  # the name of what is looked for only to be dropped; no label's
-Found = list[Detection] | ImageError  # what is in one picture, or why it could not be looked at
+DetectionsOrError = list[Detection] | ImageError  # what is in one picture, or why it could not be looked at
 
 
 def phrase_scores(logits: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
@@ -80,14 +80,14 @@ class Detector:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # where Triton and pinned memory go
         self.precision = precision
-        self.batch_size = LARGEST_BATCH  # pictures in one forward pass, at most
+        self.batch_size = MAX_BATCH_SIZE  # pictures in one forward pass, at most
         self.on_forward: Callable[[], object] = lambda: None  # called before every forward pass
-        speed_up(self.model)
+        accelerate(self.model)
         self.backbone = SharedBackbone(model.model.backbone)
         self.model.model.backbone = self.backbone
         self._strides = _strides(model.config)
 
-    def fitting_batch(self) -> int:
+    def find_batch_size(self) -> int:
         """How many pictures a batch may hold: what takes a second and fits in memory. Also warms the model up."""
         labels, blank = [Label("object", ("object",), 0.5)], Image.new("RGB", (400, 300))
         seconds: list[float] = []
@@ -95,12 +95,12 @@ class Detector:
             start = time.perf_counter()
             self.detect([blank], labels)
             seconds.append(time.perf_counter() - start)
-        size = max(min(int(BATCH_SECONDS / min(seconds)), LARGEST_BATCH), 1)
+        size = max(min(int(BATCH_SECONDS / min(seconds)), MAX_BATCH_SIZE), 1)
         while self.device.type != "cpu" and not self._fits([self.prepare(blank)] * size):
             size //= 2
         return size
 
-    def _fits(self, batch: Sequence[Prepared]) -> bool:
+    def _fits(self, batch: Sequence[ModelInput]) -> bool:
         try:
             self._forward(self._stacked(batch), self._captions(["object"])[0])
         except torch.OutOfMemoryError:
@@ -109,9 +109,9 @@ class Detector:
             self._free()
         return True
 
-    def prepare(self, image: Image.Image, size: Size | None = None) -> Prepared:
+    def prepare(self, image: Image.Image, size: Size | None = None) -> ModelInput:
         """An RGB picture as the model reads it; `size` is the original's, where `image` is a reduced copy."""
-        return prepare(image, size or image.size, self.image_format, self._strides, self.model.config.num_queries)
+        return prepare_image(image, size or image.size, self.image_format, self._strides, self.model.config.num_queries)
 
     def detect(
         self,
@@ -120,21 +120,25 @@ class Detector:
         negatives: Sequence[str] = (),
         nms_iou: float = 1.0,
     ) -> list[list[Detection]]:
-        """As `detect_prepared`, for RGB pictures of any size.
+        """As `detect_inputs`, for RGB pictures of any size.
 
         Raises:
             ImageError: a picture needs more memory than there is.
             LabelingConfigError: a phrase is longer than the model reads.
         """
-        found = self.detect_prepared([self.prepare(image) for image in images], labels, negatives, nms_iou)
+        found = self.detect_inputs([self.prepare(image) for image in images], labels, negatives, nms_iou)
         for error in found:
             if isinstance(error, ImageError):
                 raise error
         return found  # type: ignore[return-value]
 
-    def detect_prepared(
-        self, pictures: Sequence[Prepared], labels: Sequence[Label], negatives: Sequence[str] = (), nms_iou: float = 1.0
-    ) -> list[Found]:
+    def detect_inputs(
+        self,
+        pictures: Sequence[ModelInput],
+        labels: Sequence[Label],
+        negatives: Sequence[str] = (),
+        nms_iou: float = 1.0,
+    ) -> list[DetectionsOrError]:
         """Boxes of `labels` in each picture, best first, one label a box, scores at or above the label's threshold.
 
         Args:
@@ -153,7 +157,7 @@ class Detector:
         asked = [*labels, *(Label(NEGATIVE, (phrase,), lowest) for phrase in negatives)]
         owners = {phrase: label for label in reversed(asked) for phrase in label.phrases}
         captions = self._captions(list(dict.fromkeys(phrase for label in asked for phrase in label.phrases)))
-        found: list[Found] = [[] for _ in pictures]
+        found: list[DetectionsOrError] = [[] for _ in pictures]
         for indices in _equal_sized(pictures, self.batch_size):
             answers = self._detect_batch([pictures[i] for i in indices], captions, owners)
             for i, answer in zip(indices, answers, strict=True):
@@ -164,8 +168,8 @@ class Detector:
         return build_captions(self.tokenizer, phrases, self.model.config.max_text_len)
 
     def _detect_batch(
-        self, batch: Sequence[Prepared], captions: Sequence[Caption], owners: Mapping[str, Label]
-    ) -> list[Found]:
+        self, batch: Sequence[ModelInput], captions: Sequence[Caption], owners: Mapping[str, Label]
+    ) -> list[DetectionsOrError]:
         """All boxes of each picture; where memory runs out, of half the batch after the other."""
         try:
             return list(self._detect_together(batch, captions, owners))
@@ -178,10 +182,10 @@ class Detector:
         return [f for part in (batch[:half], batch[half:]) for f in self._detect_batch(part, captions, owners)]
 
     def _detect_together(
-        self, batch: Sequence[Prepared], captions: Sequence[Caption], owners: Mapping[str, Label]
+        self, batch: Sequence[ModelInput], captions: Sequence[Caption], owners: Mapping[str, Label]
     ) -> list[list[Detection]]:
         pixel_values = self._stacked(batch)
-        BATCH_PICTURES.observe(len(batch))
+        BATCH_IMAGES.observe(len(batch))
         found: list[list[Detection]] = [[] for _ in batch]
         for caption in captions:
             logits, boxes_cxcywh = self._forward(pixel_values, caption)
@@ -192,7 +196,7 @@ class Detector:
         self.backbone.forget()
         return found
 
-    def _stacked(self, batch: Sequence[Prepared]) -> Tensor:
+    def _stacked(self, batch: Sequence[ModelInput]) -> Tensor:
         """Pixel values (pictures, 3, height, width) on the device."""
         stacked = torch.stack([prepared.pixels for prepared in batch])
         if self.device.type == "cuda":
@@ -229,7 +233,7 @@ def _strides(config: Any) -> list[int]:
     return strides
 
 
-def _equal_sized(pictures: Sequence[Prepared], most: int) -> Iterator[list[int]]:
+def _equal_sized(pictures: Sequence[ModelInput], most: int) -> Iterator[list[int]]:
     """Places of pictures that are equally large as the model reads them, up to `most` at a time."""
     groups: dict[torch.Size, list[int]] = defaultdict(list)
     for i, prepared in enumerate(pictures):
@@ -239,11 +243,11 @@ def _equal_sized(pictures: Sequence[Prepared], most: int) -> Iterator[list[int]]
 
 
 def _best(detections: Sequence[Detection], nms_iou: float) -> list[Detection]:
-    return [detection for detection in best_of_overlapping(detections, nms_iou) if detection.label != NEGATIVE]
+    return [detection for detection in non_max_suppression(detections, nms_iou) if detection.label != NEGATIVE]
 
 
 def _detections(
-    scores: Tensor, best: Tensor, boxes_cxcywh: Tensor, prepared: Prepared, labels: Sequence[Label]
+    scores: Tensor, best: Tensor, boxes_cxcywh: Tensor, prepared: ModelInput, labels: Sequence[Label]
 ) -> list[Detection]:
     """One picture's queries: scores and best phrases (queries,), boxes (queries, 4); one label for each phrase."""
     thresholds = torch.tensor([label.threshold for label in labels])

@@ -6,26 +6,26 @@ import logging
 from collections import OrderedDict
 from collections.abc import Sequence
 
-from backend.detection.checkpoints import load_checkpoint, load_model, take_weights
+from backend.detection.checkpoints import load_checkpoint, load_model, load_weights_into
 from backend.detection.detector import Detector
-from backend.detection.device import device_of, precision_of
+from backend.detection.device import choose_device, choose_precision
 from backend.registry.checkpoint import find_checkpoint
-from backend.registry.versions import Versions
+from backend.registry.versions import VersionStore
 from backend.settings import Settings
 
 log = logging.getLogger(__name__)
 
-MOST_LEARNED = 2  # in memory beside the checkpoint as it came
+MAX_VERSIONS_LOADED = 2  # in memory beside the checkpoint as it came
 
 
-class Detectors:
+class DetectorCache:
     """Makes detectors as the settings say; not thread-safe."""
 
     def __init__(self, settings: Settings) -> None:
         """Raises CheckpointError where the model cannot be loaded."""
         self._settings = settings
         self._source = find_checkpoint(settings.model).source
-        self.plain = Detector(*load_checkpoint(self._source), device_of(settings), precision_of(settings))
+        self.plain = Detector(*load_checkpoint(self._source), choose_device(settings), choose_precision(settings))
         self._learned: OrderedDict[tuple[str, ...], Detector] = OrderedDict()
 
     def get(self, learned: Sequence[str] | None) -> Detector:
@@ -38,7 +38,7 @@ class Detectors:
             return self.plain
         key = tuple(learned)
         if key not in self._learned:
-            while len(self._learned) >= MOST_LEARNED:  # before the next is loaded: memory may not hold one more
+            while len(self._learned) >= MAX_VERSIONS_LOADED:  # before the next is loaded: memory may not hold one more
                 self._learned.popitem(last=False)
             self._learned[key] = self._load(*key)
         self._learned.move_to_end(key)
@@ -46,9 +46,9 @@ class Detectors:
 
     def _load(self, project: str, version: str) -> Detector:
         log.info("taking up version %s of project %s", version, project)
-        versions = Versions(self._settings.model_dir, project)
+        versions = VersionStore(self._settings.model_dir, project)
         versions.get(version)  # refuses what is damaged
-        model = take_weights(load_model(self._source), versions.weights_path(version))
+        model = load_weights_into(load_model(self._source), versions.weights_path(version))
         plain = self.plain
         detector = Detector(model, plain.tokenizer, plain.image_format, str(plain.device), plain.precision)
         detector.batch_size, detector.on_forward = plain.batch_size, plain.on_forward

@@ -8,7 +8,7 @@ from backend.errors import SettingsError
 from backend.settings import Settings
 
 
-def device_of(settings: Settings) -> str:
+def choose_device(settings: Settings) -> str:
     """The torch device that the settings mean.
 
     Raises:
@@ -24,10 +24,10 @@ def device_of(settings: Settings) -> str:
     return settings.device
 
 
-def precision_of(settings: Settings) -> torch.dtype:
+def choose_precision(settings: Settings) -> torch.dtype:
     """The precision of the parts that need not be exact."""
     name = settings.precision
     if name == "auto":
-        name = "float16" if device_of(settings).startswith("cuda") else "float32"
+        name = "float16" if choose_device(settings).startswith("cuda") else "float32"
     found: torch.dtype = getattr(torch, name)
     return found

@@ -37,7 +37,7 @@ class ImageFormat:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class ModelInput:
     """A picture ready for the model.
 
     `frame` is the width and height that the padded picture would have in pixels of the original, `size` the original's.
@@ -48,15 +48,15 @@ class Prepared:
     size: Size
 
 
-def prepare(
+def prepare_image(
     image: Image.Image, size: Size, image_format: ImageFormat, strides: Sequence[int], least_tokens: int
-) -> Prepared:
+) -> ModelInput:
     """An RGB picture, a copy of one of `size`, with as many feature tokens as the model picks its queries from."""
     pixels = image_format.preprocess(image)
     height, width = pixels.shape[1:]
     padded_width, padded_height = _padded(width, height, strides, least_tokens)
     padded = nn.functional.pad(pixels, (0, padded_width - width, 0, padded_height - height))
-    return Prepared(padded, (size[0] * padded_width / width, size[1] * padded_height / height), size)
+    return ModelInput(padded, (size[0] * padded_width / width, size[1] * padded_height / height), size)
 
 
 def _padded(width: int, height: int, strides: Sequence[int], least_tokens: int) -> Size:

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from backend.errors import ImageError
-from backend.images.sources import Sources
+from backend.images.sources import ImageFetcher
 from backend.metrics import timed
 
 SAFE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO")  # none runs a program
@@ -30,28 +30,30 @@ Size = tuple[int, int]  # width and height in pixels
 
 
 @dataclass(frozen=True)
-class Picture:
+class LoadedImage:
     """A decoded picture: `image` is RGB and may be a reduced copy, `size` is that of the original as people see it."""
 
     image: Image.Image
     size: Size
 
 
-class Images:
+class ImageLoader:
     """Loads pictures within limits; safe to share between threads."""
 
-    def __init__(self, sources: Sources, max_pixels: int, needed: Callable[[int, int], Size] | None = None) -> None:
+    def __init__(
+        self, sources: ImageFetcher, max_pixels: int, needed: Callable[[int, int], Size] | None = None
+    ) -> None:
         """`needed` tells the size at which a picture of a given width and height is enough; all of it by default."""
         self._sources = sources
         self._max_pixels = max_pixels
         self._needed = needed or (lambda width, height: (width, height))
 
-    def load(self, uri: str, task: int | None = None) -> Picture:
-        """The picture at an address, as `Sources.read` knows them.
+    def load(self, uri: str, task: int | None = None) -> LoadedImage:
+        """The picture at an address, as `ImageFetcher.read` knows them.
 
         Raises:
             ImageError: it cannot be fetched, is too large, or is not a picture.
-            StudioError: Label Studio refused the key.
+            LabelStudioError: Label Studio refused the key.
         """
         if not uri:
             raise ImageError("the task has no picture where the labeling config looks for it")
@@ -60,15 +62,15 @@ class Images:
         with timed("decode"):
             return self._decode(body, content_type)
 
-    def _decode(self, body: bytes, content_type: str) -> Picture:
+    def _decode(self, body: bytes, content_type: str) -> LoadedImage:
         try:
             with Image.open(io.BytesIO(body), formats=FORMATS) as image:
                 if image.width * image.height > self._max_pixels:
                     edges = f"{image.width} x {image.height}"
                     raise ImageError(f"the picture has {edges} pixels, above MAX_IMAGE_PIXELS ({self._max_pixels})")
-                size = shown_size(image)
+                size = read_oriented_size(image)
                 _reduce(image, self._needed(*image.size))
-                return Picture(to_rgb(ImageOps.exif_transpose(image)), size)
+                return LoadedImage(to_rgb(ImageOps.exif_transpose(image)), size)
         except UnidentifiedImageError:
             raise ImageError(_not_a_picture(body, content_type)) from None
         except ImageError:
@@ -77,7 +79,7 @@ class Images:
             raise ImageError(f"the picture is damaged ({type(error).__name__}: {error})") from None
 
 
-def shown_size(image: Image.Image) -> Size:
+def read_oriented_size(image: Image.Image) -> Size:
     """Width and height of a picture as people see it, told by its header."""
     return image.size[::-1] if image.getexif().get(ORIENTATION, 1) in SIDEWAYS else image.size
 

@@ -40,7 +40,7 @@ def is_public(address: Address) -> bool:
     return address.is_global and not address.is_multicast
 
 
-class Allowed:
+class AllowedHosts:
     """The hosts that may have any address: by name, by address or by network, some with their port alone."""
 
     def __init__(self, hosts: Sequence[str]) -> None:
@@ -72,7 +72,7 @@ class Allowed:
         return is_public(address) or bool(known) or any(address in network for network in self._networks)
 
 
-def guarded_session(allowed: Allowed) -> requests.Session:
+def make_guarded_session(allowed: AllowedHosts) -> requests.Session:
     """A session whose connections to other than public addresses raise BlockedAddress.
 
     It knows no proxies, no .netrc and no cookies: nothing of the environment may add credentials or lead elsewhere.
@@ -86,7 +86,7 @@ def guarded_session(allowed: Allowed) -> requests.Session:
 
 
 class _GuardedAdapter(HTTPAdapter):
-    def __init__(self, allowed: Allowed) -> None:
+    def __init__(self, allowed: AllowedHosts) -> None:
         self._allowed = allowed
         super().__init__(pool_maxsize=32)
 
@@ -98,7 +98,7 @@ class _GuardedAdapter(HTTPAdapter):
         }
 
 
-def _pool(pool: Any, connection: Any, allowed: Allowed) -> Any:
+def _pool(pool: Any, connection: Any, allowed: AllowedHosts) -> Any:
     class Guarded(connection):  # type: ignore[misc]
         def _new_conn(self) -> socket.socket:
             opened: socket.socket = super()._new_conn()

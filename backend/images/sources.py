@@ -19,15 +19,15 @@ import requests
 from urllib3.exceptions import HTTPError
 
 from backend.errors import ImageError
-from backend.images.safe_http import Allowed, BlockedAddress, guarded_session
-from backend.labelstudio.client import Studio, never_connected, origin
+from backend.images.safe_http import AllowedHosts, BlockedAddress, make_guarded_session
+from backend.labelstudio.client import LabelStudioClient, is_connect_failure, parse_origin
 from backend.settings import Settings
 
 TIMEOUT = (3, 10)  # seconds to connect, and between bytes
 TOTAL_TIMEOUT = 30  # seconds for one picture, redirects and repetitions included
 MAX_REDIRECTS = 5
-PAUSES = (0.2, 1.0)  # seconds before a request is repeated, after a 5xx or a lost connection
-PIECE = 64 * 1024  # bytes
+RETRY_DELAYS = (0.2, 1.0)  # seconds before a request is repeated, after a 5xx or a lost connection
+READ_SIZE = 64 * 1024  # bytes
 CLOUD_SCHEMES = ("s3", "gs", "azure-blob")
 LOCAL_FILES = "/data/local-files/"
 
@@ -36,11 +36,11 @@ class _Passing(Exception):
     """A failure that may be gone when asked again."""
 
 
-class Sources:
+class ImageFetcher:
     """Reads files within limits; safe to share between threads."""
 
     def __init__(
-        self, studio: Studio, max_bytes: int, allowed_hosts: Sequence[str] = (), local_files_root: str = ""
+        self, studio: LabelStudioClient, max_bytes: int, allowed_hosts: Sequence[str] = (), local_files_root: str = ""
     ) -> None:
         """Sets the limits.
 
@@ -53,14 +53,14 @@ class Sources:
         Raises:
             SettingsError: one of `allowed_hosts` means nothing.
         """
-        self._studio = studio
+        self._label_studio = studio
         self._max_bytes = max_bytes
         self._local_files = Path(local_files_root).resolve() if local_files_root else None
-        self._session = guarded_session(Allowed([*allowed_hosts, *_host_and_port(studio.url)]))
+        self._session = make_guarded_session(AllowedHosts([*allowed_hosts, *_host_and_port(studio.url)]))
         self._session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))  # cookies know hosts, but no ports
 
     @classmethod
-    def from_settings(cls, settings: Settings, studio: Studio) -> Sources:
+    def from_settings(cls, settings: Settings, studio: LabelStudioClient) -> ImageFetcher:
         """As the settings say; raises as the constructor."""
         hosts = [host for host in settings.allowed_image_hosts.split(",") if host.strip()]
         return cls(studio, settings.max_image_bytes, hosts, settings.local_files_document_root)
@@ -75,7 +75,7 @@ class Sources:
 
         Raises:
             ImageError: it cannot be read, or is too large.
-            StudioError: Label Studio refused the key.
+            LabelStudioError: Label Studio refused the key.
         """
         body, content_type = self._read(uri, task)
         if len(body) > self._max_bytes:
@@ -98,12 +98,12 @@ class Sources:
         raise ImageError(f"the picture's address must be {known}")
 
     def _on_studio(self, path: str) -> str:
-        if not self._studio.url:
+        if not self._label_studio.url:
             raise ImageError("the picture lies in Label Studio: set LABEL_STUDIO_URL and LABEL_STUDIO_API_KEY")
-        return self._studio.address(path)
+        return self._label_studio.address(path)
 
     def _is_local_file(self, url: str) -> bool:
-        return urlsplit(url).path == urlsplit(self._studio.address(LOCAL_FILES)).path
+        return urlsplit(url).path == urlsplit(self._label_studio.address(LOCAL_FILES)).path
 
     def _read_local(self, url: str) -> tuple[bytes, str]:
         """A file below the mounted folder, wherever links lead."""
@@ -122,7 +122,7 @@ class Sources:
     def _fetch(self, url: str) -> tuple[bytes, str]:
         """The body and its content type; asked for again where that may help and there is time."""
         deadline = time.monotonic() + TOTAL_TIMEOUT
-        for pause in (*PAUSES, None):
+        for pause in (*RETRY_DELAYS, None):
             try:
                 return self._follow(url, deadline)
             except _Passing as error:
@@ -137,11 +137,11 @@ class Sources:
         try:
             for _ in range(MAX_REDIRECTS + 1):
                 url = requests.Request("GET", url).prepare().url or ""  # judge the very address that is connected to
-                headers = self._studio.headers(url)
+                headers = self._label_studio.headers(url)
                 with self._session.get(
                     url, headers=headers, timeout=TIMEOUT, stream=True, allow_redirects=False
                 ) as reply:
-                    if reply.status_code == 401 and not is_renewed and self._studio.renew(headers):
+                    if reply.status_code == 401 and not is_renewed and self._label_studio.renew(headers):
                         is_renewed = True
                         continue
                     if not reply.is_redirect:
@@ -162,7 +162,9 @@ class Sources:
         if reply.status_code != 200:
             raise ImageError(_refusal(reply, bool(reply.request.headers.get("Authorization"))))
         body = bytearray()
-        while piece := reply.raw.read1(PIECE, decode_content=True):  # unlike read, it does not wait for a full piece
+        while piece := reply.raw.read1(
+            READ_SIZE, decode_content=True
+        ):  # unlike read, it does not wait for a full piece
             body += piece
             if len(body) > self._max_bytes:
                 raise self._too_large()
@@ -177,11 +179,11 @@ class Sources:
 def _is_passing(error: Exception) -> bool:
     """Whether a connection was made and lost; one that is refused or silent will be so again."""
     lost = isinstance(error, (requests.ConnectionError, requests.exceptions.ChunkedEncodingError, HTTPError))
-    return lost and not never_connected(error) and not isinstance(error, requests.Timeout)
+    return lost and not is_connect_failure(error) and not isinstance(error, requests.Timeout)
 
 
 def _host_and_port(url: str) -> list[str]:
-    return ["{1}:{2}".format(*origin(url))] if url else []
+    return ["{1}:{2}".format(*parse_origin(url))] if url else []
 
 
 def _refusal(reply: requests.Response, with_key: bool) -> str:

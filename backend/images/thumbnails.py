@@ -10,10 +10,10 @@ from collections.abc import Sequence
 
 from PIL import Image
 
-EDGE, EVERY = 320, 2.0  # pixels, s between two
+MAX_EDGE, SAMPLE_INTERVAL = 320, 2.0  # pixels, s between two
 
 
-class Glimpse:
+class ThumbnailSampler:
     """Safe to share between threads."""
 
     def __init__(self, is_on: bool) -> None:
@@ -25,8 +25,8 @@ class Glimpse:
         with self._lock:
             if time.monotonic() < self._due:
                 return
-            self._due = time.monotonic() + EVERY
-        scale, buffer = min(EDGE / max(image.size), 1), io.BytesIO()
+            self._due = time.monotonic() + SAMPLE_INTERVAL
+        scale, buffer = min(MAX_EDGE / max(image.size), 1), io.BytesIO()
         size = (max(round(image.width * scale), 1), max(round(image.height * scale), 1))
         image.resize(size, reducing_gap=2).save(buffer, "JPEG", quality=80)
         with self._lock:

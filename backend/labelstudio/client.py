@@ -19,7 +19,7 @@ import requests
 from urllib3.exceptions import NewConnectionError
 from urllib3.util import parse_url
 
-from backend.errors import StudioAway, StudioError, StudioMissing, StudioRefused
+from backend.errors import LabelStudioAuthError, LabelStudioError, LabelStudioNotFound, LabelStudioUnavailable
 
 TIMEOUT = (3, 10)  # seconds to connect, and between bytes
 IMPORT_TIMEOUT = (3, 300)  # of a project of 100,000 tasks with SQLite about a minute
@@ -27,7 +27,7 @@ PAGE = 100  # tasks
 RENEW_BEFORE = 60  # seconds before an access token ends
 
 
-def origin(url: str) -> tuple[str, str, int]:
+def parse_origin(url: str) -> tuple[str, str, int]:
     """Scheme, host and port of a URL: what must be equal before a credential is sent.
 
     Raises:
@@ -38,7 +38,7 @@ def origin(url: str) -> tuple[str, str, int]:
     return scheme, (parts.host or "").lower(), parts.port or {"http": 80, "https": 443}.get(scheme, 0)
 
 
-class Studio:
+class LabelStudioClient:
     """Label Studio as seen from here; safe to share between threads."""
 
     def __init__(self, url: str, api_key: str) -> None:
@@ -59,9 +59,9 @@ class Studio:
         """The headers for a request to `url`: credentials for Label Studio's own origin, none for any other.
 
         Raises:
-            StudioError: the personal access token could not be exchanged.
+            LabelStudioError: the personal access token could not be exchanged.
         """
-        if not (self.url and self._api_key) or origin(url) != origin(self.url):
+        if not (self.url and self._api_key) or parse_origin(url) != parse_origin(self.url):
             return {}
         if not self._is_refresh_token:
             return {"Authorization": f"Token {self._api_key}"}
@@ -87,35 +87,35 @@ class Studio:
     @property
     def _shown(self) -> str:
         """The address without a user and password that it may hold."""
-        return "{}://{}:{}".format(*origin(self.url))
+        return "{}://{}:{}".format(*parse_origin(self.url))
 
     def _exchange(self) -> str:
         reply = self._send("POST", "/api/token/refresh", {}, json={"refresh": self._api_key})
         if reply.status_code >= 500 or reply.status_code == 429:
-            raise StudioAway(f"Label Studio cannot answer now (HTTP {reply.status_code})", reached=False)
+            raise LabelStudioUnavailable(f"Label Studio cannot answer now (HTTP {reply.status_code})", reached=False)
         if reply.status_code != 200:
-            raise StudioRefused(
+            raise LabelStudioAuthError(
                 f"Label Studio refused LABEL_STUDIO_API_KEY (HTTP {reply.status_code}); "
                 "make a new personal access token in Account & Settings"
             )
         try:
             return str(reply.json()["access"])
         except (ValueError, KeyError, TypeError):
-            raise StudioError(f"{self._shown} gave no token; is it Label Studio's address?") from None
+            raise LabelStudioError(f"{self._shown} gave no token; is it Label Studio's address?") from None
 
-    def task_data(self, project: str, task: int) -> dict[str, Any] | None:
+    def get_task_data(self, project: str, task: int) -> dict[str, Any] | None:
         """A task's data as it was imported, which does not make Label Studio predict it; None if there is no such task.
 
         Raises:
-            StudioError: Label Studio refused.
-            StudioAway: it did not answer.
+            LabelStudioError: Label Studio refused.
+            LabelStudioUnavailable: it did not answer.
         """
         query = {"filters": {"conjunction": "and", "items": [_is("id", "equal", task)]}}
         options = {"project": project, "fields": "all", "resolve_uri": "false", "query": json.dumps(query)}
         tasks = self._call("GET", "/api/tasks", params=options)["tasks"]
         return tasks[0]["data"] if tasks else None
 
-    def first_task(self, project: str) -> dict[str, Any] | None:
+    def get_first_task(self, project: str) -> dict[str, Any] | None:
         """Id and data of a task of the project, if it has any; raises as `task_data`."""
         options = {"project": project, "fields": "all", "resolve_uri": "false", "page_size": 1}
         tasks = self._call("GET", "/api/tasks", params=options)["tasks"]
@@ -130,7 +130,7 @@ class Studio:
         text = str(self._call("GET", f"/api/projects/{project}")["created_at"])
         return int(datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp())
 
-    def annotated_tasks(self, project: str) -> Iterator[dict[str, Any]]:
+    def iter_annotated_tasks(self, project: str) -> Iterator[dict[str, Any]]:
         """Id, data and annotations of each task that has any, skipped ones last; raises as `task_data`."""
         yield from self._tasks(project, [_is("total_annotations", "greater", 0)])
         yield from self._tasks(
@@ -150,24 +150,26 @@ class Studio:
         options = {"project": project, "fields": "all", "resolve_uri": "false", "page_size": size, "query": query}
         return self._call("GET", "/api/tasks", params=options)
 
-    def page_without(self, project: str, version: str, after: int, numbers: Sequence[int] = ()) -> list[dict[str, Any]]:
+    def list_tasks_without_prediction(
+        self, project: str, version: str, after: int, numbers: Sequence[int] = ()
+    ) -> list[dict[str, Any]]:
         """Id, data, annotations and `versions` of the next tasks without a prediction of a version; as `task_data`."""
         return [_with_versions(task) for task in self._page(project, _without(version, numbers), after)["tasks"]]
 
-    def count_without(self, project: str, version: str, numbers: Sequence[int] = ()) -> int:
+    def count_tasks_without_prediction(self, project: str, version: str, numbers: Sequence[int] = ()) -> int:
         """How many tasks have no prediction of a version; raises as `task_data`."""
         return int(self._page(project, _without(version, numbers), 0, 1)["total"])
 
-    def page_of_view(self, view: str, page: int) -> list[dict[str, Any]]:
+    def list_tasks_of_view(self, view: str, page: int) -> list[dict[str, Any]]:
         """A page, from 1, of a tab of the Data Manager, as `page_without`; empty behind the last."""
         options = {"view": view, "fields": "all", "resolve_uri": "false", "page_size": PAGE, "page": page}
         try:
             tasks = self._call("GET", "/api/tasks", params=options)["tasks"]
-        except StudioMissing:
+        except LabelStudioNotFound:
             return []
         return [_with_versions(task) for task in tasks]
 
-    def predictions_of(self, task: int) -> list[dict[str, Any]]:
+    def list_predictions(self, task: int) -> list[dict[str, Any]]:
         """The predictions of a task; raises as `task_data`."""
         return list(self._call("GET", "/api/predictions", params={"task": task}))
 
@@ -175,24 +177,24 @@ class Studio:
         """Deletes a prediction; raises as `task_data`."""
         self._call("DELETE", f"/api/predictions/{number}")
 
-    def backends(self, project: str) -> list[dict[str, Any]]:
+    def list_ml_backends(self, project: str) -> list[dict[str, Any]]:
         """The models that are connected to a project; raises as `task_data`."""
         return list(self._call("GET", "/api/ml", params={"project": project}))
 
-    def release(self) -> str:
+    def get_version(self) -> str:
         """Label Studio's version; raises as `task_data`."""
         return str(self._call("GET", "/api/version")["release"])
 
-    def user(self) -> str:
+    def whoami(self) -> str:
         """Whose key it is; raises as `task_data`."""
         return str(self._call("GET", "/api/current-user/whoami")["email"])
 
-    def kind_of_key(self) -> str:
+    def get_token_type(self) -> str:
         """In Label Studio's words."""
         kind = "personal access token" if self._is_refresh_token else "legacy token"
         return kind if self._api_key else "no key"
 
-    def existing(self, project: str, numbers: Sequence[int], without: str = "") -> set[int]:
+    def filter_existing(self, project: str, numbers: Sequence[int], without: str = "") -> set[int]:
         """Those of these tasks that there are, and that have no prediction of the version `without`; as `task_data`."""
         found: set[int] = set()
         for start in range(0, len(numbers), PAGE):
@@ -205,8 +207,8 @@ class Studio:
         """Stores predictions, all or none, and says how many; whatever is there already stays as well.
 
         Raises:
-            StudioError: Label Studio refused them.
-            StudioAway: it did not answer; they may be stored or not.
+            LabelStudioError: Label Studio refused them.
+            LabelStudioUnavailable: it did not answer; they may be stored or not.
         """
         path = f"/api/projects/{project}/import/predictions"
         return int(self._call("POST", path, json=predictions, timeout=IMPORT_TIMEOUT)["created"])
@@ -217,19 +219,23 @@ class Studio:
         if reply.status_code == 401 and self.renew(headers):
             reply = self._send(method, path, self.headers(self.url), **options)
         if reply.status_code >= 500 or reply.status_code == 429:
-            raise StudioAway(f"Label Studio cannot answer now (HTTP {reply.status_code})")
+            raise LabelStudioUnavailable(f"Label Studio cannot answer now (HTTP {reply.status_code})")
         if reply.status_code in (401, 403):
-            raise StudioRefused(f"Label Studio refused LABEL_STUDIO_API_KEY for {path} (HTTP {reply.status_code})")
+            raise LabelStudioAuthError(
+                f"Label Studio refused LABEL_STUDIO_API_KEY for {path} (HTTP {reply.status_code})"
+            )
         if reply.status_code == 404:
-            raise StudioMissing(f"Label Studio has no {path}")
+            raise LabelStudioNotFound(f"Label Studio has no {path}")
         if reply.status_code == 204:
             return None
         if not reply.ok:
-            raise StudioError(f"Label Studio refused {method} {path} (HTTP {reply.status_code}): {reply.text[:200]}")
+            raise LabelStudioError(
+                f"Label Studio refused {method} {path} (HTTP {reply.status_code}): {reply.text[:200]}"
+            )
         try:
             return reply.json()
         except ValueError:
-            raise StudioAway(f"{self._shown} answered {path} with something else than JSON") from None
+            raise LabelStudioUnavailable(f"{self._shown} answered {path} with something else than JSON") from None
 
     def _send(self, method: str, path: str, headers: dict[str, str], **options: Any) -> requests.Response:
         options = {"timeout": TIMEOUT, "allow_redirects": False, "headers": headers, **options}
@@ -237,7 +243,7 @@ class Studio:
             return self._session.request(method, self.url + path, **options)
         except requests.RequestException as error:
             text = f"Label Studio does not answer at {self._shown} ({type(error).__name__})"
-            raise StudioAway(text, reached=not never_connected(error)) from None
+            raise LabelStudioUnavailable(text, reached=not is_connect_failure(error)) from None
 
 
 def _is(column: str, operator: str, value: Any, kind: str = "Number") -> dict[str, Any]:
@@ -256,7 +262,7 @@ def _with_versions(task: Mapping[str, Any]) -> dict[str, Any]:
     return {**{key: task[key] for key in ("id", "data", "annotations")}, "versions": versions}
 
 
-def never_connected(error: Exception) -> bool:
+def is_connect_failure(error: Exception) -> bool:
     """Whether a request failed before anything was sent."""
     reason = getattr(error.args[0], "reason", None) if error.args else None
     return isinstance(error, requests.ConnectTimeout) or isinstance(reason, NewConnectionError)

@@ -14,7 +14,7 @@ from defusedxml.ElementTree import fromstring
 from backend.errors import LabelingConfigError
 
 MAX_CONFIG_CHARS = 1_000_000
-MOST_LABELS = 20_000  # all controls and pictures together
+MAX_LABELS = 20_000  # all controls and pictures together
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Plan:
     prompts: tuple[str, ...] = ()
     thresholds: tuple[str, ...] = ()
 
-    def select(self, data: Mapping[str, Any]) -> dict[str, Any]:
+    def select_fields(self, data: Mapping[str, Any]) -> dict[str, Any]:
         """The fields of a task's data that the plan reads; the others need not leave the web front."""
         values = [value for c in self.controls for value in (c.image, c.dynamic, c.repeat)]
         wanted = {field for value in values for field in re.findall(r"\$(\w+)", value)}
@@ -96,8 +96,8 @@ def read_plan(label_config: str, box_threshold: float, nms_iou: float) -> Plan:
         for name in _targets(tag)
         if name in images
     ]
-    if len(pairs) * len(list(root.iter("Label"))) > MOST_LABELS:
-        raise LabelingConfigError(f"the labeling config has more than {MOST_LABELS} labels on its pictures")
+    if len(pairs) * len(list(root.iter("Label"))) > MAX_LABELS:
+        raise LabelingConfigError(f"the labeling config has more than {MAX_LABELS} labels on its pictures")
     controls = [
         _control(tag, holder, image, box_threshold, nms_iou, repeaters.get(tag)) for tag, holder, image in pairs
     ]
@@ -172,7 +172,7 @@ def _labels(tag: Element) -> Iterator[Element]:
 
 def _label(tag: Element, threshold: float) -> Label:
     value = tag.get("value") or ""
-    phrases = _listed(tag.get("predicted_values")) or [words(value or tag.get("alias") or "")]
+    phrases = _listed(tag.get("predicted_values")) or [to_phrase(value or tag.get("alias") or "")]
     return Label(tag.get("alias") or value, tuple(phrases), _threshold(tag, threshold))
 
 
@@ -199,7 +199,7 @@ def _is_true(text: str | None) -> bool:
     return (text or "").lower() in ("true", "1", "yes")
 
 
-def words(value: str) -> str:
+def to_phrase(value: str) -> str:
     """A label's value as a phrase: underscores, hyphens and camelCase become spaces, all in lower case."""
     spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", value)
     return clean_phrase(re.sub(r"[_-]+", " ", spaced)) or clean_phrase(value) or value

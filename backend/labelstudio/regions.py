@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from backend.boxes import Box, Detection
-from backend.labelstudio.targets import View
+from backend.labelstudio.targets import ImageTarget
 
 Region = dict[str, Any]  # as Label Studio stores it
 
 
-def to_prediction(results: Sequence[Sequence[Region]], model_version: str) -> dict[str, Any]:
+def make_prediction(results: Sequence[Sequence[Region]], model_version: str) -> dict[str, Any]:
     """One task's prediction: all regions of its controls; its score is the mean of theirs, 0 where there are none."""
     result = [region for regions in results for region in regions]
     scores = [region["score"] for region in result]
@@ -23,7 +23,9 @@ def to_prediction(results: Sequence[Sequence[Region]], model_version: str) -> di
     }
 
 
-def to_regions(detections: Sequence[Detection], view: View, width: int, height: int, seed: str) -> list[Region]:
+def make_regions(
+    detections: Sequence[Detection], view: ImageTarget, width: int, height: int, seed: str
+) -> list[Region]:
     """Detections on a picture of `width` x `height` pixels -> Label Studio regions, in percent of the picture.
 
     A Rectangle with Labels beside it makes two of each, which share an id. Ids are made from `seed` (task and model
@@ -38,7 +40,7 @@ def to_regions(detections: Sequence[Detection], view: View, width: int, height: 
     ]
 
 
-def _regions(detection: Detection, view: View, size: tuple[int, int], seed: str) -> list[Region]:
+def _regions(detection: Detection, view: ImageTarget, size: tuple[int, int], seed: str) -> list[Region]:
     box, labels = _percent(detection.box_xyxy, *size), [detection.label] if detection.label else []
     page = "" if view.page is None else f"/{view.page}"
     common = {
@@ -70,13 +72,13 @@ def _percent(box_xyxy: Box, width: int, height: int) -> dict[str, float]:
     }
 
 
-def label_of(region: Mapping[str, Any]) -> str:
+def read_label(region: Mapping[str, Any]) -> str:
     """A region's label as Unicode text, empty for one that carries none: a Rectangle keeps its in a second region."""
     value = region.get("value")
     labels = (value.get("rectanglelabels") or value.get("labels")) if isinstance(value, Mapping) else None
     return str(labels[0]).encode(errors="replace").decode() if labels and isinstance(labels, list) else ""
 
 
-def edges_of(region: Region) -> dict[str, float]:
+def read_edges(region: Region) -> dict[str, float]:
     """Where a region's box is: x, y, width and height in percent of the picture."""
     return {edge: region["value"][edge] for edge in ("x", "y", "width", "height")}

@@ -12,16 +12,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from backend.errors import LabelingConfigError
-from backend.labelstudio.labeling_config import Control, Label, Plan, clean_phrase, words
+from backend.labelstudio.labeling_config import Control, Label, Plan, clean_phrase, to_phrase
 
 PATH = re.compile(r"\$([\w$]+(?:\.\w+|\[[0-9]{1,9}\])*)")
 INDEX = re.compile(r"[0-9]{1,9}")
-FIELD = re.compile(r"\$(\w+)")
-MOST_VIEWS = 500  # pictures of one task, all controls together
+FIELD_REFERENCE = re.compile(r"\$(\w+)")
+MAX_TARGETS = 500  # pictures of one task, all controls together
 
 
 @dataclass(frozen=True)
-class Asked:
+class DetectionQuery:
     """What is looked for; views that ask the same share a forward pass."""
 
     labels: tuple[Label, ...]
@@ -30,7 +30,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class View:
+class ImageTarget:
     """One picture of one control in one task; `page` is its number in a list of pictures."""
 
     from_name: str
@@ -38,7 +38,7 @@ class View:
     labels_name: str
     uri: str
     page: int | None
-    asked: Asked
+    query: DetectionQuery
     control: str = ""  # as the plan names it; a Repeater makes other names of it
 
 
@@ -77,7 +77,7 @@ def _typed(names: Sequence[str], result: Sequence[Any], field: str) -> list[Any]
     return [item for item in flat if isinstance(item, str if field == "text" else (int, float))]
 
 
-def views(plan: Plan, data: Mapping[str, Any], prompt: Prompt | None = None) -> Iterator[View]:
+def expand_targets(plan: Plan, data: Mapping[str, Any], prompt: Prompt | None = None) -> Iterator[ImageTarget]:
     """What is looked at in a task, in the order of the config, one by one: a task may list a million pages.
 
     Raises:
@@ -87,25 +87,25 @@ def views(plan: Plan, data: Mapping[str, Any], prompt: Prompt | None = None) -> 
         yield from _of_control(plan, control, data, prompt)
 
 
-def _of_control(plan: Plan, control: Control, data: Mapping[str, Any], prompt: Prompt | None) -> Iterator[View]:
+def _of_control(plan: Plan, control: Control, data: Mapping[str, Any], prompt: Prompt | None) -> Iterator[ImageTarget]:
     labels = (*control.labels, *_dynamic(control, data))
     if prompt:
         labels = tuple(_prompted(prompt, labels, control.threshold))
     if not labels:
         missing = f"type phrases into {plan.prompts[0]!r}" if plan.prompts else f"the task has no {control.dynamic}"
         raise LabelingConfigError(f"there is nothing to look for: {missing}")
-    asked = Asked(labels, control.negatives, control.nms_iou)
+    asked = DetectionQuery(labels, control.negatives, control.nms_iou)
     for one in _repeated(control, data):
-        found = value_of(one.image, data)
+        found = resolve_value(one.image, data)
         pages = enumerate(found) if one.has_pages and isinstance(found, list) else [(None, found)]
         for page, uri in pages:
             address = uri if isinstance(uri, str) else ""
-            yield View(one.from_name, one.to_name, one.labels_name, address, page, asked, control.from_name)
+            yield ImageTarget(one.from_name, one.to_name, one.labels_name, address, page, asked, control.from_name)
 
 
 def _repeated(control: Control, data: Mapping[str, Any]) -> Iterator[Control]:
     """The control, or one for each item of its Repeater with the item's number in its names and values."""
-    items = value_of(control.repeat, data) if control.repeat else None
+    items = resolve_value(control.repeat, data) if control.repeat else None
     if not control.repeat:
         yield control
     for number in range(len(items) if isinstance(items, list) else 0):
@@ -116,12 +116,12 @@ def _repeated(control: Control, data: Mapping[str, Any]) -> Iterator[Control]:
         yield replace(control, **named)
 
 
-def value_of(template: str, data: Mapping[str, Any]) -> Any:
+def resolve_value(template: str, data: Mapping[str, Any]) -> Any:
     """A value as a config has it: `$a.b[0].c` is what the task holds there; inside a text a `$field` is replaced."""
     whole = PATH.fullmatch(template)
     if whole:
         return _at(whole[1], data)
-    return FIELD.sub(lambda match: str(_at(match[1], data) or ""), template)
+    return FIELD_REFERENCE.sub(lambda match: str(_at(match[1], data) or ""), template)
 
 
 def _at(path: str, data: Any) -> Any:
@@ -137,12 +137,12 @@ def _at(path: str, data: Any) -> Any:
 
 def _dynamic(control: Control, data: Mapping[str, Any]) -> Iterator[Label]:
     """Labels that come with the task: texts, or objects with a value and perhaps an alias."""
-    rows = value_of(control.dynamic, data) if control.dynamic else []
+    rows = resolve_value(control.dynamic, data) if control.dynamic else []
     for row in rows if isinstance(rows, list) else []:
         fields = row if isinstance(row, Mapping) else {"value": row}
         value, alias = str(fields.get("value") or ""), str(fields.get("alias") or "")
         if value or alias:
-            yield Label(alias or value, (words(value or alias),), control.threshold)
+            yield Label(alias or value, (to_phrase(value or alias),), control.threshold)
 
 
 def _prompted(prompt: Prompt, labels: Sequence[Label], threshold: float) -> Iterator[Label]:
@@ -150,5 +150,7 @@ def _prompted(prompt: Prompt, labels: Sequence[Label], threshold: float) -> Iter
     lowest = threshold if prompt.threshold is None else min(max(prompt.threshold, 0.0), 1.0)
     only = labels[0].name if len(labels) == 1 else ""
     for phrase in prompt.phrases:
-        meant = [label.name for label in labels if phrase in (*label.phrases, words(label.name), label.name.lower())]
+        meant = [
+            label.name for label in labels if phrase in (*label.phrases, to_phrase(label.name), label.name.lower())
+        ]
         yield Label(meant[0] if meant else only, (phrase,), lowest)

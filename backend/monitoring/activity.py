@@ -15,30 +15,30 @@ from typing import Any
 from redis import Redis
 from redis.exceptions import RedisError
 
-from backend.labelstudio.regions import Region, edges_of, label_of
-from backend.queue.redis import found, put
+from backend.labelstudio.regions import Region, read_edges, read_label
+from backend.queue.redis import get_indexed, set_indexed
 
-FAILURES_KEY, MOST_FAILURES = "gdino:recent:failures", 50  # list of JSON, the last first
-PICTURES_KEY, MOST_PICTURES = "gdino:recent:pictures", 12  # likewise
+FAILURES_KEY, MAX_FAILURES = "gdino:recent:failures", 50  # list of JSON, the last first
+PICTURES_KEY, MAX_IMAGES = "gdino:recent:pictures", 12  # likewise
 RATE_KEY, MINUTES = "gdino:recent:rate:", 60  # + minute since the epoch -> tasks answered in it
 BULK_KEY, BULK_TTL = "gdino:recent:bulk:", 600  # + name -> JSON; s, longer than an import or a chunk may take
 
 
-def note_picture(connection: Redis, jpeg: bytes, regions: Sequence[Region], **about: Any) -> None:
+def record_image(connection: Redis, jpeg: bytes, regions: Sequence[Region], **about: Any) -> None:
     """Keeps a picture with its boxes: label, score, and x, y, width, height in percent."""
     boxes = [
-        {"label": label_of(region), "score": region["score"], **edges_of(region)}
+        {"label": read_label(region), "score": region["score"], **read_edges(region)}
         for region in regions
-        if label_of(region)
+        if read_label(region)
     ]
     row = {"time": time.time(), "jpeg": base64.b64encode(jpeg).decode(), "boxes": boxes, **about}
     with contextlib.suppress(RedisError), connection.pipeline() as pipeline:
         pipeline.lpush(PICTURES_KEY, json.dumps(row))
-        pipeline.ltrim(PICTURES_KEY, 0, MOST_PICTURES - 1)
+        pipeline.ltrim(PICTURES_KEY, 0, MAX_IMAGES - 1)
         pipeline.execute()
 
 
-def note_answers(
+def record_answers(
     connection: Redis, project: str, tasks: Sequence[Mapping[str, Any]], answers: Sequence[Mapping[str, Any]]
 ) -> None:
     """Counts a chunk's tasks, and keeps the last of those that failed."""
@@ -51,13 +51,13 @@ def note_answers(
     with contextlib.suppress(RedisError), connection.pipeline() as pipeline:
         pipeline.incrby(minute, len(answers))
         pipeline.expire(minute, (MINUTES + 2) * 60)
-        for row in failed[-MOST_FAILURES:]:
+        for row in failed[-MAX_FAILURES:]:
             pipeline.lpush(FAILURES_KEY, json.dumps(row))
-        pipeline.ltrim(FAILURES_KEY, 0, MOST_FAILURES - 1)
+        pipeline.ltrim(FAILURES_KEY, 0, MAX_FAILURES - 1)
         pipeline.execute()
 
 
-class Bulk:
+class BulkProgress:
     """A command's progress, as the status page shows it."""
 
     def __init__(self, connection: Redis, name: str, what: str) -> None:
@@ -74,7 +74,7 @@ class Bulk:
         self._row.setdefault("before", done)  # another run did them
         row = {**self._row, "time": time.time(), "done": done, "failed": failed, "of": of}
         with contextlib.suppress(RedisError):
-            put(self._connection, BULK_KEY, self._name, json.dumps(row), BULK_TTL)
+            set_indexed(self._connection, BULK_KEY, self._name, json.dumps(row), BULK_TTL)
 
     def close(self) -> None:
         """It is over."""
@@ -82,24 +82,24 @@ class Bulk:
             self._connection.delete(BULK_KEY + self._name)
 
 
-def failures(connection: Redis) -> list[dict[str, Any]]:
+def list_failures(connection: Redis) -> list[dict[str, Any]]:
     """The last ones, the last first; raises RedisError."""
     return [json.loads(row) for row in connection.lrange(FAILURES_KEY, 0, -1)]
 
 
-def pictures(connection: Redis) -> list[dict[str, Any]]:
+def list_images(connection: Redis) -> list[dict[str, Any]]:
     """The last ones, the last first; raises RedisError."""
     return [json.loads(row) for row in connection.lrange(PICTURES_KEY, 0, -1)]
 
 
-def rate(connection: Redis) -> list[int]:
+def list_tasks_per_minute(connection: Redis) -> list[int]:
     """Tasks answered in each of the last 60 minutes, the present one last; raises RedisError."""
     now = int(time.time() // 60)
     counts = connection.mget([f"{RATE_KEY}{minute}" for minute in range(now - MINUTES + 1, now + 1)])
     return [int(count or 0) for count in counts]
 
 
-def bulk(connection: Redis) -> list[dict[str, Any]]:
+def list_bulk_progress(connection: Redis) -> list[dict[str, Any]]:
     """Commands at work, the oldest first; raises RedisError."""
-    rows = [json.loads(row) for row in found(connection, BULK_KEY).values()]
+    rows = [json.loads(row) for row in get_indexed(connection, BULK_KEY).values()]
     return sorted(rows, key=lambda row: float(row["since"]))

@@ -9,14 +9,14 @@ from typing import Any
 
 from redis import Redis
 
-from backend.monitoring.project_stats import FATES, KEPT_KEY, Boxes
+from backend.monitoring.project_stats import BOX_OUTCOMES, OUTCOMES_KEY, Boxes
 from backend.queue.redis import redis_errors
 
-EVIDENCE_KEY = "gdino:evidence:"  # + project -> hash of annotation id -> JSON: task, updated_at, is_deleted, boxes
+ANNOTATIONS_KEY = "gdino:evidence:"  # + project -> hash of annotation id -> JSON: task, updated_at, is_deleted, boxes
 
 
 # Events come twice, late and in any order. Of one annotation the last change counts, and a deletion ends it.
-RECORD = """
+RECORD_SCRIPT = """
 local fates, sums = cjson.decode(ARGV[3]), {}
 local function count(row, sign)
     for label, numbers in pairs(row.boxes or {}) do
@@ -52,17 +52,17 @@ redis.call('EXPIRE', KEYS[2], ARGV[1])
 """
 
 
-EVIDENCE_TTL, MOST_EVIDENCE = 90 * 24 * 3600, 200_000  # s, and annotations of a project
+ANNOTATIONS_TTL, MAX_ANNOTATIONS = 90 * 24 * 3600, 200_000  # s, and annotations of a project
 
 
-MOST_FATES = 4000  # numbers of boxes that are kept of a project
+MAX_OUTCOME_COUNTS = 4000  # numbers of boxes that are kept of a project
 
 
-ROWS = 500  # annotations in one call: Redis serves nobody else meanwhile
+EVENTS_PER_CALL = 500  # annotations in one call: Redis serves nobody else meanwhile
 
 
 @dataclass(frozen=True)
-class Annotation:
+class AnnotationEvent:
     """What an event says of one annotation."""
 
     number: int
@@ -76,24 +76,31 @@ class Annotation:
         return {"task": self.task, "updated_at": self.updated_at, "is_deleted": self.is_deleted, "boxes": self.boxes}
 
 
-class Evidence:
+class AnnotationLog:
     """Which annotations a project has, as its events tell; what they hold is asked of Label Studio when it matters."""
 
     def __init__(self, connection: Redis, project: str) -> None:
-        self._connection, self._keys = connection, (EVIDENCE_KEY + project, KEPT_KEY + project)
+        self._connection, self._keys = connection, (ANNOTATIONS_KEY + project, OUTCOMES_KEY + project)
 
-    def record(self, rows: Sequence[Annotation]) -> None:
+    def record(self, rows: Sequence[AnnotationEvent]) -> None:
         """Notes annotations; the same event again, or an older one late, changes nothing.
 
         Raises:
             QueueUnavailable: Redis does not answer.
         """
-        for start in range(0, len(rows), ROWS):
-            piece = rows[start : start + ROWS]
+        for start in range(0, len(rows), EVENTS_PER_CALL):
+            piece = rows[start : start + EVENTS_PER_CALL]
             words = [word for row in piece for word in (str(row.number), json.dumps(row.to_dict()))]
             with redis_errors():
                 self._connection.eval(
-                    RECORD, 2, *self._keys, EVIDENCE_TTL, MOST_EVIDENCE, json.dumps(FATES), MOST_FATES, *words
+                    RECORD_SCRIPT,
+                    2,
+                    *self._keys,
+                    ANNOTATIONS_TTL,
+                    MAX_ANNOTATIONS,
+                    json.dumps(BOX_OUTCOMES),
+                    MAX_OUTCOME_COUNTS,
+                    *words,
                 )
 
     def annotations(self) -> dict[int, int | None]:

@@ -12,27 +12,27 @@ from PIL import Image
 from rq import get_current_job
 from rq.timeouts import JobTimeoutException
 
-from backend.images.thumbnails import Glimpse
-from backend.labelstudio.regions import Region, label_of
-from backend.logs import REQUEST
+from backend.images.thumbnails import ThumbnailSampler
+from backend.labelstudio.regions import Region, read_label
+from backend.logs import REQUEST_ID
 from backend.metrics import FAILURES, STAGE_SECONDS, count_boxes
-from backend.monitoring.activity import note_answers, note_picture
-from backend.monitoring.project_stats import note_predicted
+from backend.monitoring.activity import record_answers, record_image
+from backend.monitoring.project_stats import record_predicted
 
 log = logging.getLogger(__name__)
 
 Rows = Sequence[Mapping[str, Any]]
 
 
-class Telling:
+class JobReport:
     """Of one job; without one, as in a test, it only logs and counts."""
 
-    def __init__(self, glimpse: Glimpse) -> None:
+    def __init__(self, glimpse: ThumbnailSampler) -> None:
         """Begins: what is logged from now on is about this job's request."""
         self._start, self._job, self._glimpse = time.monotonic(), get_current_job(), glimpse
         meta = self._job.meta if self._job else {}
         self._project = meta.get("project", "")  # None: nothing of it is kept
-        REQUEST.set(meta.get("request", "-"))
+        REQUEST_ID.set(meta.get("request", "-"))
         if self._job and self._job.enqueued_at:
             STAGE_SECONDS.labels("queue_wait").observe(max(time.time() - self._job.enqueued_at.timestamp(), 0))
 
@@ -50,7 +50,7 @@ class Telling:
         regions: Sequence[Region] = found[place] if isinstance(found[place], list) else []
         about = {"project": self._project, "task": tasks[place], "model_version": version}
         with _never_in_the_way():
-            note_picture(self._job.connection, jpeg, regions, **about)
+            record_image(self._job.connection, jpeg, regions, **about)
 
     def answered(self, tasks: Rows, answers: Rows) -> None:
         """Ends."""
@@ -65,11 +65,11 @@ class Telling:
         for answer in answers:
             if "error" in answer:
                 FAILURES.labels(answer["error"]["code"]).inc()
-            for label in filter(None, map(label_of, answer.get("result", ()))):
+            for label in filter(None, map(read_label, answer.get("result", ()))):
                 count_boxes(label)
         if self._job:
-            note_answers(self._job.connection, self._project, tasks, answers)
-            note_predicted(self._job.connection, self._project, tasks, answers)
+            record_answers(self._job.connection, self._project, tasks, answers)
+            record_predicted(self._job.connection, self._project, tasks, answers)
 
 
 @contextlib.contextmanager

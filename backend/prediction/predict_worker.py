@@ -13,7 +13,7 @@ from backend.detection.acceleration import keep_freed_memory
 from backend.metrics import GPU_MEMORY
 from backend.prediction import predict_job as jobs
 from backend.queue.predict_queue import PREDICT, READY_KEY, predict_queue
-from backend.queue.worker_loop import ready, work
+from backend.queue.worker_loop import heartbeat, run_worker
 from backend.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -34,6 +34,6 @@ def run(settings: Settings) -> None:
     size, device = tools.batch_size, tools.detectors.plain.device
     if device.type == "cuda":
         GPU_MEMORY.labels(str(device)).set_function(lambda: torch.cuda.memory_reserved(device))
-    with ready(settings, predict_queue, READY_KEY, batch_size=size, device=str(device)) as name:
+    with heartbeat(settings, predict_queue, READY_KEY, batch_size=size, device=str(device)) as name:
         log.info("worker %s is ready on %s with %d pictures a batch", name, device, size)
-        work(settings, PREDICT, name)
+        run_worker(settings, PREDICT, name)

@@ -21,25 +21,25 @@ from rq.results import Result
 from rq.serializers import JSONSerializer
 
 from backend.errors import Overloaded, QueueUnavailable
-from backend.logs import REQUEST
+from backend.logs import REQUEST_ID
 from backend.queue.allowed_job import PREDICT_FUNCTION, AllowedJob, final_result
-from backend.queue.redis import found, redis_errors
+from backend.queue.redis import get_indexed, redis_errors
 
 PREDICT = "predict"
 FIT = "fit"
 
 CHUNK_KEY = "gdino:chunk:"  # + job id -> hash of a chunk over which a worker died: deaths, at, and answers by number
-TO_FRONT = "if redis.call('LREM', KEYS[1], 1, ARGV[1]) == 1 then redis.call('LPUSH', KEYS[1], ARGV[1]) end"
+MOVE_TO_FRONT_SCRIPT = "if redis.call('LREM', KEYS[1], 1, ARGV[1]) == 1 then redis.call('LPUSH', KEYS[1], ARGV[1]) end"
 READY_KEY = "gdino:ready:"  # + worker name -> JSON: batch_size, device; a worker with its model loaded keeps it alive
-BATCH_SIZE = 4  # pictures in one job while no worker has said what it wants
+DEFAULT_BATCH_SIZE = 4  # pictures in one job while no worker has said what it wants
 IMPORTED_KEY = "gdino:imported"  # sorted set: project -> when it last got tasks
 
 JOB_TIMEOUT = 3600  # s; a task of 500 pages on a CPU takes as long, and the watchdog ends what hangs
-MOST_CHUNKS = 100_000  # waiting; about 300 MB of Redis
+MAX_WAITING_CHUNKS = 100_000  # waiting; about 300 MB of Redis
 RESULT_TTL = 3600  # s that the answers of a finished chunk are kept, for whoever asks for the same again
-ATTEMPTS = 3  # at putting a job in the place of one that others may be replacing too
-SOON = 0.1  # s between looks at a job that failed once and is to run again
-WAIT_SLICE = 1  # s; shorter than SOCKET_TIMEOUT, so that waiting for a job does not look like a dead Redis
+ENQUEUE_ATTEMPTS = 3  # at putting a job in the place of one that others may be replacing too
+RETRY_POLL = 0.1  # s between looks at a job that failed once and is to run again
+POLL_TIMEOUT = 1  # s; shorter than SOCKET_TIMEOUT, so that waiting for a job does not look like a dead Redis
 
 
 def chunk_id(payload: Mapping[str, Any]) -> str:
@@ -73,14 +73,14 @@ class PredictQueue:
             QueueUnavailable: Redis does not answer.
         """
         with redis_errors():
-            if not at_front and len(self._queue) + len(payloads) > MOST_CHUNKS:
+            if not at_front and len(self._queue) + len(payloads) > MAX_WAITING_CHUNKS:
                 raise Overloaded(f"{len(self._queue)} chunks are waiting already; ask again later")
-            meta: dict[str, str | None] = {"project": project, "request": REQUEST.get()}
+            meta: dict[str, str | None] = {"project": project, "request": REQUEST_ID.get()}
             return [self._enqueue(payload, at_front, meta) for payload in payloads]
 
     def _enqueue(self, payload: dict[str, Any], at_front: bool, meta: dict[str, str | None]) -> Job:
         job_id = chunk_id(payload)
-        for _ in range(ATTEMPTS):
+        for _ in range(ENQUEUE_ATTEMPTS):
             try:
                 return self._enqueue_new(job_id, payload, at_front, meta)
             except DuplicateJobError:
@@ -104,7 +104,7 @@ class PredictQueue:
 
     def _to_front(self, job_id: str) -> None:
         """An annotator does not wait behind the bulk that asked for the same before."""
-        self._connection.eval(TO_FRONT, 1, self._queue.key, job_id)
+        self._connection.eval(MOVE_TO_FRONT_SCRIPT, 1, self._queue.key, job_id)
 
     def _fetch(self, job_id: str) -> Job | None:
         try:
@@ -138,14 +138,16 @@ class PredictQueue:
             while True:
                 start = time.monotonic()
                 in_time = start < deadline
-                if result := final_result(job, WAIT_SLICE if in_time else 0):
+                if result := final_result(job, POLL_TIMEOUT if in_time else 0):
                     return result.return_value if result.type is Result.Type.SUCCESSFUL else None
                 if not in_time:
                     raise TimeoutError
-                if time.monotonic() - start < SOON:  # the result of an earlier attempt is there and does not block
-                    time.sleep(SOON)
+                if (
+                    time.monotonic() - start < RETRY_POLL
+                ):  # the result of an earlier attempt is there and does not block
+                    time.sleep(RETRY_POLL)
 
-    def outcome(self, payload: dict[str, Any]) -> tuple[list[dict[str, Any]] | None, str]:
+    def get_result(self, payload: dict[str, Any]) -> tuple[list[dict[str, Any]] | None, str]:
         """What a chunk was answered, None if it was not, and how it stands: answered, waiting, failed, or gone.
 
         Gone: never asked for, or its answers lay there longer than `RESULT_TTL`.
@@ -160,7 +162,7 @@ class PredictQueue:
             return list(result.return_value["answers"]), "answered"
         return None, "gone" if job is None else "failed" if result else "waiting"
 
-    def forget(self, payload: dict[str, Any]) -> None:
+    def delete(self, payload: dict[str, Any]) -> None:
         """Takes a chunk and its answers out of Redis, which would keep them for an hour.
 
         Raises:
@@ -170,7 +172,7 @@ class PredictQueue:
             if job := self._fetch(chunk_id(payload)):
                 job.delete()
 
-    def waiting(self) -> int:
+    def count_waiting(self) -> int:
         """How many chunks wait.
 
         Raises:
@@ -179,14 +181,14 @@ class PredictQueue:
         with redis_errors():
             return len(self._queue)
 
-    def ready_workers(self) -> int:
+    def count_ready_workers(self) -> int:
         """How many workers have their model loaded.
 
         Raises:
             QueueUnavailable: Redis does not answer.
         """
         with redis_errors():
-            return len(found(self._connection, READY_KEY))
+            return len(get_indexed(self._connection, READY_KEY))
 
     def batch_size(self) -> int:
         """Pictures in one job, as the smallest of the ready workers wants it.
@@ -195,8 +197,8 @@ class PredictQueue:
             QueueUnavailable: Redis does not answer.
         """
         with redis_errors():
-            rows = found(self._connection, READY_KEY)
-        return min((int(json.loads(row)["batch_size"]) for row in rows.values()), default=BATCH_SIZE)
+            rows = get_indexed(self._connection, READY_KEY)
+        return min((int(json.loads(row)["batch_size"]) for row in rows.values()), default=DEFAULT_BATCH_SIZE)
 
 
 def _is_well_answered(result: Result) -> bool:
@@ -205,7 +207,7 @@ def _is_well_answered(result: Result) -> bool:
     return not any("error" in answer for answer in result.return_value["answers"])
 
 
-def note_import(connection: Redis, project: str) -> None:
+def record_import(connection: Redis, project: str) -> None:
     """Notes that a project got tasks.
 
     Raises:

@@ -18,12 +18,12 @@ from backend.errors import SettingsError
 from backend.queue.redis import connect
 from backend.settings import Settings
 
-OLDEST = (6, 2)  # RQ moves jobs with BLMOVE
+MIN_SERVER_VERSION = (6, 2)  # RQ moves jobs with BLMOVE
 URL_FILE = "redis.url"  # in MODEL_DIR: where other commands find the private Redis of a running server
 START_TIMEOUT = 30  # s; a large file takes a while to read
 
 
-def with_redis(settings: Settings) -> Settings:
+def resolve_redis_url(settings: Settings) -> Settings:
     """Settings with a REDIS_URL: the one given, else that of the server that runs in MODEL_DIR.
 
     Raises:
@@ -51,7 +51,7 @@ def find_server() -> str:
     bundled = sorted(Path(spec.origin).parent.glob("_binaries/*/valkey-server")) if spec and spec.origin else []
     system = [found for name in ("valkey-server", "redis-server") if (found := shutil.which(name))]
     for server in [*map(str, bundled), *system]:
-        if _version(server) >= OLDEST:
+        if _version(server) >= MIN_SERVER_VERSION:
             return server
     raise SettingsError("no Redis of version 6.2 or newer here; install redis-server, or set REDIS_URL")
 

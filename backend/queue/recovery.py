@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 LOCK_KEY, LOCK_MS = "gdino:recovery", 1500
 NOTES_TTL = 24 * 3600  # s that the notes about a lost job are kept
-MOST_DEATHS = 20  # of workers over one chunk, before what is left of it fails
+MAX_WORKER_DEATHS = 20  # of workers over one chunk, before what is left of it fails
 
 
 class LostChunk:
@@ -70,15 +70,15 @@ class LostChunk:
         self._connection.expire(self._key, NOTES_TTL)
         if at := self._connection.hget(self._key, "at"):
             log.error("a task ended two workers and is left out")
-            self.keep(int(at), died())
+            self.keep(int(at), worker_died_answer())
 
 
-def died() -> dict[str, Any]:
+def worker_died_answer() -> dict[str, Any]:
     """The answer for a task that kills workers."""
     return {"error": WorkerDied("the worker died over this task, twice; its picture may be too much for it").to_dict()}
 
 
-def lost_chunk() -> LostChunk | None:
+def get_lost_chunk() -> LostChunk | None:
     """The chunk of the job in hand, if a worker died over it before."""
     job = get_current_job()
     chunk = LostChunk(job.connection, job.id) if job else None

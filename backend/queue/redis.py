@@ -16,7 +16,7 @@ from backend.errors import QueueUnavailable
 NAMES = "names"  # ends the key of the sorted set of a kind's names
 
 
-def put(connection: Redis, kind: str, name: str, value: str | bytes, ttl: int | None = None) -> None:
+def set_indexed(connection: Redis, kind: str, name: str, value: str | bytes, ttl: int | None = None) -> None:
     """Sets a value, for so many seconds or for good; raises RedisError."""
     with connection.pipeline() as pipeline:
         pipeline.set(kind + name, value, ex=ttl)
@@ -24,7 +24,7 @@ def put(connection: Redis, kind: str, name: str, value: str | bytes, ttl: int | 
         pipeline.execute()
 
 
-def found(connection: Redis, kind: str) -> dict[str, str]:
+def get_indexed(connection: Redis, kind: str) -> dict[str, str]:
     """The values of a kind that there are, by name; raises RedisError."""
     names: list[bytes] = connection.zrange(kind + NAMES, 0, -1)  # type: ignore[assignment]
     keys = [kind.encode() + name for name in names]

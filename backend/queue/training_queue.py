@@ -13,7 +13,7 @@ from rq.serializers import JSONSerializer
 
 from backend.queue.allowed_job import FIT_FUNCTION, AllowedJob, final_result
 from backend.queue.predict_queue import CHUNK_KEY, FIT
-from backend.queue.redis import found, put, redis_errors
+from backend.queue.redis import get_indexed, redis_errors, set_indexed
 
 PROGRESS_KEY = "gdino:training:"  # + project -> JSON: state, done, of, text, time, and in the end the outcome
 FIT_READY_KEY = "gdino:fit-ready:"  # + worker name; a fit worker keeps it alive
@@ -21,17 +21,17 @@ FIT_TIMEOUT = 7 * 24 * 3600  # s
 RETRIES = 3  # of a training whose worker was killed; it goes on where it was
 
 
-def fit_queue(connection: Redis) -> Queue:
+def training_queue(connection: Redis) -> Queue:
     """RQ's queue of trainings."""
     return Queue(FIT, connection=connection, serializer=JSONSerializer, job_class=AllowedJob)
 
 
-class Trainings:
+class TrainingQueue:
     """Trainings as the web front and the command line see them; safe to share between threads."""
 
     def __init__(self, connection: Redis) -> None:
         self._connection = connection
-        self._queue = fit_queue(connection)
+        self._queue = training_queue(connection)
 
     def start(self, project: str, train: str) -> str:
         """Puts a training into the queue, unless one of this project waits or runs, and returns the name of its job.
@@ -80,7 +80,7 @@ class Trainings:
         """
         row = {"project": project, "state": state, "time": round(time.time(), 1), **more}
         with redis_errors():
-            put(self._connection, PROGRESS_KEY, project, json.dumps(row))
+            set_indexed(self._connection, PROGRESS_KEY, project, json.dumps(row))
 
     def progress(self, project: str) -> dict[str, Any] | None:
         """The last report of a project's training; None if there never was one.
@@ -99,5 +99,5 @@ class Trainings:
             QueueUnavailable: Redis does not answer.
         """
         with redis_errors():
-            rows = found(self._connection, PROGRESS_KEY)
+            rows = get_indexed(self._connection, PROGRESS_KEY)
         return [json.loads(row) for _, row in sorted(rows.items())]

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 log = logging.getLogger(__name__)
 
-HUNG = 70  # exit status
+EXIT_HUNG = 70  # exit status
 
 
 class Watchdog:
@@ -54,4 +54,4 @@ class Watchdog:
             last = self._last
             if last is not None and time.monotonic() - last > self._limit:
                 log.critical("no sign of life for %g s: the worker ends, so that another can go on", self._limit)
-                os._exit(HUNG)
+                os._exit(EXIT_HUNG)

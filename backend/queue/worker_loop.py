@@ -17,18 +17,18 @@ from rq.serializers import JSONSerializer
 from backend.queue.allowed_job import AllowedJob
 from backend.queue.predict_queue import worker_name
 from backend.queue.recovery import READY_TTL, Recovery
-from backend.queue.redis import connect, put, redis_errors
-from backend.queue.worker_metrics import hand_over
+from backend.queue.redis import connect, redis_errors, set_indexed
+from backend.queue.worker_metrics import publish_metrics
 from backend.settings import Settings
 
 log = logging.getLogger(__name__)
 
 WORKER_TTL = 20  # s; RQ's default of 420 would hide a dead worker for minutes
-BEAT = 2  # s between signs of life, several of which may be late before a worker counts as gone
+HEARTBEAT_INTERVAL = 2  # s between signs of life, several of which may be late before a worker counts as gone
 
 
 @contextlib.contextmanager
-def ready(settings: Settings, queue: Callable[[Redis], Queue], key: str, **about: Any) -> Iterator[str]:
+def heartbeat(settings: Settings, queue: Callable[[Redis], Queue], key: str, **about: Any) -> Iterator[str]:
     """A worker's name, known as ready as long as this lasts, with what is to be known `about` it."""
     name, stop, connection = worker_name(), threading.Event(), connect(settings.redis_url)
     recovery = Recovery(connection, queue(connection), key)
@@ -50,7 +50,7 @@ class _Worker(SimpleWorker):
         super().request_stop(signum, frame)  # type: ignore[no-untyped-call]
 
 
-def work(settings: Settings, queue: str, name: str, max_jobs: int | None = None) -> bool:
+def run_worker(settings: Settings, queue: str, name: str, max_jobs: int | None = None) -> bool:
     """Takes jobs; false when it was told to stop."""
     worker = make_worker(settings, queue, name)
     with redis_errors():
@@ -75,14 +75,14 @@ def _stay_ready(connection: Redis, recovery: Recovery, name: str, key: str, abou
     """Keeps the worker's key in Redis alive and looks for lost jobs; a thread, because a job occupies the main one."""
     while True:
         try:
-            put(connection, key, name, about, READY_TTL)
+            set_indexed(connection, key, name, about, READY_TTL)
             recovery.requeue_lost()
-            hand_over(connection, name)
+            publish_metrics(connection, name)
         except RedisError:
             log.warning("Redis does not answer")
         except Exception:  # without a sign of life the worker would count as dead
             log.exception("a sign of life was not complete")
-        if stop.wait(BEAT):
+        if stop.wait(HEARTBEAT_INTERVAL):
             break
     with contextlib.suppress(RedisError):  # it expires by itself
         connection.delete(key + name)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from redis import Redis
 
-from backend.metrics import exposed
-from backend.queue.redis import found, put
+from backend.metrics import render_metrics
+from backend.queue.redis import get_indexed, set_indexed
 
 FIGURES, FIGURES_TTL = "gdino:figures:", 30  # + worker name -> what Prometheus reads; s
 
 
-def hand_over(connection: Redis, name: str) -> None:
+def publish_metrics(connection: Redis, name: str) -> None:
     """Lays this process's figures out for the web front; raises RedisError."""
-    put(connection, FIGURES, name, exposed(), FIGURES_TTL)
+    set_indexed(connection, FIGURES, name, render_metrics(), FIGURES_TTL)
 
 
-def handed_over(connection: Redis) -> dict[str, str]:
+def collect_metrics(connection: Redis) -> dict[str, str]:
     """The figures of all workers, by name; raises RedisError."""
-    return found(connection, FIGURES)
+    return get_indexed(connection, FIGURES)

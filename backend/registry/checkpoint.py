@@ -11,8 +11,8 @@ from pathlib import Path
 from backend.errors import CheckpointError
 from backend.labelstudio.labeling_config import Plan
 
-DEMO = Path(__file__).parent.parent / "demo" / "checkpoint"
-PIECE = 1024 * 1024  # bytes
+DEMO_CHECKPOINT = Path(__file__).parent.parent / "demo" / "checkpoint"
+READ_SIZE = 1024 * 1024  # bytes
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Checkpoint:
         for path in self.files:
             digest.update(path.name.encode())
             with path.open("rb") as file:
-                while piece := file.read(PIECE):
+                while piece := file.read(READ_SIZE):
                     digest.update(piece)
         return digest.hexdigest()
 
@@ -49,7 +49,7 @@ def find_checkpoint(model: str) -> Checkpoint:
     Raises:
         CheckpointError: `model` looks like a path and nothing is there.
     """
-    path = DEMO if model == "demo" else Path(model)
+    path = DEMO_CHECKPOINT if model == "demo" else Path(model)
     if path.is_dir():
         files = sorted(p for p in path.iterdir() if p.is_file() and p.suffix != ".md")
         return Checkpoint("demo" if model == "demo" else path.resolve().name, str(path), tuple(files))

@@ -13,9 +13,9 @@ from redis import Redis
 from backend.errors import LabelingConfigError
 from backend.labelstudio.labeling_config import Plan, read_plan
 from backend.labelstudio.targets import read_prompt
-from backend.monitoring.project_stats import remember
+from backend.monitoring.project_stats import save_summary
 from backend.registry.checkpoint import Checkpoint, find_checkpoint
-from backend.registry.versions import Version, Versions
+from backend.registry.versions import Version, VersionStore
 from backend.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -28,12 +28,12 @@ def _checkpoint(model: str) -> Checkpoint:
 
 def to_row(task: Mapping[str, Any], plan: Plan, context: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """What a worker needs of a task."""
-    row = {"id": task.get("id"), "data": plan.select(task.get("data") or {})}
+    row = {"id": task.get("id"), "data": plan.select_fields(task.get("data") or {})}
     prompt = read_prompt(plan, task, context)
     return {**row, "prompt": asdict(prompt)} if prompt else row
 
 
-class Asking:
+class ProjectModel:
     """One project's labeling config and what was learned for it, as of now: one look at the disk for all of it."""
 
     def __init__(self, settings: Settings, label_config: str, project: str = "", created: int | None = None) -> None:
@@ -51,8 +51,8 @@ class Asking:
         """What serves of what was learned for this project."""
         if not self._project:
             return None
-        versions = Versions(self._settings.model_dir, self._project)
-        return versions.serving(self.checkpoint.fingerprint, self._created)
+        versions = VersionStore(self._settings.model_dir, self._project)
+        return versions.get_serving(self.checkpoint.fingerprint, self._created)
 
     @functools.cached_property
     def plan(self) -> Plan:
@@ -62,7 +62,7 @@ class Asking:
             LabelingConfigError: the config cannot be served.
         """
         plan = read_plan(self._label_config, self._settings.box_threshold, self._settings.nms_iou)
-        return self.learned.applied_to(plan) if self.learned else plan
+        return self.learned.apply_to(plan) if self.learned else plan
 
     @property
     def model_version(self) -> str:
@@ -80,9 +80,9 @@ class Asking:
             plan: Plan | None = self.plan
         except LabelingConfigError:
             plan = None
-        remember(connection, self._project, self.model_version, plan, self._label_config, self._created)
+        save_summary(connection, self._project, self.model_version, plan, self._label_config, self._created)
 
-    def chunks(
+    def make_chunks(
         self,
         tasks: Sequence[Mapping[str, Any]],
         size: int,

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 ID = re.compile(r"[0-9a-z][0-9a-z-]{3,40}")
 PROJECT = re.compile(r"[0-9]{1,18}")
 WEIGHTS, ABOUT, CURRENT = "weights.safetensors", "version.json", "current"
-PIECE = 1024 * 1024  # bytes
+READ_SIZE = 1024 * 1024  # bytes
 
 Thresholds = Mapping[str, Mapping[str, tuple[float, float]]]  # control -> label -> the one before, the learned one
 
@@ -49,7 +49,7 @@ class Version:
     data: str = ""  # fingerprint of the examples
     reason: str = ""
 
-    def applied_to(self, plan: Plan) -> Plan:
+    def apply_to(self, plan: Plan) -> Plan:
         """The plan with the learned thresholds; one that the labeling config has changed since goes before."""
         controls = tuple(self._applied_to(control) for control in plan.controls)
         return dataclasses.replace(plan, controls=controls)
@@ -65,7 +65,7 @@ class Version:
         return dataclasses.replace(control, labels=labels)
 
 
-class Versions:
+class VersionStore:
     """The versions of one project, below MODEL_DIR."""
 
     def __init__(self, model_dir: Path, project: str) -> None:
@@ -108,7 +108,7 @@ class Versions:
         """Where the learned tensors of a version lie."""
         return self._folder_of(version) / WEIGHTS
 
-    def current_id(self) -> str:
+    def get_current_id(self) -> str:
         """The id of the version that is to serve; empty: the checkpoint as it came."""
         return self._mark()[0]
 
@@ -123,14 +123,14 @@ class Versions:
             log.error("%s cannot be read (%s); serving the checkpoint as it came", self.folder / CURRENT, error)
             return "", ""
 
-    def serving(self, checkpoint: str, created: int | None = None) -> Version | None:
+    def get_serving(self, checkpoint: str, created: int | None = None) -> Version | None:
         """The version that serves: the promoted one, or the next sound one before it; None: the checkpoint as it came.
 
         Args:
             checkpoint: fingerprint of the checkpoint that serves; versions of another one do not fit it.
             created: the project's birthday, where it is known.
         """
-        version = self.current_id()
+        version = self.get_current_id()
         while version:
             try:
                 found = self.get(version)
@@ -173,7 +173,7 @@ class Versions:
             CheckpointError: there is no such version, or it is damaged.
             OSError: the disk cannot be written.
         """
-        self._promote(version, previous=self.current_id())
+        self._promote(version, previous=self.get_current_id())
 
     def _promote(self, version: str, previous: str) -> None:
         if version:
@@ -229,6 +229,6 @@ def _sha256(path: Path) -> str:
 def _digest(path: Path, *about: int) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while piece := file.read(PIECE):
+        while piece := file.read(READ_SIZE):
             digest.update(piece)
     return digest.hexdigest()

@@ -12,17 +12,17 @@ import numpy as np
 import torch
 
 from backend.detection.captions import build_caption, build_captions
-from backend.detection.preprocess import Prepared
+from backend.detection.preprocess import ModelInput
 from backend.training.dataset import Example
 from backend.training.loss import Batch, Target
 
-REHEARSED = 3  # examples of what is known for each of the annotators' in a round
+REHEARSAL_RATIO = 3  # examples of what is known for each of the annotators' in a round
 
 
-class Pictures(Protocol):
+class ImageProvider(Protocol):
     """Pictures by address, as the model reads them."""
 
-    def get(self, uri: str) -> Prepared:
+    def get(self, uri: str) -> ModelInput:
         """One of them."""
 
     def shape(self, uri: str) -> tuple[int, ...]:
@@ -30,16 +30,16 @@ class Pictures(Protocol):
 
 
 @dataclass(frozen=True)
-class Lesson:
+class TrainingSet:
     """What is trained on: examples of annotators, and those that the model made of what it knows."""
 
     examples: Sequence[Example]
     known: Sequence[Example]
-    pictures: Pictures
+    pictures: ImageProvider
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TrainConfig:
     """How long and how hard; a round looks at every example of the annotators once, within the limits."""
 
     train: str = "encoder"  # a key of FROZEN
@@ -54,7 +54,7 @@ class Recipe:
 
 
 def draw_batches(
-    lesson: Lesson, tokenizer: Any, recipe: Recipe, rng: np.random.Generator, most_tokens: int
+    lesson: TrainingSet, tokenizer: Any, recipe: TrainConfig, rng: np.random.Generator, most_tokens: int
 ) -> Iterator[Batch]:
     """A round of batches in random order: pictures of equal size, each with its own caption."""
     waiting: dict[tuple[int, ...], list[Example]] = defaultdict(list)
@@ -69,17 +69,17 @@ def draw_batches(
             yield _batch(group, lesson.pictures, tokenizer, rng, most_tokens)
 
 
-def _in_order(lesson: Lesson, recipe: Recipe, rng: np.random.Generator) -> list[Example]:
+def _in_order(lesson: TrainingSet, recipe: TrainConfig, rng: np.random.Generator) -> list[Example]:
     """The examples of a round, those of annotators and those of the rehearsal among each other."""
     times = max(math.ceil(recipe.least_looks / max(len(lesson.examples), 1)), 1)
     own = [int(i) for _ in range(times) for i in rng.permutation(len(lesson.examples))][: recipe.most_looks]
-    known = rng.permutation(len(lesson.known))[: REHEARSED * len(own)]
+    known = rng.permutation(len(lesson.known))[: REHEARSAL_RATIO * len(own)]
     looks = [*(lesson.examples[i] for i in own), *(lesson.known[int(i)] for i in known)]
     return [looks[int(i)] for i in rng.permutation(len(looks))]
 
 
 def _batch(
-    group: Sequence[Example], pictures: Pictures, tokenizer: Any, rng: np.random.Generator, most_tokens: int
+    group: Sequence[Example], pictures: ImageProvider, tokenizer: Any, rng: np.random.Generator, most_tokens: int
 ) -> Batch:
     captions, targets, pixels = [], [], []
     for example in group:
@@ -98,7 +98,7 @@ def draw_phrases(example: Example, rng: np.random.Generator) -> Mapping[str, str
 
     A label's other phrases are left out: beside the chosen one they would be taught to find nothing.
     """
-    asked = example.view.asked
+    asked = example.view.query
     chosen = {label.name: label.phrases[int(rng.integers(len(label.phrases)))] for label in asked.labels}
     present = list(dict.fromkeys(label for _, label in example.truth))
     absent = [*(name for name in chosen if name not in present), *(f"\0{phrase}" for phrase in asked.negatives)]
@@ -109,7 +109,7 @@ def draw_phrases(example: Example, rng: np.random.Generator) -> Mapping[str, str
     return {name: phrase for phrase, name in owners.items()}
 
 
-def _target(example: Example, picture: Prepared, phrases: Mapping[str, str], order: Sequence[str]) -> Target:
+def _target(example: Example, picture: ModelInput, phrases: Mapping[str, str], order: Sequence[str]) -> Target:
     places = {phrase: i for i, phrase in enumerate(order)}
     rows = [(box, places[phrases[label]]) for box, label in example.truth if phrases.get(label) in places]
     share = [picture.size[0] / picture.frame[0], picture.size[1] / picture.frame[1]]

@@ -18,11 +18,11 @@ from typing import Any
 from backend.boxes import Box
 from backend.errors import LabelingConfigError
 from backend.labelstudio.labeling_config import Plan
-from backend.labelstudio.targets import MOST_VIEWS, View, views
+from backend.labelstudio.targets import MAX_TARGETS, ImageTarget, expand_targets
 
 # Of a hundred tasks so many tell when to stop and so many are for the gate alone; neither is trained on. The gate must
 # not be passed by what was chosen on the same pictures.
-STOP, GATE = 15, 20
+VALIDATION_PERCENT, HELD_OUT_PERCENT = 15, 20
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class Example:
     """One picture and its true boxes: xyxy in 0..1 of the picture, each with its label. `part`: train, stop or gate."""
 
     task: int
-    view: View
+    view: ImageTarget
     truth: tuple[tuple[Box, str], ...]
     part: str
 
@@ -61,9 +61,9 @@ def read_examples(plan: Plan, project: str, tasks: Tasks) -> tuple[list[Example]
 def _of_task(plan: Plan, project: str, task: Mapping[str, Any], left_out: Counter[str]) -> list[Example]:
     result = _annotation(task).get("result")
     regions = [region for region in result if isinstance(region, Mapping)] if isinstance(result, list) else []
-    part = part_of(project, task["id"])
+    part = choose_split(project, task["id"])
     try:
-        seen = list(islice(views(plan, task["data"]), MOST_VIEWS))
+        seen = list(islice(expand_targets(plan, task["data"]), MAX_TARGETS))
         return [Example(task["id"], view, _truth(view, regions, left_out), part) for view in seen]
     except LabelingConfigError:
         raise _Unusable("tasks without labels") from None
@@ -76,17 +76,19 @@ def _annotation(task: Mapping[str, Any]) -> Mapping[str, Any]:
     return max(finished, key=lambda row: (bool(row.get("ground_truth")), str(row.get("updated_at")), row.get("id", 0)))
 
 
-def part_of(project: str, task: int) -> str:
+def choose_split(project: str, task: int) -> str:
     """What a task is for: train, stop or gate; the same each time, whatever tasks there are."""
     place = int.from_bytes(hashlib.sha256(f"{project}/{task}".encode()).digest()[:4], "big") % 100
-    return "gate" if place < GATE else "stop" if place < GATE + STOP else "train"
+    return "gate" if place < HELD_OUT_PERCENT else "stop" if place < HELD_OUT_PERCENT + VALIDATION_PERCENT else "train"
 
 
-def _truth(view: View, regions: Sequence[Mapping[str, Any]], left_out: Counter[str]) -> tuple[tuple[Box, str], ...]:
+def _truth(
+    view: ImageTarget, regions: Sequence[Mapping[str, Any]], left_out: Counter[str]
+) -> tuple[tuple[Box, str], ...]:
     """The boxes on this picture; raises `_Unusable` where one of them cannot be used."""
     name = view.labels_name or view.from_name
     field = "labels" if view.labels_name else "rectanglelabels"
-    wanted = {label.name for label in view.asked.labels}
+    wanted = {label.name for label in view.query.labels}
     if view.labels_name and _ids(regions, view.from_name) - _ids(regions, name):
         raise _Unusable("tasks with boxes without a label")
     truth = []
@@ -123,7 +125,7 @@ def _box(region: Mapping[str, Any]) -> Box:
     return x1, y1, x2, y2
 
 
-def fingerprint(examples: Sequence[Example]) -> str:
+def fingerprint_examples(examples: Sequence[Example]) -> str:
     """Of all that training reads of the examples, in whatever order they come."""
     rows = sorted(json.dumps([e.task, e.view.uri, e.view.from_name, e.view.page, e.truth]) for e in examples)
     return hashlib.sha256("\n".join(rows).encode(errors="replace")).hexdigest()[:16]

@@ -14,7 +14,7 @@ import numpy as np
 from backend.boxes import Box, Detection, iou
 
 Truth = Sequence[Sequence[tuple[Box, str]]]
-Found = Sequence[Sequence[Detection]]
+Predictions = Sequence[Sequence[Detection]]
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,14 @@ class Metrics:
         return 2 * self.precision * self.recall / total if total else 0.0
 
 
-def evaluate(found: Found, truth: Truth, threshold: float = 0.3) -> Metrics:
+def evaluate(found: Predictions, truth: Truth, threshold: float = 0.3) -> Metrics:
     """Scores detections against the true boxes of the same pictures.
 
     A detection is right if its label is and its IoU with a true box, not yet taken by a better one, is at least 0.5.
     AP is the area under the precision envelope, all labels pooled.
     """
     thresholds = {detection.label: threshold for f in found for detection in f}
-    return Judged(found, truth, [thresholds] * len(found)).metrics()
+    return EvalResult(found, truth, [thresholds] * len(found)).metrics()
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class _Rows:
         return ap50, right / np.maximum(kept, 1e-9), right / boxes
 
 
-def _rows(found: Found, truth: Truth, thresholds: Sequence[Mapping[str, float]]) -> _Rows:
+def _rows(found: Predictions, truth: Truth, thresholds: Sequence[Mapping[str, float]]) -> _Rows:
     graded = sorted(
         (
             (detection.score, right, detection.score >= thresholds[picture].get(detection.label, 1.0), picture)
@@ -102,10 +102,10 @@ def _graded(found: Sequence[Detection], truth: Sequence[tuple[Box, str]]) -> lis
 
 
 @dataclass(frozen=True)
-class Judged:
+class EvalResult:
     """Detections, the truth of their pictures, and the thresholds of each picture."""
 
-    found: Found
+    found: Predictions
     truth: Truth
     thresholds: Sequence[Mapping[str, float]]
 

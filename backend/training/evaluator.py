@@ -11,22 +11,22 @@ from typing import Any
 
 from backend.boxes import Box, Detection
 from backend.detection.detector import Detector
-from backend.training.batches import Pictures
-from backend.training.calibration import FLOOR, calibrate, cross_calibrated
+from backend.training.batches import ImageProvider
+from backend.training.calibration import MIN_SCORE, calibrate, cross_calibrated
 from backend.training.dataset import Example
-from backend.training.evaluation import Found, Judged, Truth
+from backend.training.evaluation import EvalResult, Predictions, Truth
 
-SLICE = 16  # pictures looked at together
+IMAGES_PER_CALL = 16  # pictures looked at together
 
 Thresholds = dict[str, dict[str, float]]  # control -> label -> threshold
 
 
 @dataclass(frozen=True)
-class Exam:
+class Evaluator:
     """Examples with their pictures; `labels` by control are those that may get other thresholds."""
 
     examples: Sequence[Example]
-    pictures: Pictures
+    pictures: ImageProvider
     labels: Mapping[str, Collection[str]]
 
     @functools.cached_property
@@ -41,37 +41,37 @@ class Exam:
     @functools.cached_property
     def present(self) -> list[Mapping[str, float]]:
         """The thresholds that serve now, for each example."""
-        return [{label.name: label.threshold for label in e.view.asked.labels} for e in self.examples]
+        return [{label.name: label.threshold for label in e.view.query.labels} for e in self.examples]
 
-    def take(self, detector: Detector) -> Found:
+    def take(self, detector: Detector) -> Predictions:
         """What a detector finds, down to the lowest score that a threshold may have."""
         by_asked: dict[Any, list[int]] = defaultdict(list)
         for i, example in enumerate(self.examples):
-            by_asked[example.view.asked].append(i)
+            by_asked[example.view.query].append(i)
         found: list[list[Detection]] = [[] for _ in self.examples]
         for asked, places in by_asked.items():
-            labels = [dataclasses.replace(label, threshold=FLOOR) for label in asked.labels]
-            for start in range(0, len(places), SLICE):
-                piece = places[start : start + SLICE]
+            labels = [dataclasses.replace(label, threshold=MIN_SCORE) for label in asked.labels]
+            for start in range(0, len(places), IMAGES_PER_CALL):
+                piece = places[start : start + IMAGES_PER_CALL]
                 shown = [self.pictures.get(self.examples[i].view.uri) for i in piece]
-                answers = detector.detect_prepared(shown, labels, asked.negatives, asked.nms_iou)
+                answers = detector.detect_inputs(shown, labels, asked.negatives, asked.nms_iou)
                 for i, answer in zip(piece, answers, strict=True):
                     found[i] = answer if isinstance(answer, list) else []
         return found
 
-    def judged(self, found: Found, thresholds: Sequence[Mapping[str, float]], part: str = "") -> Judged:
+    def evaluate(self, found: Predictions, thresholds: Sequence[Mapping[str, float]], part: str = "") -> EvalResult:
         """The examples with these thresholds, or only those of one part."""
         rows = [i for i, example in enumerate(self.examples) if part in ("", example.part)]
-        return Judged([found[i] for i in rows], [self.truth[i] for i in rows], [thresholds[i] for i in rows])
+        return EvalResult([found[i] for i in rows], [self.truth[i] for i in rows], [thresholds[i] for i in rows])
 
-    def calibrated(self, found: Found) -> Thresholds:
+    def calibrate(self, found: Predictions) -> Thresholds:
         """The thresholds that suit best, by control."""
         return {
             control: self._own(control, calibrate(*self._of(places, found), self._now(places)))
             for control, places in self._by_control().items()
         }
 
-    def cross_calibrated(self, found: Found) -> list[Mapping[str, float]]:
+    def cross_calibrate(self, found: Predictions) -> list[Mapping[str, float]]:
         """For each example thresholds that were chosen without it."""
         thresholds = list(self.present)
         for control, places in self._by_control().items():
@@ -86,7 +86,7 @@ class Exam:
             places[example.view.control].append(i)
         return places
 
-    def _of(self, places: Sequence[int], found: Found) -> tuple[Found, Truth]:
+    def _of(self, places: Sequence[int], found: Predictions) -> tuple[Predictions, Truth]:
         return [found[i] for i in places], [self.truth[i] for i in places]
 
     def _now(self, places: Sequence[int]) -> dict[str, float]:

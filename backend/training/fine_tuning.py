@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from backend.training.batches import Lesson, Recipe, _to, draw_batches
-from backend.training.loop import moving_average, train_one_epoch
+from backend.training.batches import TrainConfig, TrainingSet, _to, draw_batches
+from backend.training.loop import make_ema, train_one_epoch
 
 BACKBONES = ("model.backbone.", "model.text_backbone.")
 DECODER = ("model.decoder.", "bbox_embed.", "class_embed.", "model.encoder_output_bbox_embed.")
 FROZEN = {"encoder": BACKBONES + DECODER, "head": BACKBONES, "all": ()}  # by the setting TRAIN
 AVERAGE_DECAY = 0.99
-WORTH = 0.002  # of the score, below which a round brought nothing
+MIN_DELTA = 0.002  # of the score, below which a round brought nothing
 
 Tensors = dict[str, Tensor]
 
@@ -27,9 +27,9 @@ Tensors = dict[str, Tensor]
 def fine_tune(
     model: Any,
     tokenizer: Any,
-    lesson: Lesson,
+    lesson: TrainingSet,
     judge: Callable[[Any], float],
-    recipe: Recipe,
+    recipe: TrainConfig,
     state: Path,
     on_round: Callable[[int], object],
 ) -> Tensors:
@@ -45,7 +45,7 @@ def fine_tune(
         on_round: called with the number of rounds done.
     """
     names = choose_parameters(model, recipe.train)
-    average, device = moving_average(model), next(model.parameters()).device
+    average, device = make_ema(model), next(model.parameters()).device
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, recipe.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / recipe.warm_up, 1))
@@ -82,7 +82,7 @@ class _Run:
     def finish_round(self, score: float) -> None:
         """Counts a round; its weights are kept if none were better."""
         self.rounds += 1
-        if score > self.best + WORTH:
+        if score > self.best + MIN_DELTA:
             self.best, self.best_round = score, self.rounds
             self.tensors = _chosen(self._parts["average"], self._names)
 

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 
 from backend.detection.detector import Detector
-from backend.detection.preprocess import Prepared
+from backend.detection.preprocess import ModelInput
 from backend.errors import BackendError, ImageError
-from backend.images.decoding import Images
+from backend.images.decoding import ImageLoader
 
-DOWNLOADS = 8  # pictures fetched at the same time
+DOWNLOAD_THREADS = 8  # pictures fetched at the same time
 RESERVE = 1_000_000_000  # bytes of the disk that stay free: Redis writes there too
 
 
@@ -26,10 +26,10 @@ class DiskFull(BackendError):
     code = "disk_full"
 
 
-class Shelf:
+class ImageCache:
     """A folder of prepared pictures by address."""
 
-    def __init__(self, folder: Path, images: Images, detector: Detector) -> None:
+    def __init__(self, folder: Path, images: ImageLoader, detector: Detector) -> None:
         self._folder, self._images, self._detector = folder, images, detector
         self._mean = torch.tensor(detector.image_format.mean)[:, None, None]
         self._std = torch.tensor(detector.image_format.std)[:, None, None]
@@ -58,7 +58,7 @@ class Shelf:
             except Exception as error:  # one odd picture is left out alone
                 failed[uri] = f"the picture cannot be read ({type(error).__name__})"
 
-        with ThreadPoolExecutor(DOWNLOADS) as pool:
+        with ThreadPoolExecutor(DOWNLOAD_THREADS) as pool:
             for done, _ in enumerate(pool.map(fetch, uris), 1):
                 on_picture(done)
         return failed
@@ -84,12 +84,12 @@ class Shelf:
         """Channels, height and width of a picture that was fetched: only equal ones share a batch."""
         return self._shapes[uri]
 
-    def get(self, uri: str) -> Prepared:
+    def get(self, uri: str) -> ModelInput:
         """A picture that was fetched."""
         with np.load(self._path(uri)) as row:
             pixels = (torch.from_numpy(row["pixels"]).float() / 255 - self._mean) / self._std
             frame, size = row["frame"].tolist(), row["size"].tolist()
-        return Prepared(pixels, (frame[0], frame[1]), (size[0], size[1]))
+        return ModelInput(pixels, (frame[0], frame[1]), (size[0], size[1]))
 
     def _path(self, uri: str) -> Path:
         return self._folder / f"{hashlib.sha256(uri.encode(errors='replace')).hexdigest()[:32]}.npz"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from backend.training.loss import Batch, loss
+from backend.training.loss import Batch, compute_loss
 
 # -- geometry ---------------------------------------------------------------------------------------------------------
 
@@ -43,22 +43,22 @@ def train_one_epoch(
     model.train()
     for batch in batches:
         optimizer.zero_grad(set_to_none=True)
-        value = loss(model, batch, half)
+        value = compute_loss(model, batch, half)
         value.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         scheduler.step()
         losses.append(value.item())
         if average is not None:
-            _follow(average, model, min(average_decay, (1 + scheduler.last_epoch) / (10 + scheduler.last_epoch)))
+            update_ema(average, model, min(average_decay, (1 + scheduler.last_epoch) / (10 + scheduler.last_epoch)))
     return sum(losses) / max(len(losses), 1)
 
 
 @torch.no_grad()
-def _follow(average: nn.Module, model: nn.Module, decay: float) -> None:
+def update_ema(average: nn.Module, model: nn.Module, decay: float) -> None:
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
 
 
-def moving_average(model: nn.Module) -> nn.Module:
+def make_ema(model: nn.Module) -> nn.Module:
     """A frozen copy that `train_one_epoch` lets follow the model; it scores better than the last step alone."""
     return copy.deepcopy(model).requires_grad_(False)

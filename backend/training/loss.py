@@ -119,7 +119,7 @@ def text_inputs(captions: Sequence[Caption], device: str | torch.device = "cpu")
     return {"input_ids": input_ids.to(device), "attention_mask": mask.to(device)}
 
 
-def loss(model: Any, batch: Batch, half: torch.dtype | None = None) -> Tensor:
+def compute_loss(model: Any, batch: Batch, half: torch.dtype | None = None) -> Tensor:
     """The training loss of a batch, per box; `half` is the precision of the forward pass, if it is not float32."""
     device = batch.pixel_values.device
     inputs = text_inputs(batch.captions, device)

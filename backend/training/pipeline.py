@@ -16,31 +16,31 @@ import torch
 
 from backend.detection.detector import Detector
 from backend.labelstudio.labeling_config import Label
-from backend.training.batches import Lesson, Pictures, Recipe
+from backend.training.batches import ImageProvider, TrainConfig, TrainingSet
 from backend.training.dataset import Example
-from backend.training.evaluation import Judged
-from backend.training.evaluator import Exam, Thresholds
+from backend.training.evaluation import EvalResult
+from backend.training.evaluator import Evaluator, Thresholds
 from backend.training.fine_tuning import Tensors, fine_tune
-from backend.training.gate import is_better
-from backend.training.rehearsal import known_words, rehearse
+from backend.training.gate import passes_gate
+from backend.training.rehearsal import choose_vocabulary, pseudo_label
 
 log = logging.getLogger(__name__)
 
-LEAST_TO_TRAIN, LEAST_TO_JUDGE = 10, 5  # pictures
-MOST_JUDGED, MOST_TO_STOP = 500, 150  # pictures to choose thresholds by, and to look at after each round
+MIN_TO_TRAIN, MIN_TO_EVALUATE = 10, 5  # pictures
+MAX_EVALUATED, MAX_VALIDATION_EXAMPLES = 500, 150  # pictures to choose thresholds by, and to look at after each round
 BATCH_SIZES = (4, 2, 1)  # pictures
-MOST_BOXES = 300  # on a picture that is trained on
-MOST_ON_CPU = 20_000_000  # parameters; to train more of them takes days there
+MAX_BOXES = 300  # on a picture that is trained on
+MAX_PARAMETERS_ON_CPU = 20_000_000  # parameters; to train more of them takes days there
 
 # Weights between the old and the new ones keep what the old ones knew (Wortsman et al., "Robust fine-tuning of
 # zero-shot models", 2022). The least share of the new ones is taken that scores within this of the best.
-SHARES, NEAR = (0.35, 0.5, 0.65, 0.8, 0.9, 1.0), 0.02
+INTERPOLATION_SHARES, INTERPOLATION_TOLERANCE = (0.35, 0.5, 0.65, 0.8, 0.9, 1.0), 0.02
 
 Report = Callable[[str, int, int], object]  # what is being done, how far, of how much
 
 
 @dataclass(frozen=True)
-class Learned:
+class TrainingResult:
     """What is worth promoting, in words and numbers; neither thresholds nor tensors where nothing is."""
 
     text: str
@@ -50,11 +50,11 @@ class Learned:
 
 
 @dataclass(frozen=True)
-class Material:
+class TrainingInputs:
     """What there is to learn from, and the model as the checkpoint has it."""
 
     examples: Sequence[Example]
-    pictures: Pictures
+    pictures: ImageProvider
     labels: Mapping[str, Collection[str]]  # by control: those that may get other thresholds
     model: Any  # not a detector's
     tokenizer: Any
@@ -62,16 +62,16 @@ class Material:
     device: str
     is_fresh: bool  # whether what serves now has never been trained on these examples
 
-    def exam(self, parts: Collection[str], most: int = MOST_JUDGED) -> Exam:
+    def exam(self, parts: Collection[str], most: int = MAX_EVALUATED) -> Evaluator:
         """The last examples of these parts."""
-        return Exam([e for e in self.examples if e.part in parts][-most:], self.pictures, self.labels)
+        return Evaluator([e for e in self.examples if e.part in parts][-most:], self.pictures, self.labels)
 
     def to_train_on(self) -> list[Example]:
         """The examples for fine-tuning: not those whose boxes are more than any query could find."""
-        return [e for e in self.examples if e.part == "train" and len(e.truth) <= MOST_BOXES]
+        return [e for e in self.examples if e.part == "train" and len(e.truth) <= MAX_BOXES]
 
 
-def learn(material: Material, serving: Detector, train: str, desk: Path, report: Report) -> Learned:
+def run_pipeline(material: TrainingInputs, serving: Detector, train: str, desk: Path, report: Report) -> TrainingResult:
     """Thresholds and weights that are better than what serves, beyond what the choice of pictures explains.
 
     Args:
@@ -82,27 +82,31 @@ def learn(material: Material, serving: Detector, train: str, desk: Path, report:
         report: called as it goes on.
     """
     exam = material.exam(("train", "stop", "gate") if material.is_fresh else ("stop", "gate"))
-    if len(exam.examples) < LEAST_TO_JUDGE:
-        return Learned(f"{_pictures(exam.examples)} to judge by are too few; annotate at least {LEAST_TO_JUDGE}", {})
+    if len(exam.examples) < MIN_TO_EVALUATE:
+        return TrainingResult(
+            f"{_pictures(exam.examples)} to judge by are too few; annotate at least {MIN_TO_EVALUATE}", {}
+        )
     report("measuring", 0, 0)
     found = exam.take(serving)
-    before, chosen = exam.judged(found, exam.present), exam.judged(found, exam.cross_calibrated(found))
+    before, chosen = exam.evaluate(found, exam.present), exam.evaluate(found, exam.cross_calibrate(found))
     reason, weights = _tuned(material, serving, train, desk, report)
     if weights:
         return weights
     figures, metrics = _compared(before, chosen)
-    if is_better(before, chosen) and (thresholds := exam.calibrated(found)):
-        return Learned(f"thresholds: {figures}; {reason}", metrics, thresholds)
-    return Learned(f"nothing that is surely better: other thresholds {figures}; {reason}", metrics)
+    if passes_gate(before, chosen) and (thresholds := exam.calibrate(found)):
+        return TrainingResult(f"thresholds: {figures}; {reason}", metrics, thresholds)
+    return TrainingResult(f"nothing that is surely better: other thresholds {figures}; {reason}", metrics)
 
 
-def _compared(before: Judged, after: Judged) -> tuple[str, dict[str, Any]]:
+def _compared(before: EvalResult, after: EvalResult) -> tuple[str, dict[str, Any]]:
     old, new = before.metrics(), after.metrics()
     text = f"AP50 {old.ap50:.2f} -> {new.ap50:.2f}, F1 {old.f1:.2f} -> {new.f1:.2f} on {_pictures(before.truth)}"
     return text, {"before": asdict(old), "after": asdict(new), "pictures": len(before.truth)}
 
 
-def _tuned(material: Material, serving: Detector, train: str, desk: Path, report: Report) -> tuple[str, Learned | None]:
+def _tuned(
+    material: TrainingInputs, serving: Detector, train: str, desk: Path, report: Report
+) -> tuple[str, TrainingResult | None]:
     """Better weights, if there are; else why not."""
     held = material.exam(("stop", "gate"))
     if reason := _no_training(material, held, train):
@@ -111,44 +115,46 @@ def _tuned(material: Material, serving: Detector, train: str, desk: Path, report
     if isinstance(tensors, str):
         return tensors, None
     found = held.take(material.make_detector(_with(material.model, tensors)))
-    before = held.judged(held.take(serving), held.present, "gate")
-    after = held.judged(found, held.cross_calibrated(found), "gate")
+    before = held.evaluate(held.take(serving), held.present, "gate")
+    after = held.evaluate(found, held.cross_calibrate(found), "gate")
     figures, metrics = _compared(before, after)
-    if not is_better(before, after):
+    if not passes_gate(before, after):
         return f"fine-tuned weights are not surely better: {figures}", None
-    return "", Learned(f"weights and thresholds: {figures}", metrics, held.calibrated(found), tensors)
+    return "", TrainingResult(f"weights and thresholds: {figures}", metrics, held.calibrate(found), tensors)
 
 
-def _no_training(material: Material, held: Exam, train: str) -> str:
+def _no_training(material: TrainingInputs, held: Evaluator, train: str) -> str:
     """Why there is no fine-tuning; empty where there is."""
     size = sum(parameter.numel() for parameter in material.model.parameters())
     if train == "thresholds":
         return "TRAIN=thresholds leaves the weights as they are"
-    if material.device == "cpu" and size > MOST_ON_CPU:
+    if material.device == "cpu" and size > MAX_PARAMETERS_ON_CPU:
         return f"fine-tuning {size // 1_000_000} million weights needs a GPU, and this worker has none"
     counts = {part: sum(example.part == part for example in held.examples) for part in ("stop", "gate")}
     counts["train"] = len(material.to_train_on())
     for part, what in (("train", "to train on"), ("stop", "to tell when to stop"), ("gate", "to judge by")):
-        least = LEAST_TO_TRAIN if part == "train" else LEAST_TO_JUDGE
+        least = MIN_TO_TRAIN if part == "train" else MIN_TO_EVALUATE
         if counts[part] < least:
             return f"fine-tuning needs {least} pictures {what}, and there are {counts[part]}: annotate more"
     return ""
 
 
-def _trained(material: Material, train: str, desk: Path, report: Report) -> Tensors | str:
+def _trained(material: TrainingInputs, train: str, desk: Path, report: Report) -> Tensors | str:
     """The tensors that are worth a look at the gate, or why there are none; on less memory in smaller batches."""
-    lesson = Lesson(material.to_train_on(), _known(material, desk, report), material.pictures)
+    lesson = TrainingSet(material.to_train_on(), _known(material, desk, report), material.pictures)
     for batch_size in BATCH_SIZES:
         try:
-            return _attempt(material, lesson, Recipe(train, batch_size=batch_size), desk, report)
+            return _attempt(material, lesson, TrainConfig(train, batch_size=batch_size), desk, report)
         except torch.OutOfMemoryError:
             log.warning("out of memory with batches of %d", batch_size)
         torch.cuda.empty_cache()
     return f"fine-tuning needs more memory than {material.device} has"
 
 
-def _attempt(material: Material, lesson: Lesson, recipe: Recipe, desk: Path, report: Report) -> Tensors | str:
-    judge = _judge(material, material.exam(("stop",), MOST_TO_STOP))
+def _attempt(
+    material: TrainingInputs, lesson: TrainingSet, recipe: TrainConfig, desk: Path, report: Report
+) -> Tensors | str:
+    judge = _judge(material, material.exam(("stop",), MAX_VALIDATION_EXAMPLES))
     model = copy.deepcopy(material.model).to(material.device)
     tensors = fine_tune(
         model, material.tokenizer, lesson, judge, recipe, desk / "state.pt",
@@ -157,17 +163,17 @@ def _attempt(material: Material, lesson: Lesson, recipe: Recipe, desk: Path, rep
     return _least_share(material.model, tensors, judge) if tensors else "fine-tuning brought nothing"
 
 
-def _known(material: Material, desk: Path, report: Report) -> list[Example]:
+def _known(material: TrainingInputs, desk: Path, report: Report) -> list[Example]:
     """The rehearsal's examples; made once, and found again after a kill."""
     path, examples = desk / "known.json", material.to_train_on()
     by_uri = {example.view.uri: example for example in examples}
     if not path.exists():
         plain = material.make_detector(copy.deepcopy(material.model))
-        known = rehearse(
-            examples, material.pictures, plain, known_words(material.tokenizer), np.random.default_rng(0),
+        known = pseudo_label(
+            examples, material.pictures, plain, choose_vocabulary(material.tokenizer), np.random.default_rng(0),
             lambda done, of: report("rehearsing", done, of),
         )  # fmt: skip
-        rows = [[e.view.uri, [label.name for label in e.view.asked.labels], e.truth] for e in known]
+        rows = [[e.view.uri, [label.name for label in e.view.query.labels], e.truth] for e in known]
         aside = path.with_suffix(".new")
         aside.write_text(json.dumps(rows))
         aside.replace(path)
@@ -176,15 +182,15 @@ def _known(material: Material, desk: Path, report: Report) -> list[Example]:
 
 def _with_phrases(example: Example, phrases: Sequence[str], truth: Sequence[Any]) -> Example:
     labels = tuple(Label(phrase, (phrase,), 0.0) for phrase in phrases)
-    asked = dataclasses.replace(example.view.asked, labels=labels, negatives=())
-    view = dataclasses.replace(example.view, asked=asked)
+    asked = dataclasses.replace(example.view.query, labels=labels, negatives=())
+    view = dataclasses.replace(example.view, query=asked)
     return dataclasses.replace(example, view=view, truth=tuple((tuple(box), label) for box, label in truth))
 
 
-def _judge(material: Material, exam: Exam) -> Callable[[Any], float]:
+def _judge(material: TrainingInputs, exam: Evaluator) -> Callable[[Any], float]:
     def judge(model: Any) -> float:
         found = exam.take(material.make_detector(copy.deepcopy(model)))
-        return exam.judged(found, exam.present).metrics().ap50
+        return exam.evaluate(found, exam.present).metrics().ap50
 
     return judge
 
@@ -206,8 +212,10 @@ def _least_share(model: Any, tensors: Tensors, judge: Callable[[Any], float]) ->
     def mixed(share: float) -> Tensors:
         return {name: torch.lerp(own[name], tensor, share) for name, tensor in tensors.items()}
 
-    scores = {share: judge(_with(model, mixed(share))) for share in SHARES}
-    return mixed(next(share for share in SHARES if scores[share] >= max(scores.values()) - NEAR))
+    scores = {share: judge(_with(model, mixed(share))) for share in INTERPOLATION_SHARES}
+    return mixed(
+        next(share for share in INTERPOLATION_SHARES if scores[share] >= max(scores.values()) - INTERPOLATION_TOLERANCE)
+    )
 
 
 def _pictures(rows: Sequence[Any]) -> str:

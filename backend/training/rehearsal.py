@@ -16,33 +16,33 @@ import numpy as np
 
 from backend.boxes import Detection
 from backend.detection.detector import Detector
-from backend.detection.preprocess import Prepared
+from backend.detection.preprocess import ModelInput
 from backend.labelstudio.labeling_config import Label
-from backend.labelstudio.targets import Asked
-from backend.training.batches import Pictures
+from backend.labelstudio.targets import DetectionQuery
+from backend.training.batches import ImageProvider
 from backend.training.dataset import Example
 
-MOST_PICTURES = 300
-SURE = 0.3  # lowest score of what counts as known
-MOST_WORDS, MOST_PAIRS = 60, 40  # looked for in a picture
-TOGETHER = 6  # phrases
-MOST_PHRASES = 8  # in one example
-VARIANTS = 3  # examples for each picture
+MAX_IMAGES = 300
+MIN_PSEUDO_LABEL_SCORE = 0.3  # lowest score of what counts as known
+MAX_WORDS, MAX_PAIRS = 60, 40  # looked for in a picture
+PHRASES_PER_PASS = 6  # phrases
+MAX_PHRASES = 8  # in one example
+EXAMPLES_PER_IMAGE = 3  # examples for each picture
 SMALL_VOCABULARY = 2000  # words; of a larger one only common ones are likely to be in pictures
 
-COMMON = (Path(__file__).parent / "rehearsal_vocabulary.txt").read_text().split()
+COMMON_WORDS = (Path(__file__).parent / "rehearsal_vocabulary.txt").read_text().split()
 
 
-def known_words(tokenizer: Any) -> list[str]:
+def choose_vocabulary(tokenizer: Any) -> list[str]:
     """Words that the tokenizer knows whole: all of a small vocabulary, the common ones of a large one."""
     vocabulary = tokenizer.get_vocab()
     whole = [word for word in vocabulary if word.isalpha() and len(word) > 2]
-    return sorted(whole) if len(whole) <= SMALL_VOCABULARY else [word for word in COMMON if word in vocabulary]
+    return sorted(whole) if len(whole) <= SMALL_VOCABULARY else [word for word in COMMON_WORDS if word in vocabulary]
 
 
-def rehearse(
+def pseudo_label(
     examples: Sequence[Example],
-    pictures: Pictures,
+    pictures: ImageProvider,
     detector: Detector,
     words: Sequence[str],
     rng: np.random.Generator,
@@ -52,9 +52,9 @@ def rehearse(
 
     `on_picture` is called with the number of pictures done and of all.
     """
-    learned = {phrase for example in examples for label in example.view.asked.labels for phrase in label.phrases}
+    learned = {phrase for example in examples for label in example.view.query.labels for phrase in label.phrases}
     by_picture = list({example.view.uri: example for example in examples}.values())
-    chosen = [by_picture[int(number)] for number in rng.permutation(len(by_picture))[:MOST_PICTURES]]
+    chosen = [by_picture[int(number)] for number in rng.permutation(len(by_picture))[:MAX_IMAGES]]
     made: list[Example] = []
     for done, example in enumerate(chosen, 1):
         made += _of_picture(example, pictures.get(example.view.uri), detector, words, learned, rng)
@@ -64,24 +64,24 @@ def rehearse(
 
 def _of_picture(
     example: Example,
-    picture: Prepared,
+    picture: ModelInput,
     detector: Detector,
     words: Sequence[str],
     learned: set[str],
     rng: np.random.Generator,
 ) -> Iterator[Example]:
-    some = [words[int(i)] for i in rng.permutation(len(words))[:MOST_WORDS]]
+    some = [words[int(i)] for i in rng.permutation(len(words))[:MAX_WORDS]]
     seen = _seen(detector, picture, [word for word in some if word not in learned])
     pairs = [f"{a} {b}" for a, b in itertools.permutations(seen, 2) if f"{a} {b}" not in learned]
-    pairs = [pairs[int(i)] for i in rng.permutation(len(pairs))[:MOST_PAIRS]]
+    pairs = [pairs[int(i)] for i in rng.permutation(len(pairs))[:MAX_PAIRS]]
     known = [*seen, *_seen(detector, picture, pairs)]
     others = [phrase for phrase in [*some, *pairs] if phrase not in known and phrase not in learned]
-    for _ in range(VARIANTS):
-        asked = [*_some(known, MOST_PHRASES // 2, rng), *_some(others, MOST_PHRASES // 2, rng)]
-        labels = tuple(Label(phrase, (phrase,), SURE) for phrase in dict.fromkeys(asked))
-        found = detector.detect_prepared([picture], labels)[0]
+    for _ in range(EXAMPLES_PER_IMAGE):
+        asked = [*_some(known, MAX_PHRASES // 2, rng), *_some(others, MAX_PHRASES // 2, rng)]
+        labels = tuple(Label(phrase, (phrase,), MIN_PSEUDO_LABEL_SCORE) for phrase in dict.fromkeys(asked))
+        found = detector.detect_inputs([picture], labels)[0]
         if isinstance(found, list):
-            view = dataclasses.replace(example.view, asked=Asked(labels, (), 1.0))
+            view = dataclasses.replace(example.view, query=DetectionQuery(labels, (), 1.0))
             yield Example(example.task, view, tuple(_as_truth(d, picture.size) for d in found), example.part)
 
 
@@ -89,12 +89,14 @@ def _some(phrases: Sequence[str], most: int, rng: np.random.Generator) -> list[s
     return [phrases[int(i)] for i in rng.permutation(len(phrases))[:most]]
 
 
-def _seen(detector: Detector, picture: Prepared, phrases: Sequence[str]) -> list[str]:
+def _seen(detector: Detector, picture: ModelInput, phrases: Sequence[str]) -> list[str]:
     """Those of the phrases that are found in the picture, asked for few at a time: each box tells its best alone."""
     seen: set[str] = set()
-    for start in range(0, len(phrases), TOGETHER):
-        labels = [Label(phrase, (phrase,), SURE) for phrase in phrases[start : start + TOGETHER]]
-        found = detector.detect_prepared([picture], labels)[0]
+    for start in range(0, len(phrases), PHRASES_PER_PASS):
+        labels = [
+            Label(phrase, (phrase,), MIN_PSEUDO_LABEL_SCORE) for phrase in phrases[start : start + PHRASES_PER_PASS]
+        ]
+        found = detector.detect_inputs([picture], labels)[0]
         seen |= {detection.label for detection in found} if isinstance(found, list) else set()
     return sorted(seen)
 

@@ -19,29 +19,29 @@ from typing import Any, TypeVar
 from safetensors.torch import save
 
 from backend.detection.acceleration import keep_freed_memory
-from backend.detection.checkpoints import load_checkpoint, take_weights
+from backend.detection.checkpoints import load_checkpoint, load_weights_into
 from backend.detection.detector import Detector
-from backend.detection.device import device_of, precision_of
-from backend.errors import BackendError, QueueUnavailable, StudioAway
-from backend.images.decoding import Images
-from backend.images.sources import Sources
-from backend.labelstudio.client import Studio
+from backend.detection.device import choose_device, choose_precision
+from backend.errors import BackendError, LabelStudioUnavailable, QueueUnavailable
+from backend.images.decoding import ImageLoader
+from backend.images.sources import ImageFetcher
+from backend.labelstudio.client import LabelStudioClient
 from backend.labelstudio.labeling_config import Plan, read_plan
-from backend.queue.recovery import MOST_DEATHS, lost_chunk
+from backend.queue.recovery import MAX_WORKER_DEATHS, get_lost_chunk
 from backend.queue.redis import connect
-from backend.queue.training_queue import Trainings
+from backend.queue.training_queue import TrainingQueue
 from backend.registry.checkpoint import find_checkpoint
-from backend.registry.versions import Version, Versions
+from backend.registry.versions import Version, VersionStore
 from backend.settings import Settings
-from backend.training.dataset import Example, fingerprint, read_examples
-from backend.training.image_cache import Shelf
-from backend.training.pipeline import MOST_JUDGED, Learned, Material, learn
+from backend.training.dataset import Example, fingerprint_examples, read_examples
+from backend.training.image_cache import ImageCache
+from backend.training.pipeline import MAX_EVALUATED, TrainingInputs, TrainingResult, run_pipeline
 
 log = logging.getLogger(__name__)
 
-MOST_EXAMPLES = 5000  # pictures that a training looks at: the last ones annotated
+MAX_EXAMPLES = 5000  # pictures that a training looks at: the last ones annotated
 REPORT_PAUSES = (1, 5, 30)  # s, while Redis is away
-PAUSES = (1, 5, 15, 30, 60, 120, 300)  # s, while Label Studio is away
+RETRY_DELAYS = (1, 5, 15, 30, 60, 120, 300)  # s, while Label Studio is away
 REPORT_EVERY = 0.5  # s
 
 Value = TypeVar("Value")
@@ -66,7 +66,7 @@ def fit(payload: Mapping[str, Any]) -> dict[str, Any]:
     """
     keep_freed_memory()
     settings, project = Settings.from_env(), payload["project"]
-    trainings = Trainings(connect(settings.redis_url))
+    trainings = TrainingQueue(connect(settings.redis_url))
     outcome = _outcome(settings, payload, _reporter(trainings, project))
     log.info("project %s: %s", project, outcome["text"])
     for pause in REPORT_PAUSES:
@@ -82,8 +82,8 @@ def _outcome(settings: Settings, payload: Mapping[str, Any], report: Report) -> 
     try:
         if not (settings.label_studio_url and settings.label_studio_api_key):
             raise CannotLearn("training reads annotations: set LABEL_STUDIO_URL and LABEL_STUDIO_API_KEY")
-        chunk = lost_chunk()
-        if chunk and chunk.deaths > MOST_DEATHS:
+        chunk = get_lost_chunk()
+        if chunk and chunk.deaths > MAX_WORKER_DEATHS:
             raise CannotLearn(f"{chunk.deaths} workers died over this training; their logs say more")
         training = _Training(settings, payload, report)
         with contextlib.closing(training):
@@ -97,7 +97,7 @@ def _outcome(settings: Settings, payload: Mapping[str, Any], report: Report) -> 
         return {"state": "failed", "text": f"an error of ours ({type(error).__name__}); the worker's log says more"}
 
 
-def _reporter(trainings: Trainings, project: str) -> Report:
+def _reporter(trainings: TrainingQueue, project: str) -> Report:
     """Reports progress, at most so often."""
     last_state, last_time = "", 0.0
 
@@ -113,10 +113,10 @@ def _reporter(trainings: Trainings, project: str) -> Report:
 
 def _patiently(ask: Callable[[], Value]) -> Value:
     """Asks Label Studio again while it is away, for some minutes."""
-    for pause in PAUSES:
+    for pause in RETRY_DELAYS:
         try:
             return ask()
-        except StudioAway as error:
+        except LabelStudioUnavailable as error:
             log.warning("%s; asking again in %d s", error, pause)
             time.sleep(pause)
     return ask()
@@ -129,30 +129,30 @@ class _Training:
         self._settings, self._train, self._report = settings, payload["train"], report
         self._project, self._run = payload["project"], payload["run"]
         self._checkpoint = find_checkpoint(settings.model)
-        self._versions = Versions(settings.model_dir, self._project)
+        self._versions = VersionStore(settings.model_dir, self._project)
         self._desk = self._versions.folder / ".training"
-        self._studio = Studio(settings.label_studio_url, settings.label_studio_api_key)
+        self._label_studio = LabelStudioClient(settings.label_studio_url, settings.label_studio_api_key)
 
     def run(self) -> dict[str, Any]:
         """Learns, and says what came of it."""
         self._report("reading")
         snapshot = self._snapshot()
-        at_first = self._versions.current_id()
-        serving = self._versions.serving(self._checkpoint.fingerprint, snapshot["created"])
+        at_first = self._versions.get_current_id()
+        serving = self._versions.get_serving(self._checkpoint.fingerprint, snapshot["created"])
         plan = read_plan(snapshot["label_config"], self._settings.box_threshold, self._settings.nms_iou)
-        present = serving.applied_to(plan) if serving else plan
+        present = serving.apply_to(plan) if serving else plan
         examples, left_out = read_examples(present, self._project, snapshot["tasks"])
         if not examples:
             raise CannotLearn(f"there are no annotations to learn from{_listed(left_out)}")
         model, tokenizer, make_detector = self._loaded()
         detector = make_detector(self._serving_model(model, serving))
-        examples = _last(examples, MOST_EXAMPLES if self._train != "thresholds" else MOST_JUDGED)
+        examples = _last(examples, MAX_EXAMPLES if self._train != "thresholds" else MAX_EVALUATED)
         shelf, examples = self._shelve(examples, detector, left_out)
         labels = {control.from_name: {label.name for label in control.labels} for control in plan.controls}
-        is_fresh, device = not (serving and serving.weights), device_of(self._settings)
-        material = Material(examples, shelf, labels, model, tokenizer, make_detector, device, is_fresh)
-        learned = learn(material, detector, self._train, self._desk, self._report)
-        version = self._keep(learned, plan, serving, snapshot["created"], fingerprint(examples))
+        is_fresh, device = not (serving and serving.weights), choose_device(self._settings)
+        material = TrainingInputs(examples, shelf, labels, model, tokenizer, make_detector, device, is_fresh)
+        learned = run_pipeline(material, detector, self._train, self._desk, self._report)
+        version = self._keep(learned, plan, serving, snapshot["created"], fingerprint_examples(examples))
         text = f"{learned.text}{_listed(left_out)}"
         is_promoted = bool(version) and self._promote(version, at_first)
         if version and not is_promoted:
@@ -163,7 +163,7 @@ class _Training:
     def _loaded(self) -> tuple[Any, Any, Callable[[Any], Detector]]:
         """The model as it came, its tokenizer, and what makes detectors of models, all with batches that fit."""
         model, tokenizer, image_format = load_checkpoint(self._checkpoint.source)
-        device, precision = device_of(self._settings), precision_of(self._settings)  # judged as it will serve
+        device, precision = choose_device(self._settings), choose_precision(self._settings)  # judged as it will serve
 
         def make_detector(own: Any) -> Detector:
             made = Detector(own, tokenizer, image_format, device, precision)
@@ -171,7 +171,7 @@ class _Training:
             return made
 
         fitting = self._settings.batch_size
-        fitting = fitting or make_detector(copy.deepcopy(model)).fitting_batch()
+        fitting = fitting or make_detector(copy.deepcopy(model)).find_batch_size()
         return model, tokenizer, make_detector
 
     def close(self) -> None:
@@ -180,14 +180,14 @@ class _Training:
 
     def _promote(self, version: str, at_first: str) -> bool:
         """Promotes, unless somebody has changed what serves since the training began."""
-        if self._versions.current_id() != at_first:
+        if self._versions.get_current_id() != at_first:
             return False
         self._versions.promote(version)
         return True
 
     def _serving_model(self, model: Any, serving: Version | None) -> Any:
         own = copy.deepcopy(model)
-        return take_weights(own, self._versions.weights_path(serving.id)) if serving and serving.weights else own
+        return load_weights_into(own, self._versions.weights_path(serving.id)) if serving and serving.weights else own
 
     def _snapshot(self) -> dict[str, Any]:
         """Config, birthday and annotated tasks of the project; after a kill those that the training began with."""
@@ -200,9 +200,9 @@ class _Training:
         self._desk.mkdir(parents=True)
         read = {
             "run": self._run,
-            "label_config": _patiently(lambda: self._studio.label_config(self._project)),
-            "created": _patiently(lambda: self._studio.created(self._project)),
-            "tasks": _patiently(lambda: list(self._studio.annotated_tasks(self._project))),
+            "label_config": _patiently(lambda: self._label_studio.label_config(self._project)),
+            "created": _patiently(lambda: self._label_studio.created(self._project)),
+            "tasks": _patiently(lambda: list(self._label_studio.iter_annotated_tasks(self._project))),
         }
         aside = path.with_suffix(".new")
         aside.write_text(json.dumps(read))
@@ -211,22 +211,22 @@ class _Training:
 
     def _shelve(
         self, examples: Sequence[Example], detector: Detector, left_out: Counter[str]
-    ) -> tuple[Shelf, list[Example]]:
+    ) -> tuple[ImageCache, list[Example]]:
         """The pictures, on a shelf, and the examples whose pictures can be had."""
         settings = self._settings
-        images = Images(Sources.from_settings(settings, self._studio), settings.max_image_pixels)
-        shelf = Shelf(self._desk / "pictures", images, detector)
+        images = ImageLoader(ImageFetcher.from_settings(settings, self._label_studio), settings.max_image_pixels)
+        shelf = ImageCache(self._desk / "pictures", images, detector)
         uris = {example.view.uri: example.task for example in examples}
         failed = shelf.fetch(uris, lambda done: self._report("loading", done, len(uris)))
         if failed:  # Label Studio may have been away
-            _patiently(self._studio.release)
+            _patiently(self._label_studio.get_version)
             failed = shelf.fetch({uri: uris[uri] for uri in failed}, lambda done: None)
         for reason in failed.values():
             log.warning("project %s: a picture is left out: %s", self._project, reason)
         left_out.update({"pictures that cannot be read": len(failed)} if failed else {})
         return shelf, [example for example in examples if example.view.uri not in failed]
 
-    def _keep(self, learned: Learned, plan: Plan, serving: Version | None, created: int, data: str) -> str:
+    def _keep(self, learned: TrainingResult, plan: Plan, serving: Version | None, created: int, data: str) -> str:
         """Writes a version, if there is something to keep, and returns its id."""
         before = {
             control.from_name: {label.name: label.threshold for label in control.labels} for control in plan.controls

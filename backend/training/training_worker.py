@@ -6,8 +6,8 @@ import logging
 import os
 
 from backend.queue.predict_queue import FIT
-from backend.queue.training_queue import FIT_READY_KEY, fit_queue
-from backend.queue.worker_loop import ready, work
+from backend.queue.training_queue import FIT_READY_KEY, training_queue
+from backend.queue.worker_loop import heartbeat, run_worker
 from backend.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -24,6 +24,6 @@ def run(settings: Settings) -> bool:
     """
     os.environ.update(settings.to_env())  # where the job reads them
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 2) // 2, 1)))  # predict workers want some too
-    with ready(settings, fit_queue, FIT_READY_KEY, device=settings.device) as name:
+    with heartbeat(settings, training_queue, FIT_READY_KEY, device=settings.device) as name:
         log.info("fit worker %s is ready", name)
-        return work(settings, FIT, name, max_jobs=1)
+        return run_worker(settings, FIT, name, max_jobs=1)

@@ -17,15 +17,15 @@ from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from backend.errors import BackendError, BadRequest, NotFound, Overloaded, RequestTooLarge
 from backend.settings import Settings
-from backend.web.auth import SecretPath, check_login, json_body, require_login
-from backend.web.pages import web_pages
-from backend.web.request_log import follow_requests
+from backend.web.auth import SecretPathMiddleware, check_login, parse_json_body, require_login
+from backend.web.pages import make_blueprint
+from backend.web.request_log import register_request_log
 
 log = logging.getLogger(__name__)
 
 MAX_BODY = 250_000_000  # bytes; Label Studio's own limit for imports
-MOST_WAITING = 200  # below gunicorn's threads, so that /health always finds one
-SILENCE = 20.0  # s after which a waiting client gets a sign of life
+MAX_WAITING_REQUESTS = 200  # below gunicorn's threads, so that /health always finds one
+KEEP_ALIVE_INTERVAL = 20.0  # s after which a waiting client gets a sign of life
 PROJECT = re.compile(r"[0-9]{1,18}(\.[0-9]{1,18})?(?![0-9])")
 RETRY_AFTER = "30"  # s
 
@@ -39,12 +39,12 @@ def create_app(make_model: Callable[..., Any], settings: Settings) -> Flask:
     """
     app = Flask(__name__)
     app.config["MAX_CONTENT_LENGTH"] = MAX_BODY
-    follow_requests(app)
+    register_request_log(app)
     app.before_request(lambda: check_login(settings))
-    app.register_blueprint(web_pages(settings))
-    app.wsgi_app = SecretPath(app.wsgi_app, settings.path_secret)  # type: ignore[method-assign]
+    app.register_blueprint(make_blueprint(settings))
+    app.wsgi_app = SecretPathMiddleware(app.wsgi_app, settings.path_secret)  # type: ignore[method-assign]
     _map_errors(app)
-    waiting = threading.BoundedSemaphore(MOST_WAITING)
+    waiting = threading.BoundedSemaphore(MAX_WAITING_REQUESTS)
 
     def model(project: Any = None, label_config: Any = None) -> Any:
         if not isinstance(label_config or "", str):
@@ -57,17 +57,17 @@ def create_app(make_model: Callable[..., Any], settings: Settings) -> Flask:
 
     @app.get("/ready")
     def ready() -> tuple[Response, int]:
-        workers = model().ready_workers()
+        workers = model().count_ready_workers()
         return jsonify(ready=workers > 0, workers=workers), 200 if workers else 503
 
     @app.post("/setup")
     def setup() -> Response:
-        body = json_body()
+        body = parse_json_body()
         return jsonify(model_version=model(body.get("project"), body.get("schema")).setup())
 
     @app.post("/predict")
     def predict() -> Response:
-        body = json_body()
+        body = parse_json_body()
         tasks, params = body.get("tasks"), body.get("params") or {}
         if not isinstance(tasks, list) or not all(_is_task(task) for task in tasks):
             raise BadRequest("tasks must be a list of objects, each with an object as its data")
@@ -78,7 +78,7 @@ def create_app(make_model: Callable[..., Any], settings: Settings) -> Flask:
 
     @app.post("/webhook")
     def webhook() -> Response:
-        body = json_body()
+        body = parse_json_body()
         return jsonify(model(body.get("project")).fit(_event(body, settings), body))
 
     @app.get("/versions")
@@ -101,10 +101,10 @@ def _kept_alive(predict: Callable[[], list[Any]], waiting: threading.BoundedSema
             waiting.release()
 
     if not waiting.acquire(blocking=False):
-        raise Overloaded(f"{MOST_WAITING} requests are waiting already; ask again in a minute")
+        raise Overloaded(f"{MAX_WAITING_REQUESTS} requests are waiting already; ask again in a minute")
     threading.Thread(target=copy_context().run, args=(run,), daemon=True).start()
     try:
-        return jsonify(results=outcome.result(SILENCE))
+        return jsonify(results=outcome.result(KEEP_ALIVE_INTERVAL))
     except FutureTimeout:
         return Response(_spaces_and_answer(outcome), mimetype="application/json")
 
@@ -112,7 +112,7 @@ def _kept_alive(predict: Callable[[], list[Any]], waiting: threading.BoundedSema
 def _spaces_and_answer(outcome: Future[list[Any]]) -> Iterator[str]:
     while not outcome.done():
         yield " "
-        wait([outcome], SILENCE)
+        wait([outcome], KEEP_ALIVE_INTERVAL)
     try:
         yield json.dumps({"results": outcome.result()})
     except BackendError as error:  # too late for a status

@@ -18,7 +18,7 @@ PROBES = ("/health", "/ready")  # of what runs containers; they tell nothing
 OPEN_ROUTES = (*PROBES, "/webhook")  # without credentials
 
 
-class SecretPath:
+class SecretPathMiddleware:
     """WSGI middleware: what is not below `/s/<secret>` does not exist, but for the probes. No secret, no change."""
 
     def __init__(self, app: Callable[..., Iterable[bytes]], secret: str) -> None:
@@ -58,7 +58,7 @@ def require_login(settings: Settings) -> None:
         raise Unauthorized("give BASIC_AUTH_USER and BASIC_AUTH_PASS, in Label Studio under the model's settings")
 
 
-def json_body() -> dict[str, Any]:
+def parse_json_body() -> dict[str, Any]:
     """The request's body.
 
     Raises:

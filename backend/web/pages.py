@@ -16,17 +16,17 @@ from werkzeug.wrappers import Response as AnyResponse
 
 from backend.delivery.outbox import Outbox
 from backend.errors import BadRequest, NotFound, Overloaded, QueueUnavailable
-from backend.metrics import REGISTRY, merged
-from backend.monitoring.project_stats import label_config, told_versions
+from backend.metrics import REGISTRY, merge_metrics
+from backend.monitoring.project_stats import get_label_config, get_shown_model_versions
 from backend.queue.predict_queue import PredictQueue
 from backend.queue.redis import connect, redis_errors
-from backend.queue.worker_metrics import handed_over
+from backend.queue.worker_metrics import collect_metrics
 from backend.settings import Settings
-from backend.web.auth import json_body
-from backend.web.playground import look
-from backend.web.status import status, workers
+from backend.web.auth import parse_json_body
+from backend.web.playground import predict_unfiltered
+from backend.web.status import list_workers, read_status
 
-MOST_LOOKS = 16  # in the playground at a time; each holds a thread, and its picture lies in Redis
+MAX_CONCURRENT_PREDICTIONS = 16  # in the playground at a time; each holds a thread, and its picture lies in Redis
 PAGES = Path(__file__).parent / "static"
 SAMPLES = Path(__file__).parent.parent / "demo" / "samples"
 POLICY = (
@@ -41,7 +41,7 @@ HEADERS = {
 }
 
 
-def web_pages(settings: Settings) -> Blueprint:
+def make_blueprint(settings: Settings) -> Blueprint:
     """The routes."""
     pages = Blueprint("pages", __name__)
     redis = functools.cache(lambda: connect(settings.redis_url))
@@ -74,17 +74,17 @@ def web_pages(settings: Settings) -> Blueprint:
 
 
 def _add_data(pages: Blueprint, settings: Settings, redis: Callable[[], Redis]) -> None:
-    looks, registry = threading.BoundedSemaphore(MOST_LOOKS), CollectorRegistry(auto_describe=False)
+    looks, registry = threading.BoundedSemaphore(MAX_CONCURRENT_PREDICTIONS), CollectorRegistry(auto_describe=False)
     registry.register(_Collected(redis))
 
     @pages.get("/status")
     def state() -> Response:
-        return jsonify(status(settings, redis(), request.args.get("seen", "")))
+        return jsonify(read_status(settings, redis(), request.args.get("seen", "")))
 
     @pages.get("/playground/config/<project>")
     def config(project: str) -> Response:
         with redis_errors():
-            found = label_config(redis(), project)
+            found = get_label_config(redis(), project)
         if not found:
             raise NotFound(f"project {project} never asked for anything")
         return jsonify(label_config=found)
@@ -93,9 +93,9 @@ def _add_data(pages: Blueprint, settings: Settings, redis: Callable[[], Redis]) 
     def look_at() -> Response:
         words = _words("label_config", "image", "project")
         if not looks.acquire(blocking=False):
-            raise Overloaded(f"{MOST_LOOKS} pictures are looked at already; try again in a moment")
+            raise Overloaded(f"{MAX_CONCURRENT_PREDICTIONS} pictures are looked at already; try again in a moment")
         try:
-            return jsonify(look(settings, redis(), *words))
+            return jsonify(predict_unfiltered(settings, redis(), *words))
         finally:
             looks.release()
 
@@ -106,7 +106,7 @@ def _add_data(pages: Blueprint, settings: Settings, redis: Callable[[], Redis]) 
 
 def _words(*keys: str) -> list[str]:
     """These fields of the request's body."""
-    body = json_body()
+    body = parse_json_body()
     words = [body.get(key, "") for key in keys]
     if not all(isinstance(word, str) for word in words):
         raise BadRequest(f"{', '.join(keys)} must be strings")
@@ -123,7 +123,7 @@ class _Collected:
         """Every figure there is; where Redis is away those of this process alone."""
         families = {family.name: family for family in REGISTRY.collect()}
         try:
-            for family in merged(handed_over(self._redis())):
+            for family in merge_metrics(collect_metrics(self._redis())):
                 families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
                 families[family.name].samples.extend(family.samples)
             yield from _of_redis(self._redis())
@@ -133,15 +133,15 @@ class _Collected:
 
 
 def _of_redis(connection: Redis) -> Iterator[Metric]:
-    found = workers(connection)
+    found = list_workers(connection)
     alive = GaugeMetricFamily("gdino_workers", "Workers that live.", labels=["queue", "state"])
     for queue in ("predict", "fit"):
         for state, is_busy in (("busy", True), ("idle", False)):
             alive.add_metric([queue, state], sum(row["queue"] == queue and row["is_busy"] == is_busy for row in found))
     yield alive
-    yield GaugeMetricFamily("gdino_queue_chunks", "Chunks that wait.", PredictQueue(connection).waiting())
+    yield GaugeMetricFamily("gdino_queue_chunks", "Chunks that wait.", PredictQueue(connection).count_waiting())
     yield GaugeMetricFamily("gdino_outbox_chunks", "Chunks that are to be pushed.", len(Outbox(connection)))
     told = InfoMetricFamily("gdino_model_version", "The version that a project was told.", labels=["project"])
-    for project, version in told_versions(connection).items():
+    for project, version in get_shown_model_versions(connection).items():
         told.add_metric([project], {"model_version": version})
     yield told

@@ -1,6 +1,6 @@
 """One picture looked at for one labeling config, so that every threshold can be tried on the answer.
 
-Which boxes are left of overlapping ones depends on the thresholds, so the answer holds them all, down to `LOWEST`,
+Which boxes are left of overlapping ones depends on the thresholds, so the answer holds them all, down to `MIN_SCORE`,
 those of negative phrases too. `pages/boxes.js` cuts them as `Detector` would have.
 """
 
@@ -18,20 +18,22 @@ from redis import Redis
 
 from backend.errors import BackendError, BadRequest, ImageError, LabelingConfigError, NotReady
 from backend.labelstudio.labeling_config import Control, Label, Plan
-from backend.labelstudio.regions import edges_of, label_of
-from backend.monitoring.project_stats import created
+from backend.labelstudio.regions import read_edges, read_label
+from backend.monitoring.project_stats import get_created_at
 from backend.queue.predict_queue import PredictQueue
 from backend.queue.redis import redis_errors
-from backend.registry.project_model import Asking
+from backend.registry.project_model import ProjectModel
 from backend.settings import Settings
 
-LOWEST = 0.05  # score of the boxes that are answered, unless a threshold is lower
-FIELD = "image"
+MIN_SCORE = 0.05  # score of the boxes that are answered, unless a threshold is lower
+IMAGE_FIELD = "image"
 NEGATIVE = "-"  # stands for negative phrases where others have their place
 PROJECT = re.compile(r"[0-9]{1,18}")
 
 
-def look(settings: Settings, connection: Redis, label_config: str, image: str, project: str = "") -> dict[str, Any]:
+def predict_unfiltered(
+    settings: Settings, connection: Redis, label_config: str, image: str, project: str = ""
+) -> dict[str, Any]:
     """The boxes of a picture.
 
     Args:
@@ -54,14 +56,14 @@ def look(settings: Settings, connection: Redis, label_config: str, image: str, p
     """
     _check(settings, image, project)
     with redis_errors():
-        asking = Asking(settings, label_config, project, created(connection, project) if project else None)
+        asking = ProjectModel(settings, label_config, project, get_created_at(connection, project) if project else None)
     controls = list({control.from_name: control for control in asking.plan.controls}.values())
     labels = [_row(control, number, label) for control in controls for number, label in enumerate(control.labels)]
-    lowest = min([LOWEST, *(row["threshold"] for row in labels)])
+    lowest = min([MIN_SCORE, *(row["threshold"] for row in labels)])
     places = map(str, itertools.count())
     low = Plan(tuple(_lowered(control, lowest, places) for control in controls))
-    task = {"id": secrets.token_hex(8), "data": {FIELD: image}}
-    (chunk,) = asking.chunks([task], 1, plan=low)
+    task = {"id": secrets.token_hex(8), "data": {IMAGE_FIELD: image}}
+    (chunk,) = asking.make_chunks([task], 1, plan=low)
     answer = _answer(settings, PredictQueue(connection), chunk)
     if "error" in answer:
         raise ImageError(answer["error"]["detail"])
@@ -96,7 +98,7 @@ def _lowered(control: Control, lowest: float, places: Iterator[str]) -> Control:
     labels += [Label(NEGATIVE, (phrase,), lowest) for phrase in control.negatives]
     return replace(
         control,
-        image=f"${FIELD}",
+        image=f"${IMAGE_FIELD}",
         labels=tuple(labels),
         labels_name="",
         negatives=(),
@@ -114,7 +116,7 @@ def _answer(settings: Settings, queue: PredictQueue, chunk: dict[str, Any]) -> d
     except TimeoutError:
         raise NotReady("no answer yet: is a worker running, and is it busy? Try again") from None
     finally:
-        queue.forget(chunk)  # it holds the picture
+        queue.delete(chunk)  # it holds the picture
     if not value:
         raise BackendError("the worker failed on this picture; its log says why")
     answer: dict[str, Any] = value["answers"][0]
@@ -125,9 +127,9 @@ def _boxes(result: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [
         {
             "control": region["from_name"],
-            "place": None if label_of(region) == NEGATIVE else int(label_of(region)),
+            "place": None if read_label(region) == NEGATIVE else int(read_label(region)),
             "score": region["score"],
-            **edges_of(region),
+            **read_edges(region),
         }
         for region in result
     ]

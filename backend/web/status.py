@@ -10,20 +10,20 @@ from redis import Redis
 
 from backend.delivery.outbox import Outbox
 from backend.errors import CheckpointError, QueueUnavailable
-from backend.monitoring.activity import bulk, failures, pictures, rate
-from backend.monitoring.project_stats import cards
+from backend.monitoring.activity import list_bulk_progress, list_failures, list_images, list_tasks_per_minute
+from backend.monitoring.project_stats import get_project_summaries
 from backend.queue.predict_queue import READY_KEY, PredictQueue
-from backend.queue.redis import found, redis_errors
-from backend.queue.training_queue import FIT_READY_KEY, Trainings
-from backend.registry.project_model import Asking
+from backend.queue.redis import get_indexed, redis_errors
+from backend.queue.training_queue import FIT_READY_KEY, TrainingQueue
+from backend.registry.project_model import ProjectModel
 from backend.settings import Settings
 
 WORKERS = ((READY_KEY, "predict"), (FIT_READY_KEY, "fit"))
 
 
-def workers(connection: Redis) -> list[dict[str, Any]]:
+def list_workers(connection: Redis) -> list[dict[str, Any]]:
     """Workers that live, with their queue, device and whether they are busy; raises RedisError."""
-    alive = [(queue, name, row) for kind, queue in WORKERS for name, row in found(connection, kind).items()]
+    alive = [(queue, name, row) for kind, queue in WORKERS for name, row in get_indexed(connection, kind).items()]
     with connection.pipeline() as pipeline:
         for _, name, _ in alive:
             pipeline.hget(f"rq:worker:{name}", "state")
@@ -34,13 +34,13 @@ def workers(connection: Redis) -> list[dict[str, Any]]:
     ]
 
 
-def status(settings: Settings, connection: Redis, seen: str = "") -> dict[str, Any]:
+def read_status(settings: Settings, connection: Redis, seen: str = "") -> dict[str, Any]:
     """Everything that the status page shows, as plain JSON; without the queue, that it is away.
 
     `pictures` is null where the last of them is of the time `seen`, as text: they are most of the bytes.
     """
     try:
-        model = Asking(settings, "").checkpoint.model_version()
+        model = ProjectModel(settings, "").checkpoint.model_version()
     except CheckpointError as error:
         model = str(error)
     row: dict[str, Any] = {"time": time.time(), "model": settings.model, "model_version": model}
@@ -52,16 +52,16 @@ def status(settings: Settings, connection: Redis, seen: str = "") -> dict[str, A
 
 
 def _from_redis(settings: Settings, connection: Redis, seen: str) -> dict[str, Any]:
-    shown = pictures(connection) if settings.may_show_pictures else []
+    shown = list_images(connection) if settings.may_show_images else []
     return {
-        "workers": workers(connection),
-        "waiting": PredictQueue(connection).waiting(),
+        "workers": list_workers(connection),
+        "waiting": PredictQueue(connection).count_waiting(),
         "to_push": len(Outbox(connection)),
-        "rate": rate(connection),
-        "bulk": bulk(connection),
-        "trainings": Trainings(connection).all(),
-        "projects": cards(connection),
-        "failures": failures(connection),
+        "rate": list_tasks_per_minute(connection),
+        "bulk": list_bulk_progress(connection),
+        "trainings": TrainingQueue(connection).all(),
+        "projects": get_project_summaries(connection),
+        "failures": list_failures(connection),
         "pictures": None if shown and seen == str(shown[0]["time"]) else shown,
-        "may_show_pictures": settings.may_show_pictures,
+        "may_show_images": settings.may_show_images,
     }

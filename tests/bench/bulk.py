@@ -19,12 +19,12 @@ from pathlib import Path
 
 from PIL import Image
 
-from backend.datasets.image_files import find_files
-from backend.datasets.labeling_run import Labelling, config_of
+from backend.datasets.image_files import find_images
+from backend.datasets.labeling_run import LabelingRun, make_labeling_config
 from backend.delivery.preannotation import Preannotation
 from backend.detection.checkpoints import load_checkpoint
 from backend.detection.detector import Detector
-from backend.labelstudio.client import Studio
+from backend.labelstudio.client import LabelStudioClient
 from backend.labelstudio.labeling_config import Label
 from backend.queue.redis import connect
 from backend.registry.checkpoint import find_checkpoint
@@ -67,22 +67,22 @@ def labelled(settings: Settings, folder: Path, count: int) -> float:
         source.mkdir()
         for number in range(count):
             (source / f"{number:05}.jpg").write_bytes(picture(number))
-    files = find_files([str(source)])
+    files = find_images([str(source)])
     start = time.perf_counter()
-    Labelling(settings, connect(settings.redis_url), config_of(LABELS), out).run(files, lambda row: None)
+    LabelingRun(settings, connect(settings.redis_url), make_labeling_config(LABELS), out).run(files, lambda row: None)
     return len(files) / (time.perf_counter() - start)
 
 
 def preannotated(settings: Settings, studio: LabelStudio, count: int) -> float:
     """Tasks a second of `preannotate`, from the first page that it reads until Label Studio has the last prediction."""
-    project = studio.create_project("bench", config_of(LABELS), {})
+    project = studio.create_project("bench", make_labeling_config(LABELS), {})
     folder = studio.files / str(project.number)
     folder.mkdir()
     for number in range(count):
         (folder / f"{number}.jpg").write_bytes(picture(number))
     rows = [{"data": {"image": f"/data/local-files/?d={folder.name}/{number}.jpg"}} for number in range(count)]
     studio.call("POST", f"/api/projects/{project.number}/import", json=rows)
-    studio_api = Studio(settings.label_studio_url, settings.label_studio_api_key)
+    studio_api = LabelStudioClient(settings.label_studio_url, settings.label_studio_api_key)
     start = time.perf_counter()
     run = Preannotation(settings, connect(settings.redis_url), studio_api, str(project.number))
     tally = run.run(run.pages(), count, lambda done, failed: None)

@@ -29,11 +29,11 @@ from backend.detection.captions import Caption, build_caption
 from backend.detection.checkpoints import load_checkpoint
 from backend.detection.detector import Detector
 from backend.detection.preprocess import ImageFormat
-from backend.images.decoding import Images
-from backend.images.sources import Sources
-from backend.labelstudio.client import Studio
+from backend.images.decoding import ImageLoader
+from backend.images.sources import ImageFetcher
+from backend.labelstudio.client import LabelStudioClient
 from backend.labelstudio.labeling_config import Label
-from backend.registry.checkpoint import DEMO
+from backend.registry.checkpoint import DEMO_CHECKPOINT
 
 PHRASES = [f"{colour} {shape}" for colour in ("red", "green", "blue") for shape in ("circle", "square")]
 
@@ -137,14 +137,14 @@ def shares(detector: Detector, body: bytes) -> None:
             lambda *_, name=name: times.update({name: times[name] + time.perf_counter() - starts[name]})
         )
     labels = [Label(phrase, (phrase,), 0.3) for phrase in PHRASES]
-    loader = Images(Sources(Studio("", ""), 10**9), 10**9, detector.image_format.size)
+    loader = ImageLoader(ImageFetcher(LabelStudioClient("", ""), 10**9), 10**9, detector.image_format.size)
     detector.detect([loader._decode(body, "").image], labels)  # warm
     times.clear()
     total: dict[str, float] = defaultdict(float)
     picture = timed(times, "decode", loader._decode, body, "")
     timed(times, "resize", detector.image_format.preprocess, picture.image)
     prepared = detector.prepare(picture.image, picture.size)
-    timed(total, "detect", lambda: detector.detect_prepared([prepared], labels))
+    timed(total, "detect", lambda: detector.detect_inputs([prepared], labels))
     times["rest"] = total["detect"] - sum(times[name] for name in times if name not in ("decode", "resize"))
     whole = total["detect"] + times["decode"] + times["resize"]
     print(", ".join(f"{name} {seconds:.3f} s ({100 * seconds / whole:.1f}%)" for name, seconds in times.items()))
@@ -158,7 +158,7 @@ def photograph() -> bytes:
 
 
 def peak() -> None:
-    _, tokenizer, _ = load_checkpoint(str(DEMO))
+    _, tokenizer, _ = load_checkpoint(str(DEMO_CHECKPOINT))
     keep_freed_memory()
     detector = Detector(random_real_size(), tokenizer, ImageFormat())
     detector.detect([Image.new("RGB", (1066, 800))], [Label("a", ("red circle",), 0.3)])
@@ -177,7 +177,7 @@ def main() -> None:
         peak()
         return
     torch.set_num_threads(1)
-    model, tokenizer, image_format = load_checkpoint(str(DEMO))
+    model, tokenizer, image_format = load_checkpoint(str(DEMO_CHECKPOINT))
     print("| model and picture | side | s, median | transformers / this | encoder differs | probability differs |")
     print("|---|---|---|---|---|---|")
     runs, device, batches = arguments.runs, arguments.device, (1,) if arguments.device == "cpu" else (1, 8, 16)

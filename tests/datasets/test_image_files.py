@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from backend.datasets.image_files import find_files
+from backend.datasets.image_files import find_images
 from backend.errors import SettingsError
 
 
@@ -16,7 +16,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def keys(*words: str) -> list[str]:
-    return sorted(file.key for file in find_files(words))
+    return sorted(file.key for file in find_images(words))
 
 
 def test_folders_files_and_patterns(folder: Path) -> None:
@@ -28,7 +28,7 @@ def test_folders_files_and_patterns(folder: Path) -> None:
 
 
 def test_names_are_kept_where_they_can_be_and_never_shared(folder: Path) -> None:
-    names = {file.key: file.name for file in find_files(["."])}
+    names = {file.key: file.name for file in find_images(["."])}
     assert names["b/deep/3.webp"] == "3.webp"
     assert (names["a/1.jpg"], names["b/1.jpg"]) == ("a__1.jpg", "b__1.jpg")
     stems = [Path(name).stem for name in names.values()]
@@ -36,14 +36,14 @@ def test_names_are_kept_where_they_can_be_and_never_shared(folder: Path) -> None
 
 
 def test_a_picture_stays_in_its_part_when_others_come(folder: Path) -> None:
-    before = {file.key: file.is_for_validation(0.4) for file in find_files(["b"])}
+    before = {file.key: file.is_for_validation(0.4) for file in find_images(["b"])}
     for number in range(200):
         (folder / "b" / f"new{number}.jpg").write_bytes(b"x")
-    after = {file.key: file.is_for_validation(0.4) for file in find_files(["b"])}
+    after = {file.key: file.is_for_validation(0.4) for file in find_images(["b"])}
     assert {key: after[key] for key in before} == before
     assert 50 < sum(after.values()) < 110
 
 
 def test_what_leads_nowhere_is_said(folder: Path) -> None:
     with pytest.raises(SettingsError, match="none: no pictures there"):
-        find_files(["a", "none"])
+        find_images(["a", "none"])

@@ -16,9 +16,9 @@ def outbox(connection: Redis) -> Outbox:
 def test_chunks_keep_their_order_and_place(outbox: Outbox) -> None:
     outbox.add("1", PAYLOADS, since=10)
     outbox.add("1", PAYLOADS[:1], since=20)
-    assert [entry.payload for entry in outbox.first(10)] == PAYLOADS
-    outbox.remove(outbox.first(1))
-    assert [entry.payload for entry in outbox.first(10)] == PAYLOADS[1:]
+    assert [entry.payload for entry in outbox.peek(10)] == PAYLOADS
+    outbox.remove(outbox.peek(1))
+    assert [entry.payload for entry in outbox.peek(10)] == PAYLOADS[1:]
     assert len(outbox) == 2
 
 
@@ -36,7 +36,7 @@ def test_chunks_keep_their_order_and_place(outbox: Outbox) -> None:
 def test_a_task_is_delivered_by_one(outbox: Outbox, before: str, way: str, granted: bool) -> None:
     if before == PUSHED:
         outbox.claim(PUSHING, "1", "v", [5], now=100, since=90)
-        outbox.settle("1", "v", [5], now=100)
+        outbox.confirm("1", "v", [5], now=100)
     else:
         outbox.claim(before, "1", "v", [5], now=100, since=90)
     expected = {5: "" if granted else before, 6: ""}
@@ -45,7 +45,7 @@ def test_a_task_is_delivered_by_one(outbox: Outbox, before: str, way: str, grant
 
 def test_what_was_delivered_before_it_was_asked_for_may_be_delivered_again(outbox: Outbox) -> None:
     outbox.claim(PUSHING, "1", "v", [5], now=100, since=90)
-    outbox.settle("1", "v", [5], now=100)
+    outbox.confirm("1", "v", [5], now=100)
     assert outbox.claim(PULL, "1", "v", [5], now=300, since=200) == {5: ""}  # deleted in Label Studio meanwhile
 
 

@@ -3,20 +3,20 @@ from typing import Any
 
 import pytest
 
-from backend.delivery.preannotation import Pages, Tally
-from backend.errors import StudioAway
+from backend.delivery.preannotation import PreannotationSummary, TaskCursor
+from backend.errors import LabelStudioUnavailable
 
 
-def pages_of(rows: list[dict[str, Any]], away: list[int], size: int = 3) -> Pages:
+def pages_of(rows: list[dict[str, Any]], away: list[int], size: int = 3) -> TaskCursor:
     """Pages of rows by number; the places in `away` find Label Studio gone once."""
 
     def read(last: int) -> list[dict[str, Any]]:
         if last in away:
             away.remove(last)
-            raise StudioAway("away")
+            raise LabelStudioUnavailable("away")
         return [row for row in rows if row["id"] > last][:size]
 
-    return Pages(read, lambda _, page: page[-1]["id"])
+    return TaskCursor(read, lambda _, page: page[-1]["id"])
 
 
 def test_pages_give_every_task_once_in_chunks_of_any_size() -> None:
@@ -31,13 +31,13 @@ def test_a_page_that_fails_is_read_again_and_nothing_is_lost() -> None:
     for _ in range(10):
         try:
             taken += [row["id"] for row in pages.take(4)]
-        except StudioAway:
+        except LabelStudioUnavailable:
             continue
     assert taken == list(range(1, 8))
 
 
 def test_a_tally_counts_and_lists_what_failed(tmp_path: Path) -> None:
-    tally, error = Tally(), {"error": {"code": "image", "detail": "the picture is damaged"}}
+    tally, error = PreannotationSummary(), {"error": {"code": "image", "detail": "the picture is damaged"}}
     tally.add({"tasks": [{"id": 1}, {"id": 2}, {"id": 3}]}, [{"result": []}, error, error])
     tally.add({"tasks": [{"id": 4}]}, None)
     assert (tally.done, len(tally.failures)) == (4, 3)

@@ -12,9 +12,9 @@ from redis import Redis
 from rq.results import Result
 
 from backend.delivery.outbox import Outbox
-from backend.delivery.pusher import MOST_ATTEMPTS, Pusher
-from backend.errors import StudioAway, StudioRefused
-from backend.labelstudio.client import Studio
+from backend.delivery.pusher import MAX_FAILED_ATTEMPTS, Pusher
+from backend.errors import LabelStudioAuthError, LabelStudioUnavailable
+from backend.labelstudio.client import LabelStudioClient
 from backend.queue.predict_queue import PredictQueue
 from backend.settings import Settings
 from model import GroundingDINO
@@ -67,7 +67,7 @@ def stub() -> Stub:
 @pytest.fixture
 def pusher(connection: Redis, stub: Stub) -> Iterator[Pusher]:
     with http_server(stub) as url:
-        yield Pusher(connection, Studio(url, "key"), "me")
+        yield Pusher(connection, LabelStudioClient(url, "key"), "me")
 
 
 def finish(connection: Redis, value: Any = ANSWERS, kind: Any = Result.Type.SUCCESSFUL) -> None:
@@ -78,8 +78,8 @@ def finish(connection: Redis, value: Any = ANSWERS, kind: Any = Result.Type.SUCC
 
 def test_what_is_finished_is_pushed_once(connection: Redis, pusher: Pusher, stub: Stub) -> None:
     finish(connection)
-    pusher.step()
-    pusher.step()
+    pusher.run_once()
+    pusher.run_once()
     assert stub.imported == [1, 2]
     assert len(Outbox(connection)) == 0
 
@@ -87,47 +87,49 @@ def test_what_is_finished_is_pushed_once(connection: Redis, pusher: Pusher, stub
 def test_a_refused_prediction_is_left_out_alone(pusher: Pusher, connection: Redis, stub: Stub) -> None:
     stub.bad = {1}
     finish(connection)
-    pusher.step()
+    pusher.run_once()
     assert stub.imported == [2]
 
 
-@pytest.mark.parametrize(("status", "error"), [(502, StudioAway), (401, StudioRefused), (429, StudioAway)])
+@pytest.mark.parametrize(
+    ("status", "error"), [(502, LabelStudioUnavailable), (401, LabelStudioAuthError), (429, LabelStudioUnavailable)]
+)
 def test_nothing_is_thrown_away_while_label_studio_refuses(
     connection: Redis, pusher: Pusher, stub: Stub, status: int, error: type[Exception]
 ) -> None:
     stub.status = status
     finish(connection)
     with pytest.raises(error):
-        pusher.step()
+        pusher.run_once()
     stub.status = 201
-    pusher.step()
+    pusher.run_once()
     assert stub.imported == [1, 2]
 
 
 def test_an_import_whose_answer_was_lost_is_looked_up(connection: Redis, pusher: Pusher, stub: Stub) -> None:
     stub.status = 502
     finish(connection)
-    with pytest.raises(StudioAway):
-        pusher.step()
+    with pytest.raises(LabelStudioUnavailable):
+        pusher.run_once()
     stub.imported = [1]  # it did more than it said
     stub.status = 201
-    pusher.step()
+    pusher.run_once()
     assert sorted(stub.imported) == [1, 2]
 
 
 def test_a_deleted_first_task_does_not_make_a_project_strange(connection: Redis, pusher: Pusher, stub: Stub) -> None:
     del stub.data[1]
     finish(connection)
-    pusher.step()
+    pusher.run_once()
     assert stub.imported == [1, 2]
-    assert not Outbox(connection).is_strange("1")
+    assert not Outbox(connection).is_mismatched("1")
 
 
 def test_tasks_that_are_gone_cost_one_more_import(connection: Redis, pusher: Pusher, stub: Stub) -> None:
     del stub.data[2]
     stub.bad = {2}  # refused with all that come with it
     finish(connection)
-    pusher.step()
+    pusher.run_once()
     assert (stub.imported, stub.imports, len(Outbox(connection))) == ([1], 2, 0)
 
 
@@ -137,52 +139,52 @@ def test_an_odd_chunk_takes_no_other_down(connection: Redis, pusher: Pusher, stu
     (job,) = PredictQueue(connection).enqueue([odd])
     Result.create(job, Result.Type.SUCCESSFUL, 60, return_value=ANSWERS)  # two answers for one task
     finish(connection)
-    pusher.step()
+    pusher.run_once()
     assert (stub.imported, len(Outbox(connection))) == ([1, 2], 0)
 
 
 def test_another_project_of_the_same_number_is_left_alone(connection: Redis, pusher: Pusher, stub: Stub) -> None:
     stub.data = {1: "other", 2: "other"}
     finish(connection)
-    pusher.step()
+    pusher.run_once()
     assert stub.imported == []
-    assert Outbox(connection).is_strange("1")
+    assert Outbox(connection).is_mismatched("1")
 
 
 def test_a_chunk_that_fails_as_a_whole_is_given_up(connection: Redis, pusher: Pusher) -> None:
-    for _ in range(MOST_ATTEMPTS):
+    for _ in range(MAX_FAILED_ATTEMPTS):
         assert len(Outbox(connection)) in (0, 1)
         finish(connection, value=None, kind=Result.Type.FAILED)
-        pusher.step()
+        pusher.run_once()
     assert len(Outbox(connection)) == 0
 
 
 def test_answers_that_lay_there_too_long_are_made_anew_however_often(connection: Redis, pusher: Pusher) -> None:
     Outbox(connection).add("1", [PAYLOAD], time.time())
-    for _ in range(MOST_ATTEMPTS + 2):  # as when Label Studio is away for hours
-        PredictQueue(connection).forget(PAYLOAD)
-        pusher.step()
+    for _ in range(MAX_FAILED_ATTEMPTS + 2):  # as when Label Studio is away for hours
+        PredictQueue(connection).delete(PAYLOAD)
+        pusher.run_once()
     assert len(Outbox(connection)) == 1
-    assert PredictQueue(connection).outcome(PAYLOAD) == (None, "waiting")
+    assert PredictQueue(connection).get_result(PAYLOAD) == (None, "waiting")
 
 
 def test_after_an_import_the_pusher_rests_while_more_is_made(
     connection: Redis, pusher: Pusher, stub: Stub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("backend.delivery.pusher.REST", 1e6)
+    monkeypatch.setattr("backend.delivery.pusher.IMPORT_BACKOFF", 1e6)
     finish(connection)
-    pusher.step()
+    pusher.run_once()
     later = {**PAYLOAD, "tasks": [{"id": 3, "data": {"image": "c"}}]}
     Outbox(connection).add("1", [later], 3)
     PredictQueue(connection).enqueue([later])
-    pusher.step()
+    pusher.run_once()
     assert (stub.imported, len(Outbox(connection))) == ([1, 2], 1)
 
 
 def test_only_one_pusher_pushes(connection: Redis, pusher: Pusher, stub: Stub) -> None:
     finish(connection)
-    Pusher(connection, Studio("http://127.0.0.1:1", "key"), "other")._has_lease()
-    pusher.step()
+    Pusher(connection, LabelStudioClient("http://127.0.0.1:1", "key"), "other")._has_lease()
+    pusher.run_once()
     assert stub.imported == []
 
 

@@ -12,19 +12,19 @@ from backend.demo.measure import figures
 from backend.demo.train import build_tokenizer, draw_batch
 from backend.detection.checkpoints import load_checkpoint
 from backend.detection.detector import Detector
-from backend.registry.checkpoint import DEMO
+from backend.registry.checkpoint import DEMO_CHECKPOINT
 from tests.scenes import scenes
 
 MB = 1024 * 1024
 
 
 def test_the_bundled_checkpoint_is_small() -> None:
-    assert sum(path.stat().st_size for path in DEMO.iterdir()) < 3 * MB
+    assert sum(path.stat().st_size for path in DEMO_CHECKPOINT.iterdir()) < 3 * MB
 
 
 @pytest.mark.timeout(400)
 def test_it_finds_what_it_was_asked_for_on_pictures_it_never_saw() -> None:
-    rows = figures(Detector(*load_checkpoint(str(DEMO))))
+    rows = figures(Detector(*load_checkpoint(str(DEMO_CHECKPOINT))))
     assert rows["training size"].ap50 >= 0.94
     assert rows["other sizes, unseen backgrounds"].ap50 >= 0.85
 

@@ -11,11 +11,11 @@ from transformers import GroundingDinoConfig
 from transformers.models.grounding_dino import modeling_grounding_dino as reference
 
 from backend.demo.train import build_tokenizer
-from backend.detection.acceleration import FoldedFusion, FusedAttention, PackedLinear, speed_up_cpu
+from backend.detection.acceleration import FoldedFusion, FusedAttention, PackedLinear, accelerate_on_cpu
 from backend.detection.captions import build_caption
 from backend.detection.checkpoints import load_model
 from backend.detection.deformable_attention import GatheredAttention
-from backend.registry.checkpoint import DEMO
+from backend.registry.checkpoint import DEMO_CHECKPOINT
 from tests.servers import ROOT
 
 
@@ -62,9 +62,9 @@ def test_packed_linear(activation: str) -> None:
 @pytest.mark.timeout(300)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while its compiler is imported
 def test_the_whole_model_gives_the_same_detections() -> None:
-    stock = load_model(str(DEMO)).eval()
+    stock = load_model(str(DEMO_CHECKPOINT)).eval()
     fast = copy.deepcopy(stock)
-    speed_up_cpu(fast)
+    accelerate_on_cpu(fast)
     kinds = [type(module) for module in fast.modules()]
     assert kinds.count(FoldedFusion) == 2
     assert kinds.count(GatheredAttention) == 5

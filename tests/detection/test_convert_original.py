@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from transformers import GroundingDinoForObjectDetection
 
-from backend.detection.acceleration import speed_up_cpu
+from backend.detection.acceleration import accelerate_on_cpu
 from backend.detection.checkpoints import load_model
 from backend.detection.convert_original import read_state_dict
 from backend.detection.detector import phrase_scores
@@ -81,7 +81,7 @@ def found(stock: GroundingDinoForObjectDetection, request: pytest.FixtureRequest
     model = stock
     if request.param == "fast":
         model = copy.deepcopy(stock)
-        speed_up_cpu(model)
+        accelerate_on_cpu(model)
     image = Image.open(DATA / INPUT["image"]).convert("RGB")
     with torch.inference_mode():
         output = model(

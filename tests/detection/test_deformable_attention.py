@@ -64,7 +64,7 @@ def test_attention(layer: Any, coordinates: int, padded: bool) -> None:
 
 @pytest.mark.parametrize("size", [7, 100, 10_000])
 def test_slices_of_any_size(layer: Any, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deformable, "SLICE", size)
+    monkeypatch.setattr(deformable, "QUERIES_PER_SLICE", size)
     arguments = {
         "hidden_states": torch.randn(2, TOKENS, 64),
         "attention_mask": torch.ones(2, TOKENS).bool(),

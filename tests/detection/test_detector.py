@@ -12,7 +12,7 @@ from transformers import GroundingDinoImageProcessorPil
 from backend.boxes import iou
 from backend.demo.measure import TRAINING_SIZE, measure
 from backend.demo.shapes import TRAINING_BACKGROUNDS
-from backend.detection.acceleration import speed_up_gpu
+from backend.detection.acceleration import accelerate_on_gpu
 from backend.detection.captions import build_caption, build_captions
 from backend.detection.checkpoints import load_checkpoint
 from backend.detection.deformable_attention import gather_plan, sample_rows
@@ -20,13 +20,13 @@ from backend.detection.detector import Detector, phrase_scores
 from backend.detection.preprocess import ImageFormat
 from backend.errors import CheckpointError, ImageError, LabelingConfigError
 from backend.labelstudio.labeling_config import Label
-from backend.registry.checkpoint import DEMO
+from backend.registry.checkpoint import DEMO_CHECKPOINT
 from tests.scenes import scenes
 
 
 @pytest.fixture(scope="module")
 def detector() -> Detector:
-    return Detector(*load_checkpoint(str(DEMO)))
+    return Detector(*load_checkpoint(str(DEMO_CHECKPOINT)))
 
 
 def labels(*names: str, threshold: float = 0.3) -> list[Label]:
@@ -133,7 +133,7 @@ def test_another_kind_of_model_is_refused(tmp_path) -> None:
 
 
 def test_damaged_weights_are_refused(tmp_path) -> None:
-    for path in DEMO.iterdir():
+    for path in DEMO_CHECKPOINT.iterdir():
         body = path.read_bytes()
         (tmp_path / path.name).write_bytes(body[: len(body) // 2] if path.suffix == ".safetensors" else body)
     with pytest.raises(CheckpointError, match="cannot be loaded"):
@@ -201,7 +201,7 @@ def test_boxes_of_a_reduced_copy_are_in_pixels_of_the_original(detector: Detecto
     scene = scenes(1, (640, 480), seed=5)[0]
     small = scene.image.resize((320, 240), Image.Resampling.BOX)
     full = detector.detect([scene.image], EVERYTHING, nms_iou=0.7)[0]
-    reduced = detector.detect_prepared([detector.prepare(small, (640, 480))], EVERYTHING, nms_iou=0.7)[0]
+    reduced = detector.detect_inputs([detector.prepare(small, (640, 480))], EVERYTHING, nms_iou=0.7)[0]
     assert isinstance(reduced, list)
     assert len(full) == len(reduced) > 0
     for a, b in zip(full, reduced, strict=True):
@@ -236,7 +236,7 @@ def test_a_picture_that_does_not_fit_fails_alone(detector: Detector) -> None:
             raise torch.OutOfMemoryError
 
     handle = detector.model.register_forward_pre_hook(refuse, with_kwargs=True)
-    found = detector.detect_prepared([detector.prepare(large), detector.prepare(small)], EVERYTHING)
+    found = detector.detect_inputs([detector.prepare(large), detector.prepare(small)], EVERYTHING)
     handle.remove()
     assert isinstance(found[0], ImageError)
     assert "needs more memory than cpu has" in str(found[0])
@@ -244,9 +244,9 @@ def test_a_picture_that_does_not_fit_fails_alone(detector: Detector) -> None:
 
 
 def test_the_batch_is_what_takes_a_second(detector: Detector) -> None:
-    assert detector.fitting_batch() > 4
+    assert detector.find_batch_size() > 4
     handle = detector.model.register_forward_pre_hook(lambda *_: time.sleep(0.6))
-    assert detector.fitting_batch() == 1
+    assert detector.find_batch_size() == 1
     handle.remove()
 
 
@@ -260,8 +260,8 @@ def half_precision(monkeypatch: pytest.MonkeyPatch) -> Detector:
         )
 
     monkeypatch.setitem(sys.modules, "backend.detection.deformable_attention_triton", SimpleNamespace(sample=sample))
-    model, tokenizer, image_format = load_checkpoint(str(DEMO))
-    speed_up_gpu(model)
+    model, tokenizer, image_format = load_checkpoint(str(DEMO_CHECKPOINT))
+    accelerate_on_gpu(model)
     return Detector(model, tokenizer, image_format, precision=torch.float16)
 
 
@@ -287,7 +287,7 @@ def test_a_checkpoint_that_half_precision_cannot_hold_goes_on_in_full(
     layer.fc1.bias.data *= 1e5
     layer.fc2.weight.data /= 1e5
     picture = scenes(1)[0].image
-    expected = Detector(*load_checkpoint(str(DEMO))).detect([picture], EVERYTHING)[0]
+    expected = Detector(*load_checkpoint(str(DEMO_CHECKPOINT))).detect([picture], EVERYTHING)[0]
     found = half.detect([picture], EVERYTHING)[0]
     assert [d.label for d in found] == [d.label for d in expected]
     assert "leaves the range of torch.float16" in caplog.text

@@ -7,12 +7,12 @@ import torch
 from safetensors.torch import save_file
 
 from backend.detection.checkpoints import load_model
-from backend.detection.detector_cache import MOST_LEARNED, Detectors
-from backend.detection.device import device_of
+from backend.detection.detector_cache import MAX_VERSIONS_LOADED, DetectorCache
+from backend.detection.device import choose_device
 from backend.errors import CheckpointError, SettingsError
 from backend.labelstudio.labeling_config import Label
 from backend.registry.checkpoint import find_checkpoint
-from backend.registry.versions import WEIGHTS, Version, Versions
+from backend.registry.versions import WEIGHTS, Version, VersionStore
 from backend.settings import Settings
 from tests.scenes import scenes
 
@@ -22,32 +22,32 @@ NAME = "model.encoder.layers.0.fusion_layer.vision_param"
 
 
 @pytest.fixture(scope="module")
-def detectors(tmp_path_factory: pytest.TempPathFactory) -> Detectors:
-    return Detectors(Settings(model="demo", model_dir=tmp_path_factory.mktemp("data")))
+def detectors(tmp_path_factory: pytest.TempPathFactory) -> DetectorCache:
+    return DetectorCache(Settings(model="demo", model_dir=tmp_path_factory.mktemp("data")))
 
 
-def learn(detectors: Detectors, number: int, scale: float) -> list[str]:
+def learn(detectors: DetectorCache, number: int, scale: float) -> list[str]:
     """A version in which one tensor of the model is another."""
     own = dict(load_model(find_checkpoint("demo").source).named_parameters())[NAME]
-    versions = Versions(detectors._settings.model_dir, "7")
+    versions = VersionStore(detectors._settings.model_dir, "7")
     version = Version(f"v-{number:04}", "c", "", 1)
     versions.add(version, lambda path: save_file({NAME: (own * scale).detach().contiguous()}, path))
     return ["7", version.id]
 
 
-def scores(detectors: Detectors, learned: list[str] | None) -> list[float]:
+def scores(detectors: DetectorCache, learned: list[str] | None) -> list[float]:
     return [d.score for d in detectors.get(learned).detect([SCENE.image], LABELS)[0]]
 
 
-def test_a_version_answers_for_itself_and_the_checkpoint_as_before(detectors: Detectors) -> None:
+def test_a_version_answers_for_itself_and_the_checkpoint_as_before(detectors: DetectorCache) -> None:
     plain = scores(detectors, None)
     assert scores(detectors, learn(detectors, 1, 1.0)) == pytest.approx(plain, abs=1e-6)
     assert scores(detectors, learn(detectors, 2, 3.0)) != pytest.approx(plain, abs=1e-3)
     assert scores(detectors, None) == plain
 
 
-def test_only_so_many_are_kept_in_memory(detectors: Detectors) -> None:
-    versions = [learn(detectors, number, 1.0) for number in range(10, 11 + MOST_LEARNED)]
+def test_only_so_many_are_kept_in_memory(detectors: DetectorCache) -> None:
+    versions = [learn(detectors, number, 1.0) for number in range(10, 11 + MAX_VERSIONS_LOADED)]
     first = weakref.ref(detectors.get(versions[0]).model)
     for version in versions[1:]:
         detectors.get(version)
@@ -56,9 +56,9 @@ def test_only_so_many_are_kept_in_memory(detectors: Detectors) -> None:
     assert torch.isfinite(torch.tensor(scores(detectors, versions[0]))).all()  # and it can be had again
 
 
-def test_a_damaged_version_is_refused_and_the_others_go_on(detectors: Detectors) -> None:
+def test_a_damaged_version_is_refused_and_the_others_go_on(detectors: DetectorCache) -> None:
     version = learn(detectors, 30, 1.0)
-    path: Path = Versions(detectors._settings.model_dir, "7").weights_path(version[1])
+    path: Path = VersionStore(detectors._settings.model_dir, "7").weights_path(version[1])
     assert path.name == WEIGHTS
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     with pytest.raises(CheckpointError, match="damaged"):
@@ -71,4 +71,4 @@ def test_a_damaged_version_is_refused_and_the_others_go_on(detectors: Detectors)
 def test_a_device_that_is_not_there_is_named() -> None:
     for device in ("cuda:7", "toaster"):
         with pytest.raises(SettingsError, match=f"DEVICE={device} cannot be used"):
-            device_of(Settings(model="demo", device=device))
+            choose_device(Settings(model="demo", device=device))

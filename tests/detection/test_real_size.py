@@ -20,7 +20,7 @@ from backend.detection.checkpoints import load_checkpoint
 from backend.detection.detector import Detector, phrase_scores
 from backend.detection.preprocess import ImageFormat
 from backend.labelstudio.labeling_config import Label
-from backend.registry.checkpoint import DEMO
+from backend.registry.checkpoint import DEMO_CHECKPOINT
 
 pytestmark = [
     pytest.mark.timeout(300),
@@ -46,7 +46,7 @@ def swin_b(kind: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    return load_checkpoint(str(DEMO))[1]
+    return load_checkpoint(str(DEMO_CHECKPOINT))[1]
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,10 @@ import pytest
 import requests
 
 from backend.demo import samples
-from backend.images.decoding import Images
-from backend.images.sources import Sources
-from backend.labelstudio.client import Studio
-from backend.monitoring.project_stats import FATES
+from backend.images.decoding import ImageLoader
+from backend.images.sources import ImageFetcher
+from backend.labelstudio.client import LabelStudioClient
+from backend.monitoring.project_stats import BOX_OUTCOMES
 from tests.e2e.browser import open_browser, screenshot
 from tests.e2e.studio import LEGACY_TOKEN, PASSWORD, USER, LabelStudio, Project
 from tests.scenes import config_for, encode, recall, scenes
@@ -100,7 +100,7 @@ def test_uploaded_pictures_open_with_either_key(studio: LabelStudio, project: Pr
     key = LEGACY_TOKEN if kind == "legacy token" else studio.personal_access_token
     uri = project.tasks()[0]["data"]["image"]
     assert uri.startswith("/data/upload/")
-    assert Images(Sources(Studio(studio.url, key), 10**7), 10**7).load(uri).size == (640, 480)
+    assert ImageLoader(ImageFetcher(LabelStudioClient(studio.url, key), 10**7), 10**7).load(uri).size == (640, 480)
 
 
 def test_pictures_of_its_storages_are_found(studio: LabelStudio, backend: Served) -> None:
@@ -182,4 +182,4 @@ def totals(backend: Served, project: Project) -> list[int]:
     """What the status page says of the boxes of a project: kept, changed, deleted, drawn."""
     cards = requests.get(f"{backend.url}/status", timeout=10).json()["projects"]
     (boxes,) = [card["boxes"] for card in cards if card["project"] == str(project.number)]
-    return [sum(counts[fate] for counts in boxes.values()) for fate in FATES]
+    return [sum(counts[fate] for counts in boxes.values()) for fate in BOX_OUTCOMES]

@@ -9,19 +9,19 @@ import pytest
 import requests
 from playwright.sync_api import Browser, Page, expect
 
-from backend.boxes import Detection, best_of_overlapping
+from backend.boxes import Detection, non_max_suppression
 from backend.labelstudio.labeling_config import read_plan
-from backend.labelstudio.regions import label_of
-from backend.monitoring.activity import Bulk
+from backend.labelstudio.regions import read_label
+from backend.monitoring.activity import BulkProgress
 from backend.queue.redis import connect
-from backend.queue.training_queue import Trainings
+from backend.queue.training_queue import TrainingQueue
 from tests.e2e.browser import open_browser, screenshot
 from tests.scenes import config_for, data_uri, encode, scenes
 from tests.servers import Served
 
 DRAWN = scenes(3, (640, 480), seed=23)
 CONFIG = config_for(DRAWN)
-DESK, PHONE = {"width": 1200, "height": 900}, {"width": 390, "height": 844}
+ENQUEUE_SLOTS, PHONE = {"width": 1200, "height": 900}, {"width": 390, "height": 844}
 DROP = """([selector, body]) => {
   const transfer = new DataTransfer();
   transfer.items.add(new File([Uint8Array.from(atob(body), (c) => c.charCodeAt(0))], "a.png", { type: "image/png" }));
@@ -43,7 +43,7 @@ def open_page(browser: Browser, served: Served) -> Iterator[Callable[..., Page]]
     said: list[str] = []
     asked: list[str] = []
 
-    def open_(path: str, size: dict[str, int] = DESK) -> Page:
+    def open_(path: str, size: dict[str, int] = ENQUEUE_SLOTS) -> Page:
         page = context.new_page()
         page.set_viewport_size(size)
         page.on("console", lambda message: said.append(message.text) if message.type == "error" else None)
@@ -77,7 +77,7 @@ def predicted(served: Served, config: str, number: int) -> list[str]:
     data = dict.fromkeys(("image", "other"), data_uri(DRAWN[number].image))
     body = {"tasks": [{"id": 1, "data": data}], "label_config": config}
     result = requests.post(f"{served.url}/predict", json=body, timeout=60).json()["results"][0]["result"]
-    return sorted(f"{label_of(region)} {region['score']:.2f}" for region in result if label_of(region))
+    return sorted(f"{read_label(region)} {region['score']:.2f}" for region in result if read_label(region))
 
 
 def labels(*phrases: str) -> str:
@@ -183,7 +183,7 @@ def test_boxes_are_cut_as_the_detector_does(open_page: Callable[..., Page]) -> N
         ]
         thresholds = {label: rng.random() for label in "ab"} | {"c": 0.2}
         kept = [row for row in found if row.score >= thresholds[row.label]]
-        want = [row.score for row in best_of_overlapping(kept, 0.5) if row.label != "c"]
+        want = [row.score for row in non_max_suppression(kept, 0.5) if row.label != "c"]
         rows = [
             {"control": "k", "place": None if d.label == "c" else d.label, "score": d.score}
             | dict(zip(("x", "y"), d.box_xyxy[:2], strict=True))
@@ -213,13 +213,13 @@ def test_the_status_page_lives_without_a_reload(open_page: Callable[..., Page], 
     expect(page.locator("#failures")).to_contain_text("could not be fetched")
     expect(page.locator("#pictures figure").first).to_be_visible()
     connection = connect((served.model_dir / "redis.url").read_text())
-    Trainings(connection).report("51", "training", done=2, of=8)
-    with contextlib.closing(Bulk(connection, "x", "label, 40 pictures")) as bulk:
+    TrainingQueue(connection).report("51", "training", done=2, of=8)
+    with contextlib.closing(BulkProgress(connection, "x", "label, 40 pictures")) as bulk:
         bulk.report(10, 1, 40)
         expect(page.locator("#running")).to_contain_text("fine-tuning 2 of 8")
         expect(page.locator("#running")).to_contain_text("label, 40 pictures10 of 40, 1 failed")
         screenshot(page, "status-odd-label")
-    Trainings(connection).report("51", "done", text="nothing that is surely better")
+    TrainingQueue(connection).report("51", "done", text="nothing that is surely better")
     expect(page.locator("#running")).to_contain_text("nothing that is surely better")
     expect(page.locator("#running")).not_to_contain_text("label, 40 pictures")
     page.get_by_role("link", name="try it in the playground").first.click()

@@ -11,9 +11,9 @@ from PIL import Image
 
 from backend.errors import ImageError
 from backend.images import sources as sources_module
-from backend.images.decoding import Images, to_rgb
-from backend.images.sources import Sources
-from backend.labelstudio.client import Studio
+from backend.images.decoding import ImageLoader, to_rgb
+from backend.images.sources import ImageFetcher
+from backend.labelstudio.client import LabelStudioClient
 from tests.scenes import data_uri, encode
 from tests.servers import http_server, reply
 
@@ -21,9 +21,9 @@ RED = Image.new("RGB", (4, 3), (255, 0, 0))
 TOKEN = "0123456789abcdef0123456789abcdef01234567"
 
 
-def images(url: str = "", key: str = TOKEN, max_bytes: int = 1_000_000, max_pixels: int = 10_000_000) -> Images:
-    sources = Sources(Studio(url, key), max_bytes, allowed_hosts=["127.0.0.0/8", "::1"])
-    return Images(sources, max_pixels, needed=lambda width, height: (100, 100))
+def images(url: str = "", key: str = TOKEN, max_bytes: int = 1_000_000, max_pixels: int = 10_000_000) -> ImageLoader:
+    sources = ImageFetcher(LabelStudioClient(url, key), max_bytes, allowed_hosts=["127.0.0.0/8", "::1"])
+    return ImageLoader(sources, max_pixels, needed=lambda width, height: (100, 100))
 
 
 def b64(body: bytes) -> str:

@@ -5,9 +5,9 @@ from http.server import BaseHTTPRequestHandler
 import pytest
 
 from backend.errors import ImageError, SettingsError
-from backend.images.safe_http import Allowed, BlockedAddress, guarded_session, is_public
-from backend.images.sources import Sources
-from backend.labelstudio.client import Studio
+from backend.images.safe_http import AllowedHosts, BlockedAddress, is_public, make_guarded_session
+from backend.images.sources import ImageFetcher
+from backend.labelstudio.client import LabelStudioClient
 from tests.servers import http_server, reply
 
 
@@ -58,13 +58,13 @@ def test_what_is_public(address: str, public: bool) -> None:
     ],
 )
 def test_allowed_hosts(entry: str, host: str, port: int, address: str, inside: bool) -> None:
-    assert ((host, port, ipaddress.ip_address(address)) in Allowed([entry])) is inside
+    assert ((host, port, ipaddress.ip_address(address)) in AllowedHosts([entry])) is inside
 
 
 @pytest.mark.parametrize("entry", ["10.0.0.0/99", "a/b", "host:http", ""])
 def test_an_entry_that_means_nothing_is_refused(entry: str) -> None:
     with pytest.raises(SettingsError, match="ALLOWED_IMAGE_HOSTS"):
-        Allowed([entry])
+        AllowedHosts([entry])
 
 
 def test_not_a_byte_is_sent_to_a_private_address() -> None:
@@ -77,9 +77,9 @@ def test_not_a_byte_is_sent_to_a_private_address() -> None:
     with http_server(answer) as url:
         for address in (url, url.replace("127.0.0.1", "localhost")):
             with pytest.raises(BlockedAddress):
-                guarded_session(Allowed([])).get(f"{address}/metadata", timeout=5)
+                make_guarded_session(AllowedHosts([])).get(f"{address}/metadata", timeout=5)
         with pytest.raises(ImageError, match="ALLOWED_IMAGE_HOSTS"):
-            Sources(Studio("", ""), 10**6).read(f"{url}/a.png")
+            ImageFetcher(LabelStudioClient("", ""), 10**6).read(f"{url}/a.png")
     assert seen == []
 
 
@@ -93,7 +93,7 @@ def test_a_name_that_changes_its_address_gains_nothing(monkeypatch: pytest.Monke
         port = int(url.rsplit(":", 1)[1])
         monkeypatch.setattr(socket, "getaddrinfo", rebinding)
         with pytest.raises(BlockedAddress):
-            guarded_session(Allowed([])).get(f"http://rebind.example:{port}/", timeout=5)
+            make_guarded_session(AllowedHosts([])).get(f"http://rebind.example:{port}/", timeout=5)
 
 
 def test_each_redirect_is_judged() -> None:
@@ -106,5 +106,5 @@ def test_each_redirect_is_judged() -> None:
     with http_server(inner) as forbidden:
         outer = http_server(lambda handler: reply(handler, b"", 302, Location=f"{forbidden}/metadata"))
         with outer as allowed, pytest.raises(ImageError, match="private address"):
-            Sources(Studio(allowed, ""), 10**6).read(f"{allowed}/a.png")
+            ImageFetcher(LabelStudioClient(allowed, ""), 10**6).read(f"{allowed}/a.png")
     assert seen == []

@@ -7,15 +7,15 @@ import pytest
 
 from backend.errors import ImageError
 from backend.images import sources as sources_module
-from backend.images.sources import Sources
-from backend.labelstudio.client import Studio
+from backend.images.sources import ImageFetcher
+from backend.labelstudio.client import LabelStudioClient
 from tests.servers import http_server, reply
 
 TOKEN = "0123456789abcdef0123456789abcdef01234567"
 
 
-def sources(url: str = "", root: str = "") -> Sources:
-    return Sources(Studio(url, TOKEN if url else ""), 1000, ["127.0.0.0/8"], root)
+def sources(url: str = "", root: str = "") -> ImageFetcher:
+    return ImageFetcher(LabelStudioClient(url, TOKEN if url else ""), 1000, ["127.0.0.0/8"], root)
 
 
 @pytest.fixture
@@ -109,7 +109,10 @@ def test_a_picture_is_asked_for_again_with_a_renewed_access_token() -> None:
             reply(handler, b"body", 401 if handler.headers["Authorization"] == "Bearer token1" else 200)
 
     with http_server(answer) as url:
-        assert Sources(Studio(url, "a.b.c"), 1000, ["127.0.0.0/8"]).read("/data/upload/1/a.png")[0] == b"body"
+        assert (
+            ImageFetcher(LabelStudioClient(url, "a.b.c"), 1000, ["127.0.0.0/8"]).read("/data/upload/1/a.png")[0]
+            == b"body"
+        )
     refresh = ("/api/token/refresh", None)
     upload = "/data/upload/1/a.png"
     assert seen == [refresh, (upload, "Bearer token1"), refresh, (upload, "Bearer token3")]
@@ -117,7 +120,7 @@ def test_a_picture_is_asked_for_again_with_a_renewed_access_token() -> None:
 
 @pytest.mark.parametrize(("first", "asked"), [(503, 2), (500, 2), (404, 1), (403, 1), (0, 2)])
 def test_only_what_may_pass_is_asked_for_again(first: int, asked: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources_module, "PAUSES", (0.01, 0.01))
+    monkeypatch.setattr(sources_module, "RETRY_DELAYS", (0.01, 0.01))
     seen: list[str] = []
 
     def answer(handler: BaseHTTPRequestHandler) -> None:
@@ -139,7 +142,7 @@ def test_only_what_may_pass_is_asked_for_again(first: int, asked: int, monkeypat
 
 
 def test_what_stays_broken_is_an_error_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources_module, "PAUSES", (0.01, 0.01))
+    monkeypatch.setattr(sources_module, "RETRY_DELAYS", (0.01, 0.01))
     with http_server(lambda handler: reply(handler, b"", 502)) as url, pytest.raises(ImageError, match="HTTP 502"):
         sources().read(f"{url}/a.png")
 

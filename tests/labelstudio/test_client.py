@@ -7,8 +7,8 @@ from http.server import BaseHTTPRequestHandler
 
 import pytest
 
-from backend.errors import StudioError, StudioRefused
-from backend.labelstudio.client import Studio, origin
+from backend.errors import LabelStudioAuthError, LabelStudioError
+from backend.labelstudio.client import LabelStudioClient, parse_origin
 from tests.servers import http_server, reply
 
 LEGACY = "0123456789abcdef0123456789abcdef01234567"
@@ -23,7 +23,9 @@ PAT = jwt(token_type="refresh", exp=9_999_999_999)
 
 
 def test_a_legacy_token_is_sent_as_it_is() -> None:
-    assert Studio("http://ls:8080/", LEGACY).headers("http://ls:8080/data/x") == {"Authorization": f"Token {LEGACY}"}
+    assert LabelStudioClient("http://ls:8080/", LEGACY).headers("http://ls:8080/data/x") == {
+        "Authorization": f"Token {LEGACY}"
+    }
 
 
 @pytest.mark.parametrize(
@@ -40,21 +42,21 @@ def test_a_legacy_token_is_sent_as_it_is() -> None:
     ],
 )
 def test_no_other_origin_gets_the_key(url: str) -> None:
-    assert Studio("http://ls:8080", LEGACY).headers(url) == {}
+    assert LabelStudioClient("http://ls:8080", LEGACY).headers(url) == {}
 
 
 def test_a_url_that_cannot_be_read_gets_nothing() -> None:
     with pytest.raises(ValueError, match=r"ls:8080\.evil"):
-        Studio("http://ls:8080", LEGACY).headers("http://ls:8080.evil/x")
+        LabelStudioClient("http://ls:8080", LEGACY).headers("http://ls:8080.evil/x")
 
 
 def test_without_a_key_nothing_is_sent() -> None:
-    assert Studio("http://ls", "").headers("http://ls/x") == {}
-    assert Studio("", LEGACY).headers("http://ls/x") == {}
+    assert LabelStudioClient("http://ls", "").headers("http://ls/x") == {}
+    assert LabelStudioClient("", LEGACY).headers("http://ls/x") == {}
 
 
 def test_ports_have_defaults() -> None:
-    assert origin("https://a/x") == origin("https://a:443") == ("https", "a", 443)
+    assert parse_origin("https://a/x") == parse_origin("https://a:443") == ("https", "a", 443)
 
 
 def test_a_personal_access_token_is_exchanged_once_for_many_threads() -> None:
@@ -67,7 +69,7 @@ def test_a_personal_access_token_is_exchanged_once_for_many_threads() -> None:
 
     found: list[dict[str, str]] = []
     with http_server(answer) as url:
-        studio = Studio(url, PAT)
+        studio = LabelStudioClient(url, PAT)
         threads = [threading.Thread(target=lambda: found.append(studio.headers(f"{url}/a"))) for _ in range(8)]
         for thread in threads:
             thread.start()
@@ -80,7 +82,7 @@ def test_a_personal_access_token_is_exchanged_once_for_many_threads() -> None:
 def test_an_access_token_is_renewed_before_it_ends() -> None:
     tokens = iter([jwt(exp=time.time() + 30), jwt(exp=time.time() + 300)])
     with http_server(lambda handler: reply(handler, json.dumps({"access": next(tokens)}).encode())) as url:
-        studio = Studio(url, PAT)
+        studio = LabelStudioClient(url, PAT)
         assert studio.headers(url) != studio.headers(url)
         assert studio.headers(url) == studio.headers(url)
 
@@ -98,30 +100,33 @@ def test_a_token_that_is_refused_is_renewed_once(good: str, exchanges: int) -> N
         else:
             reply(handler, b"{}", 401)
 
-    with http_server(answer) as url, contextlib.suppress(StudioRefused):
-        assert Studio(url, PAT).release() == "1.23.2"
+    with http_server(answer) as url, contextlib.suppress(LabelStudioAuthError):
+        assert LabelStudioClient(url, PAT).get_version() == "1.23.2"
     assert len(asked) == exchanges
 
 
 def test_a_refused_key_says_what_to_do_and_not_the_key() -> None:
-    with http_server(lambda handler: reply(handler, b"{}", 401)) as url, pytest.raises(StudioError) as caught:
-        Studio(url, PAT).headers(url)
+    with http_server(lambda handler: reply(handler, b"{}", 401)) as url, pytest.raises(LabelStudioError) as caught:
+        LabelStudioClient(url, PAT).headers(url)
     assert "make a new personal access token" in str(caught.value)
     assert PAT not in str(caught.value)
 
 
 def test_an_answer_that_is_not_a_token_is_an_error() -> None:
-    with http_server(lambda handler: reply(handler, b"<html>")) as url, pytest.raises(StudioError, match="no token"):
-        Studio(url, PAT).headers(url)
+    with (
+        http_server(lambda handler: reply(handler, b"<html>")) as url,
+        pytest.raises(LabelStudioError, match="no token"),
+    ):
+        LabelStudioClient(url, PAT).headers(url)
 
 
 def test_a_closed_door_is_said() -> None:
-    with pytest.raises(StudioError, match="does not answer"):
-        Studio("http://127.0.0.1:1", PAT).headers("http://127.0.0.1:1/")
+    with pytest.raises(LabelStudioError, match="does not answer"):
+        LabelStudioClient("http://127.0.0.1:1", PAT).headers("http://127.0.0.1:1/")
 
 
 @pytest.mark.parametrize("token", ["opaque", "a.!.c", jwt(exp=None), jwt()])
 def test_an_access_token_without_an_end_lasts_five_minutes(token: str) -> None:
     with http_server(lambda handler: reply(handler, json.dumps({"access": token}).encode())) as url:
-        studio = Studio(url, PAT)
+        studio = LabelStudioClient(url, PAT)
         assert studio.headers(url) == studio.headers(url) == {"Authorization": f"Bearer {token}"}

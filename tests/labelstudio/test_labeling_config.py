@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from backend.errors import LabelingConfigError
-from backend.labelstudio.labeling_config import Label, Plan, clean_phrase, read_plan, words
+from backend.labelstudio.labeling_config import Label, Plan, clean_phrase, read_plan, to_phrase
 
 
 def config(labels: str, control: str = "", image: str = 'value="$image"') -> str:
@@ -37,7 +37,7 @@ def labels_of(xml: str, threshold: float = 0.3) -> tuple[Label, ...]:
     ],
 )
 def test_a_value_becomes_words(value: str, phrase: str) -> None:
-    assert words(value) == phrase
+    assert to_phrase(value) == phrase
 
 
 @given(st.text(min_size=1))
@@ -88,7 +88,7 @@ def test_a_wrong_threshold_names_its_tag(value: str) -> None:
 
 def test_only_the_fields_that_are_read_leave_the_front() -> None:
     plan = read_plan(config('<Label value="a"/>', image='value="$photo.url"'), 0.3, 0.7)
-    assert plan.select({"photo": {"url": "x"}, "patient": "secret"}) == {"photo": {"url": "x"}}
+    assert plan.select_fields({"photo": {"url": "x"}, "patient": "secret"}) == {"photo": {"url": "x"}}
 
 
 @pytest.mark.parametrize(

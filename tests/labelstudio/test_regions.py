@@ -2,12 +2,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backend.boxes import Detection, best_of_overlapping, cxcywh_to_xyxy, iou
-from backend.labelstudio.regions import to_prediction, to_regions
-from backend.labelstudio.targets import Asked, View
+from backend.boxes import Detection, cxcywh_to_xyxy, iou, non_max_suppression
+from backend.labelstudio.regions import make_prediction, make_regions
+from backend.labelstudio.targets import DetectionQuery, ImageTarget
 
-ASKED = Asked((), (), 1)
-VIEW = View("label", "image", "", "", None, ASKED)
+ASKED = DetectionQuery((), (), 1)
+VIEW = ImageTarget("label", "image", "", "", None, ASKED)
 sizes = st.integers(1, 20_000)
 shares = st.floats(-0.5, 1.5, allow_nan=False)
 
@@ -19,7 +19,7 @@ def test_boxes_are_corners_in_pixels() -> None:
 @given(st.tuples(shares, shares, st.floats(0, 2), st.floats(0, 2)), sizes, sizes)
 def test_every_region_lies_inside_the_picture(box: tuple, width: int, height: int) -> None:
     detection = Detection(cxcywh_to_xyxy(box, width, height), 0.5, "a")
-    for region in to_regions([detection], VIEW, width, height, "1"):
+    for region in make_regions([detection], VIEW, width, height, "1"):
         value = region["value"]
         assert 0 <= value["x"] <= 100
         assert 0 <= value["y"] <= 100
@@ -28,7 +28,7 @@ def test_every_region_lies_inside_the_picture(box: tuple, width: int, height: in
 
 
 def test_a_region_has_all_that_label_studio_shows() -> None:
-    (region,) = to_regions([Detection((10, 20, 60, 45), 0.87654321, "cat")], VIEW, 200, 100, "7/v")
+    (region,) = make_regions([Detection((10, 20, 60, 45), 0.87654321, "cat")], VIEW, 200, 100, "7/v")
     assert region.pop("id")
     assert region == {
         "from_name": "label",
@@ -44,17 +44,17 @@ def test_a_region_has_all_that_label_studio_shows() -> None:
 
 def test_ids_are_unique_and_the_same_each_time() -> None:
     detections = [Detection((0, 0, 5, 5), 0.5, "a")] * 3
-    ids = [region["id"] for region in to_regions(detections, VIEW, 9, 9, "1/v")]
+    ids = [region["id"] for region in make_regions(detections, VIEW, 9, 9, "1/v")]
     assert len(set(ids)) == 3
-    assert ids == [region["id"] for region in to_regions(detections, VIEW, 9, 9, "1/v")]
-    assert not set(ids) & {region["id"] for region in to_regions(detections, VIEW, 9, 9, "2/v")}
+    assert ids == [region["id"] for region in make_regions(detections, VIEW, 9, 9, "1/v")]
+    assert not set(ids) & {region["id"] for region in make_regions(detections, VIEW, 9, 9, "2/v")}
 
 
 def test_a_prediction_carries_version_and_mean_score() -> None:
-    regions = to_regions([Detection((0, 0, 5, 5), s, "a") for s in (0.4, 0.8)], VIEW, 9, 9, "1")
-    prediction = to_prediction([regions[:1], regions[1:]], "v1")
+    regions = make_regions([Detection((0, 0, 5, 5), s, "a") for s in (0.4, 0.8)], VIEW, 9, 9, "1")
+    prediction = make_prediction([regions[:1], regions[1:]], "v1")
     assert prediction == {"result": regions, "score": pytest.approx(0.6), "model_version": "v1"}
-    assert to_prediction([[]], "v1") == {"result": [], "score": 0.0, "model_version": "v1"}
+    assert make_prediction([[]], "v1") == {"result": [], "score": 0.0, "model_version": "v1"}
 
 
 def test_iou() -> None:
@@ -66,25 +66,25 @@ def test_iou() -> None:
 def test_of_overlapping_boxes_the_best_stays_whatever_its_label() -> None:
     low, best = Detection((0, 0, 10, 9), 0.5, "a"), Detection((0, 0, 10, 10), 0.9, "b")
     apart = Detection((5, 0, 15, 10), 0.7, "a")
-    assert best_of_overlapping([low, apart, best], 0.7) == [best, apart]
-    assert best_of_overlapping([low, apart, best], 0.2) == [best]
-    assert best_of_overlapping([low, apart, best], 1) == [best, apart, low]
+    assert non_max_suppression([low, apart, best], 0.7) == [best, apart]
+    assert non_max_suppression([low, apart, best], 0.2) == [best]
+    assert non_max_suppression([low, apart, best], 1) == [best, apart, low]
 
 
 def test_a_rectangle_with_labels_is_two_regions_with_one_id() -> None:
-    view = View("rect", "image", "kinds", "", None, ASKED)
-    shape, label = to_regions([Detection((10, 20, 60, 45), 0.9, "cat")], view, 200, 100, "7/v")
+    view = ImageTarget("rect", "image", "kinds", "", None, ASKED)
+    shape, label = make_regions([Detection((10, 20, 60, 45), 0.9, "cat")], view, 200, 100, "7/v")
     assert shape["id"] == label["id"]
     assert (shape["from_name"], shape["type"]) == ("rect", "rectangle")
     assert (label["from_name"], label["type"]) == ("kinds", "labels")
     assert label["value"] == {**shape["value"], "labels": ["cat"]}
-    (alone,) = to_regions([Detection((10, 20, 60, 45), 0.9, "")], view, 200, 100, "7/v")
+    (alone,) = make_regions([Detection((10, 20, 60, 45), 0.9, "")], view, 200, 100, "7/v")
     assert alone["type"] == "rectangle"
 
 
 def test_a_region_of_a_page_says_which() -> None:
-    pages = [View("label", "image", "", "", page, ASKED) for page in (0, 1)]
-    regions = [to_regions([Detection((0, 0, 5, 5), 0.9, "")], view, 9, 9, "7/v")[0] for view in pages]
+    pages = [ImageTarget("label", "image", "", "", page, ASKED) for page in (0, 1)]
+    regions = [make_regions([Detection((0, 0, 5, 5), 0.9, "")], view, 9, 9, "7/v")[0] for view in pages]
     assert [region["item_index"] for region in regions] == [0, 1]
     assert regions[0]["id"] != regions[1]["id"]
     assert regions[0]["value"]["rectanglelabels"] == []  # for the annotator to choose

@@ -5,14 +5,14 @@ import pytest
 
 from backend.errors import LabelingConfigError
 from backend.labelstudio.labeling_config import Plan, read_plan
-from backend.labelstudio.targets import Prompt, View, read_prompt, value_of
-from backend.labelstudio.targets import views as lazily
+from backend.labelstudio.targets import ImageTarget, Prompt, read_prompt, resolve_value
+from backend.labelstudio.targets import expand_targets as lazily
 
 BOXES = '<RectangleLabels name="box" toName="img">{}</RectangleLabels>'
 PROMPT = '<TextArea name="prompt" toName="img"/><Number name="box_threshold" toName="img"/>'
 
 
-def views(*arguments: Any) -> list[View]:
+def views(*arguments: Any) -> list[ImageTarget]:
     return list(lazily(*arguments))
 
 
@@ -22,8 +22,8 @@ def plan(body: str, image: str = '<Image name="img" value="$image"/>') -> Plan:
     return found
 
 
-def labels(view: View) -> list[tuple[str, tuple[str, ...]]]:
-    return [(label.name, label.phrases) for label in view.asked.labels]
+def labels(view: ImageTarget) -> list[tuple[str, tuple[str, ...]]]:
+    return [(label.name, label.phrases) for label in view.query.labels]
 
 
 def typed(text: list[str], number: float | None = None) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def typed(text: list[str], number: float | None = None) -> dict[str, Any]:
     ],
 )
 def test_values_as_configs_have_them(template: str, value: Any) -> None:
-    assert value_of(template, {"a": {"b": ["x", {"c": "y"}]}, "n": 12}) == value
+    assert resolve_value(template, {"a": {"b": ["x", {"c": "y"}]}, "n": 12}) == value
 
 
 def test_one_control_on_two_pictures() -> None:
@@ -86,12 +86,12 @@ def test_a_repeater_makes_a_control_for_each_item(flag: str) -> None:
         "",
     )
     data = {"shots": [{"url": "1.png"}, {"url": "2.png"}], "secret": 1}
-    found = views(repeated, repeated.select(data))
+    found = views(repeated, repeated.select_fields(data))
     assert [(view.from_name, view.to_name, view.uri) for view in found] == [
         ("l_0", "i_0", "1.png"),
         ("l_1", "i_1", "2.png"),
     ]
-    assert repeated.select(data) == {"shots": data["shots"]}
+    assert repeated.select_fields(data) == {"shots": data["shots"]}
 
 
 def test_labels_that_come_with_the_task() -> None:
@@ -129,7 +129,7 @@ def test_a_phrase_gets_the_label_it_means_or_the_only_one_or_none() -> None:
     two = plan(BOXES.format('<Label value="BigCat"/><Label value="Vehicle" predicted_values="car, bus"/>') + PROMPT)
     (view,) = views(two, {"image": "x"}, Prompt(("big cat", "bus", "tree"), 0.2))
     assert labels(view) == [("BigCat", ("big cat",)), ("Vehicle", ("bus",)), ("", ("tree",))]
-    assert {label.threshold for label in view.asked.labels} == {0.2}
+    assert {label.threshold for label in view.query.labels} == {0.2}
     one = plan(BOXES.format('<Label value="Thing"/>') + PROMPT)
     assert labels(views(one, {"image": "x"}, Prompt(("tree",), None))[0]) == [("Thing", ("tree",))]
     none = plan(BOXES.format("") + PROMPT)
@@ -138,4 +138,4 @@ def test_a_phrase_gets_the_label_it_means_or_the_only_one_or_none() -> None:
 
 def test_300_labels() -> None:
     many = plan(BOXES.format("".join(f'<Label value="thing {i}"/>' for i in range(300))))
-    assert len(views(many, {"image": "x"})[0].asked.labels) == 300
+    assert len(views(many, {"image": "x"})[0].query.labels) == 300

@@ -11,7 +11,7 @@ from PIL import Image
 
 from backend.demo import samples
 from backend.labelstudio.labeling_config import read_plan
-from backend.labelstudio.targets import views
+from backend.labelstudio.targets import expand_targets
 from backend.prediction import predict_job as jobs
 from backend.registry.project_model import to_row
 from backend.settings import Settings
@@ -61,9 +61,9 @@ def test_an_example(example: tuple[str, ...], tools: jobs.Tools) -> None:
     data = json.loads(text)
     plan = read_plan(config, 0.3, 0.7)
     row = to_row({"id": 1, "data": with_pictures(data)}, plan, context(data))
-    seen = list(views(plan, row["data"], jobs.Prompt.from_dict(row["prompt"]) if "prompt" in row else None))
-    phrases = [phrase for label in seen[0].asked.labels for phrase in label.phrases]
-    assert " . ".join([*phrases, *seen[0].asked.negatives]) + " ." == caption
+    seen = list(expand_targets(plan, row["data"], jobs.Prompt.from_dict(row["prompt"]) if "prompt" in row else None))
+    phrases = [phrase for label in seen[0].query.labels for phrase in label.phrases]
+    assert " . ".join([*phrases, *seen[0].query.negatives]) + " ." == caption
     payload = {
         "plan": plan.to_dict(),
         "model_version": "v",

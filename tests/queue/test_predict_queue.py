@@ -12,7 +12,7 @@ from rq.serializers import JSONSerializer
 from backend.errors import QueueUnavailable
 from backend.queue.allowed_job import AllowedJob
 from backend.queue.predict_queue import PREDICT, READY_KEY, PredictQueue
-from backend.queue.redis import connect, put
+from backend.queue.redis import connect, set_indexed
 
 PAYLOAD = {"tasks": [{"id": 1, "data": {"image": "http://x/?token=s3cret"}}], "plan": {"controls": []}}
 
@@ -124,5 +124,5 @@ def test_jobs_are_as_large_as_the_smallest_worker_wants(connection: Redis) -> No
     queue = PredictQueue(connection)
     assert queue.batch_size() == 4
     for name, size in (("a", 16), ("b", 8)):
-        put(connection, READY_KEY, name, json.dumps({"batch_size": size}))
+        set_indexed(connection, READY_KEY, name, json.dumps({"batch_size": size}))
     assert queue.batch_size() == 8

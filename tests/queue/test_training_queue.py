@@ -4,11 +4,11 @@ import time
 import pytest
 from redis import Redis
 
-from backend.monitoring.feedback import Annotation, Evidence
-from backend.monitoring.project_stats import FATES, cards, remember
+from backend.monitoring.feedback import AnnotationEvent, AnnotationLog
+from backend.monitoring.project_stats import BOX_OUTCOMES, get_project_summaries, save_summary
 from backend.queue.allowed_job import FIT_FUNCTION
 from backend.queue.predict_queue import FIT
-from backend.queue.training_queue import Trainings, fit_queue
+from backend.queue.training_queue import TrainingQueue, training_queue
 from backend.queue.worker_loop import make_worker
 from backend.settings import Settings
 
@@ -24,15 +24,17 @@ EVENTS = [
 def test_the_same_events_in_any_order_and_twice_give_the_same_evidence(connection: Redis) -> None:
     found, fates = set(), []
     for number, order in enumerate(itertools.permutations(EVENTS)):
-        evidence = Evidence(connection, str(number))
+        evidence = AnnotationLog(connection, str(number))
         for event in (*order, order[0]):
-            evidence.record([Annotation(*event)])
-        evidence.record([Annotation(*event) for event in order])
+            evidence.record([AnnotationEvent(*event)])
+        evidence.record([AnnotationEvent(*event) for event in order])
         found.add(tuple(evidence.annotations().items()))
-        remember(connection, str(number), "v", None, "")
-        fates.append(cards(connection)[0]["boxes"])
+        save_summary(connection, str(number), "v", None, "")
+        fates.append(get_project_summaries(connection)[0]["boxes"])
     assert found == {((1, 10), (3, 11))}
-    car, dog = ({**dict.fromkeys(FATES, 0), **more} for more in ({"changed": 1, "deleted": 1}, {"kept": 1, "drawn": 2}))
+    car, dog = (
+        {**dict.fromkeys(BOX_OUTCOMES, 0), **more} for more in ({"changed": 1, "deleted": 1}, {"kept": 1, "drawn": 2})
+    )
     assert all(
         {label: counts for label, counts in row.items() if any(counts.values())} == {"car": car, "dog": dog}
         for row in fates
@@ -42,16 +44,18 @@ def test_the_same_events_in_any_order_and_twice_give_the_same_evidence(connectio
 def test_10000_annotations_in_one_event_are_recorded_in_no_time(connection: Redis) -> None:
     start = time.perf_counter()
     boxes = {f"label {n}": [n, 0, 1, 0] for n in range(5)}
-    Evidence(connection, "1").record([Annotation(number, number, "2026", False, boxes) for number in range(10_000)])
+    AnnotationLog(connection, "1").record(
+        [AnnotationEvent(number, number, "2026", False, boxes) for number in range(10_000)]
+    )
     assert time.perf_counter() - start < 0.9  # Label Studio waits a second
-    assert len(Evidence(connection, "1").annotations()) == 10_000
+    assert len(AnnotationLog(connection, "1").annotations()) == 10_000
 
 
 def test_a_second_click_returns_the_training_that_waits(connection: Redis) -> None:
-    trainings = Trainings(connection)
+    trainings = TrainingQueue(connection)
     assert trainings.start("7", "encoder") == trainings.start("7", "all") == "fit-7"
     assert trainings.start("8", "encoder") == "fit-8"
-    (job, _) = fit_queue(connection).jobs
+    (job, _) = training_queue(connection).jobs
     assert (job.func_name, job.args[0]["project"], job.args[0]["train"]) == (FIT_FUNCTION, "7", "encoder")
     assert [(row["project"], row["state"]) for row in trainings.all()] == [("7", "queued"), ("8", "queued")]
 
@@ -59,7 +63,7 @@ def test_a_second_click_returns_the_training_that_waits(connection: Redis) -> No
 @pytest.mark.timeout(60)
 def test_a_training_that_is_over_makes_room_for_another(connection: Redis, redis_url: str, tmp_path) -> None:
     settings = Settings(model="demo", model_dir=tmp_path, redis_url=redis_url)
-    trainings = Trainings(connection)
+    trainings = TrainingQueue(connection)
     trainings.start("7", "encoder")
     with pytest.MonkeyPatch.context() as patch:
         for name, value in settings.to_env().items():
@@ -70,4 +74,4 @@ def test_a_training_that_is_over_makes_room_for_another(connection: Redis, redis
     assert "does not answer" in row["text"] or "LABEL_STUDIO" in row["text"]
     trainings.start("7", "encoder")
     assert trainings.progress("7")["state"] == "queued"
-    assert len(fit_queue(connection).jobs) == 1
+    assert len(training_queue(connection).jobs) == 1

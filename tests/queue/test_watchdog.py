@@ -2,7 +2,7 @@ import subprocess
 import sys
 import time
 
-from backend.queue.watchdog import HUNG
+from backend.queue.watchdog import EXIT_HUNG
 from tests.servers import ROOT
 
 
@@ -16,7 +16,7 @@ def run(body: str) -> tuple[int, float]:
 
 def test_what_shows_no_sign_of_life_is_ended() -> None:
     status, seconds = run("with w.watching(): time.sleep(30)")
-    assert status == HUNG
+    assert status == EXIT_HUNG
     assert seconds < 5
 
 
@@ -28,4 +28,4 @@ def test_idleness_beats_and_pauses_are_fine() -> None:
 
 
 def test_a_pause_ends() -> None:
-    assert run("with w.watching():\n with w.paused(): pass\n time.sleep(30)")[0] == HUNG
+    assert run("with w.watching():\n with w.paused(): pass\n time.sleep(30)")[0] == EXIT_HUNG

@@ -5,7 +5,7 @@ import pytest
 
 from backend.errors import CheckpointError
 from backend.labelstudio.labeling_config import read_plan
-from backend.registry.versions import ABOUT, CURRENT, WEIGHTS, Version, Versions
+from backend.registry.versions import ABOUT, CURRENT, WEIGHTS, Version, VersionStore
 
 CONFIG = (
     '<View><Image name="image" value="$image"/><RectangleLabels name="label" toName="image">'
@@ -14,36 +14,36 @@ CONFIG = (
 
 
 @pytest.fixture
-def versions(tmp_path: Path) -> Versions:
-    return Versions(tmp_path, "7")
+def versions(tmp_path: Path) -> VersionStore:
+    return VersionStore(tmp_path, "7")
 
 
 def make(number: int, parent: str = "", **more: object) -> Version:
     return Version(id=f"v-{number:04}", checkpoint="c", parent=parent, created=1, **more)
 
 
-def add(versions: Versions, number: int, parent: str = "") -> Version:
+def add(versions: VersionStore, number: int, parent: str = "") -> Version:
     version = versions.add(make(number, parent), lambda path: path.write_bytes(b"weights %d" % number))
     versions.promote(version.id)
     return version
 
 
-def test_what_is_promoted_serves_and_rolling_back_goes_one_step(versions: Versions) -> None:
-    assert versions.serving("c") is None
+def test_what_is_promoted_serves_and_rolling_back_goes_one_step(versions: VersionStore) -> None:
+    assert versions.get_serving("c") is None
     first = add(versions, 1)
     second = add(versions, 2, first.id)
-    assert versions.serving("c") == second
+    assert versions.get_serving("c") == second
     assert first.weights != second.weights
     assert versions.roll_back() == first.id
-    assert versions.serving("c") == first
+    assert versions.get_serving("c") == first
     assert versions.roll_back() == ""
-    assert versions.serving("c") is None
+    assert versions.get_serving("c") is None
     with pytest.raises(CheckpointError, match="as it came already"):
         versions.roll_back()
     assert [version.id for version in versions.all()] == [first.id, second.id]
 
 
-def test_rolling_back_leads_to_what_served_before_not_to_what_was_learned_before(versions: Versions) -> None:
+def test_rolling_back_leads_to_what_served_before_not_to_what_was_learned_before(versions: VersionStore) -> None:
     first, second = add(versions, 1), add(versions, 2, "v-0001")
     versions.promote(first.id)
     assert versions.roll_back() == second.id
@@ -54,7 +54,7 @@ def test_rolling_back_leads_to_what_served_before_not_to_what_was_learned_before
 
 
 @pytest.mark.parametrize("damage", ["weights", "about", "gone", "half"])
-def test_a_damaged_version_is_refused_and_the_one_before_serves(versions: Versions, damage: str) -> None:
+def test_a_damaged_version_is_refused_and_the_one_before_serves(versions: VersionStore, damage: str) -> None:
     first = add(versions, 1)
     second = add(versions, 2, first.id)
     folder = versions.folder / second.id
@@ -68,26 +68,26 @@ def test_a_damaged_version_is_refused_and_the_one_before_serves(versions: Versio
         row = json.loads((folder / ABOUT).read_text())
         del row["thresholds"]
         (folder / ABOUT).write_text(json.dumps(row))
-    assert versions.serving("c") == first
+    assert versions.get_serving("c") == first
     assert versions.all() == [first]
     with pytest.raises(CheckpointError, match="damaged"):
         versions.promote(second.id)
 
 
-def test_a_damaged_mark_leaves_the_checkpoint_as_it_came(versions: Versions) -> None:
+def test_a_damaged_mark_leaves_the_checkpoint_as_it_came(versions: VersionStore) -> None:
     add(versions, 1)
     (versions.folder / CURRENT).write_text("{")
-    assert versions.serving("c") is None
+    assert versions.get_serving("c") is None
 
 
-def test_another_checkpoint_or_another_project_of_the_same_number_is_not_served(versions: Versions) -> None:
+def test_another_checkpoint_or_another_project_of_the_same_number_is_not_served(versions: VersionStore) -> None:
     version = add(versions, 1)
-    assert versions.serving("other") is None
-    assert versions.serving("c", created=2) is None
-    assert versions.serving("c", created=1) == version
+    assert versions.get_serving("other") is None
+    assert versions.get_serving("c", created=2) is None
+    assert versions.get_serving("c", created=1) == version
 
 
-def test_a_disk_that_is_full_leaves_nothing_behind(versions: Versions) -> None:
+def test_a_disk_that_is_full_leaves_nothing_behind(versions: VersionStore) -> None:
     first = add(versions, 1)
 
     def full(path: Path) -> None:
@@ -97,19 +97,19 @@ def test_a_disk_that_is_full_leaves_nothing_behind(versions: Versions) -> None:
     with pytest.raises(OSError, match="No space left"):
         versions.add(make(2, first.id), full)
     assert sorted(path.name for path in versions.folder.iterdir()) == [CURRENT, first.id]
-    assert versions.serving("c") == first
+    assert versions.get_serving("c") == first
 
 
 @pytest.mark.parametrize("name", ["../../etc", "/etc/passwd", "a/b", ".", "", "x" * 99, "A b"])
-def test_names_lead_nowhere_else(versions: Versions, tmp_path: Path, name: str) -> None:
+def test_names_lead_nowhere_else(versions: VersionStore, tmp_path: Path, name: str) -> None:
     with pytest.raises(CheckpointError, match="not the name"):
         versions.get(name)
     with pytest.raises(CheckpointError, match="not the number"):
-        Versions(tmp_path, name)
+        VersionStore(tmp_path, name)
 
 
 def test_learned_thresholds_go_before_those_they_were_learned_from() -> None:
     plan = read_plan(CONFIG, 0.3, 0.7)
     version = make(1, thresholds={"label": {"cat": (0.3, 0.42), "dog": (0.5, 0.1), "gone": (0.3, 0.9)}, "other": {}})
-    labels = version.applied_to(plan).controls[0].labels
+    labels = version.apply_to(plan).controls[0].labels
     assert [label.threshold for label in labels] == [0.42, 0.6]  # the dog's was changed in the config since

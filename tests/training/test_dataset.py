@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 
 from backend.labelstudio.labeling_config import read_plan
-from backend.training.dataset import fingerprint, part_of, read_examples
+from backend.training.dataset import choose_split, fingerprint_examples, read_examples
 
 CONFIG = (
     '<View><Image name="image" value="$image"/><RectangleLabels name="label" toName="image">'
@@ -96,15 +96,15 @@ def test_each_page_has_its_own_boxes() -> None:
 
 
 def test_the_parts_have_their_shares_and_never_change() -> None:
-    parts = [part_of("1", number) for number in range(4000)]
+    parts = [choose_split("1", number) for number in range(4000)]
     shares = {part: parts.count(part) / 4000 for part in ("train", "stop", "gate")}
     assert shares == {
         "train": pytest.approx(0.65, abs=0.03),
         "stop": pytest.approx(0.15, abs=0.03),
         "gate": pytest.approx(0.2, abs=0.03),
     }
-    assert parts == [part_of("1", number) for number in range(4000)]
-    assert parts != [part_of("2", number) for number in range(4000)]
+    assert parts == [choose_split("1", number) for number in range(4000)]
+    assert parts != [choose_split("2", number) for number in range(4000)]
 
 
 def test_an_odd_task_does_not_end_the_training() -> None:
@@ -126,7 +126,11 @@ def test_a_rectangle_without_a_label_beside_it() -> None:
 
 def test_the_fingerprint_is_of_what_is_learned_not_of_its_order() -> None:
     one, two = task({"result": [region()]}), {**task({"result": []}), "id": 8}
-    assert fingerprint(read([one, two])[0]) == fingerprint(read([two, one])[0]) != fingerprint(read([one])[0])
+    assert (
+        fingerprint_examples(read([one, two])[0])
+        == fingerprint_examples(read([two, one])[0])
+        != fingerprint_examples(read([one])[0])
+    )
 
 
 def test_10000_boxes_in_one_task() -> None:

@@ -3,9 +3,9 @@ import random
 import pytest
 
 from backend.boxes import Detection
-from backend.training.calibration import FLOOR, calibrate, cross_calibrated
-from backend.training.evaluation import Judged, evaluate
-from backend.training.gate import is_better
+from backend.training.calibration import MIN_SCORE, calibrate, cross_calibrated
+from backend.training.evaluation import EvalResult, evaluate
+from backend.training.gate import passes_gate
 
 BOX = (0.0, 0.0, 10.0, 10.0)
 FAR = (50.0, 50.0, 60.0, 60.0)
@@ -69,7 +69,7 @@ def test_without_examples_or_without_gain_a_threshold_stays() -> None:
 
 
 def test_no_threshold_is_below_the_floor() -> None:
-    assert calibrate(*pictures([0.001] * 500, []), {"a": 0.3})["a"] >= FLOOR
+    assert calibrate(*pictures([0.001] * 500, []), {"a": 0.3})["a"] >= MIN_SCORE
 
 
 def test_crossed_thresholds_are_chosen_by_the_other_half() -> None:
@@ -78,16 +78,16 @@ def test_crossed_thresholds_are_chosen_by_the_other_half() -> None:
     assert first["a"] < 0.3 == second["a"]  # those of the first have 0.8, those of the second 0.2
 
 
-def judged(scores: list[float], right: list[bool]) -> Judged:
+def judged(scores: list[float], right: list[bool]) -> EvalResult:
     found = [[Detection(BOX if hit else FAR, score, "a")] for score, hit in zip(scores, right, strict=True)]
-    return Judged(found, [[(BOX, "a")]] * len(found), [{"a": 0.3}] * len(found))
+    return EvalResult(found, [[(BOX, "a")]] * len(found), [{"a": 0.3}] * len(found))
 
 
 def test_a_clear_gain_is_better_and_the_same_is_not() -> None:
     poor, good = judged([0.9] * 20, [False] * 18 + [True] * 2), judged([0.9] * 20, [True] * 20)
-    assert is_better(poor, good)
-    assert not is_better(good, good)
-    assert not is_better(good, poor)
+    assert passes_gate(poor, good)
+    assert not passes_gate(good, good)
+    assert not passes_gate(good, poor)
 
 
 def test_chance_is_not_better() -> None:
@@ -95,5 +95,5 @@ def test_chance_is_not_better() -> None:
     rng, passed = random.Random(0), 0
     for _ in range(100):
         one, two = ([rng.random() < 0.5 for _ in range(15)] for _ in range(2))
-        passed += is_better(judged([0.9] * 15, one), judged([0.9] * 15, two))
+        passed += passes_gate(judged([0.9] * 15, one), judged([0.9] * 15, two))
     assert passed <= 10

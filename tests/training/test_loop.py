@@ -4,7 +4,7 @@ import torch
 
 from backend.demo.train import build_model, build_tokenizer, draw_batch
 from backend.training.loop import train_one_epoch
-from backend.training.loss import generalized_iou, loss
+from backend.training.loss import compute_loss, generalized_iou
 
 
 def test_generalized_iou() -> None:
@@ -16,7 +16,7 @@ def test_generalized_iou() -> None:
 def test_every_weight_that_serves_gets_a_gradient() -> None:
     torch.manual_seed(0)
     model = build_model()
-    loss(model, draw_batch(np.random.default_rng(0), build_tokenizer(), 2)).backward()
+    compute_loss(model, draw_batch(np.random.default_rng(0), build_tokenizer(), 2)).backward()
     without = [name for name, weight in model.named_parameters() if weight.grad is None]
     assert not [name for name in without if "swin.layernorm" not in name and "backbone" not in name]
 
@@ -36,6 +36,6 @@ def test_a_batch_without_boxes_trains_too() -> None:
     torch.manual_seed(0)
     model, batch = build_model(), draw_batch(np.random.default_rng(0), build_tokenizer(), 2)
     empty = [type(t)(t.boxes_cxcywh[:0], t.phrases[:0]) for t in batch.targets]
-    value = loss(model, type(batch)(batch.pixel_values, batch.captions, empty))
+    value = compute_loss(model, type(batch)(batch.pixel_values, batch.captions, empty))
     value.backward()
     assert torch.isfinite(value)

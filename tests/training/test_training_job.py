@@ -16,8 +16,8 @@ import requests
 from redis import Redis
 
 from backend.labelstudio.client import PAGE
-from backend.queue.training_queue import Trainings
-from backend.registry.versions import Versions
+from backend.queue.training_queue import TrainingQueue
+from backend.registry.versions import VersionStore
 from backend.settings import Settings
 from backend.training import training_job as fit_module
 from backend.training.training_job import fit
@@ -62,7 +62,7 @@ class Stub:
     """Answers as Label Studio does; the first `away` requests for tasks find it gone."""
 
     def __init__(self, tasks: list[dict[str, Any]], away: int = 0, config: str = CONFIG) -> None:
-        self.tasks, self.away, self.config, self.asked = tasks, away, config, 0
+        self.tasks, self.away, self.config, self.query = tasks, away, config, 0
 
     def __call__(self, request: BaseHTTPRequestHandler) -> None:
         parts = urlsplit(request.path)
@@ -76,8 +76,8 @@ class Stub:
         if parts.path.startswith("/api/projects/"):
             reply(request, json.dumps({"label_config": self.config, "created_at": "2026-11-22T07:57:05.3Z"}).encode())
             return
-        self.asked += 1
-        if self.asked <= self.away:
+        self.query += 1
+        if self.query <= self.away:
             reply(request, b"{}", 503)
             return
         items = json.loads(parse_qs(parts.query)["query"][0])["filters"]["items"]
@@ -92,7 +92,7 @@ Train = Callable[..., dict[str, Any]]
 @pytest.fixture
 def train(connection: Redis, redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
     """Trains project 7 in this process; what comes of it."""
-    monkeypatch.setattr(fit_module, "PAUSES", (0.01, 0.01, 0.01))
+    monkeypatch.setattr(fit_module, "RETRY_DELAYS", (0.01, 0.01, 0.01))
 
     def run(stub: Stub, train: str = "thresholds", run: str = "1") -> dict[str, Any]:
         with http_server(stub) as url:
@@ -102,7 +102,7 @@ def train(connection: Redis, redis_url: str, tmp_path: Path, monkeypatch: pytest
             for name, value in settings.to_env().items():
                 monkeypatch.setenv(name, value)
             outcome = fit({"project": "7", "train": train, "run": run})
-        assert Trainings(connection).progress("7")["text"] == outcome["text"]
+        assert TrainingQueue(connection).progress("7")["text"] == outcome["text"]
         return outcome
 
     return run
@@ -122,7 +122,7 @@ SKIPPED = {**annotated(1, []), "annotations": [{"result": [], "was_cancelled": T
 )  # fmt: skip
 def test_too_little_to_learn_from_is_said(train: Train, tmp_path: Path, tasks: list[Any], text: str) -> None:
     assert text in train(Stub(tasks), "encoder")["text"]
-    assert Versions(tmp_path, "7").all() == []
+    assert VersionStore(tmp_path, "7").all() == []
 
 
 def test_10000_boxes_in_one_task_and_a_label_without_examples(train: Train) -> None:
@@ -175,7 +175,7 @@ def test_a_full_disk_leaves_what_serves(train: Train, tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert outcome["state"] == "failed"
     assert "MODEL_DIR cannot be used (File too large)" in outcome["text"]
-    assert Versions(tmp_path, "7").serving("any") is None
+    assert VersionStore(tmp_path, "7").get_serving("any") is None
 
 
 @pytest.mark.timeout(300)

@@ -8,7 +8,7 @@ import pytest
 from flask.testing import FlaskClient
 from redis import Redis
 
-from backend.monitoring.feedback import EVIDENCE_KEY, Evidence
+from backend.monitoring.feedback import ANNOTATIONS_KEY, AnnotationLog
 from backend.queue.redis import connect
 from backend.settings import Settings
 from backend.web.app import create_app
@@ -200,8 +200,8 @@ def test_annotation_events_are_recorded_without_secrets(lonely: FlaskClient, red
         body = {"action": action, "annotation": rows, "project": project, "task": {"data": {"image": "s3cret"}}}
         assert lonely.post("/webhook", json=body).status_code == 200
     lonely.post("/webhook", json={"action": "ANNOTATIONS_DELETED", "annotations": [{"id": 4}], "project": project})
-    assert "s3cret" not in repr(connect(redis_url).hgetall(f"{EVIDENCE_KEY}7"))
-    assert Evidence(connect(redis_url), "7").annotations() == {5: 2}
+    assert "s3cret" not in repr(connect(redis_url).hgetall(f"{ANNOTATIONS_KEY}7"))
+    assert AnnotationLog(connect(redis_url), "7").annotations() == {5: 2}
 
 
 def test_no_secret_reaches_the_log(lonely: FlaskClient, caplog: pytest.LogCaptureFixture) -> None:
@@ -243,7 +243,7 @@ def test_150_waiting_requests_are_answered(redis_url: str) -> None:
 
 
 def test_more_than_may_wait_are_sent_away(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("backend.web.app.MOST_WAITING", 0)
+    monkeypatch.setattr("backend.web.app.MAX_WAITING_REQUESTS", 0)
     answer = client(redis_url=redis_url).post("/predict", json={"tasks": [], "label_config": CONFIG})
     assert (answer.status_code, answer.json["error"]["code"]) == (503, "overloaded")
     assert int(answer.headers["Retry-After"]) > 0
@@ -252,7 +252,7 @@ def test_more_than_may_wait_are_sent_away(redis_url: str, monkeypatch: pytest.Mo
 def test_a_full_queue_sends_large_requests_away_and_serves_an_annotator(
     lonely: FlaskClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("backend.queue.predict_queue.MOST_CHUNKS", 2)
+    monkeypatch.setattr("backend.queue.predict_queue.MAX_WAITING_CHUNKS", 2)
     tasks = [{"id": i, "data": {"image": "x"}} for i in range(12)]
     answer = lonely.post("/predict", json={"tasks": tasks, "label_config": CONFIG})
     assert (answer.status_code, answer.json["error"]["code"]) == (503, "overloaded")
@@ -263,7 +263,7 @@ def test_a_full_queue_sends_large_requests_away_and_serves_an_annotator(
 
 
 def test_a_long_wait_is_kept_alive_by_spaces(lonely: FlaskClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("backend.web.app.SILENCE", 0.2)
+    monkeypatch.setattr("backend.web.app.KEEP_ALIVE_INTERVAL", 0.2)
     task = {"id": 7, "data": {"image": "y"}}
     answer = lonely.post("/predict", json={"tasks": [task], "label_config": CONFIG})
     assert answer.text.startswith("   ")

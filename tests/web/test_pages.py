@@ -6,7 +6,7 @@ import pytest
 import requests
 from prometheus_client.parser import text_string_to_metric_families
 
-from backend.monitoring.project_stats import FATES
+from backend.monitoring.project_stats import BOX_OUTCOMES
 from backend.web.playground import LOWEST
 from tests.scenes import config_for, data_uri, scenes
 from tests.servers import Served, wait_for
@@ -73,7 +73,7 @@ def test_what_annotators_did_is_counted_once(served: Served) -> None:
         assert requests.post(f"{served.url}/webhook", json=event, timeout=10).ok
     projects = requests.get(f"{served.url}/status", timeout=10).json()["projects"]
     (card,) = [row for row in projects if row["project"] == "42"]
-    totals = [sum(counts[fate] for counts in card["boxes"].values()) for fate in FATES]
+    totals = [sum(counts[fate] for counts in card["boxes"].values()) for fate in BOX_OUTCOMES]
     assert totals == [len(result) - 1, 0, 1, 0]
 
 
