@@ -1,4 +1,4 @@
-"""Boxes: conversion, clipping, overlap, suppression. Pure."""
+"""Boxes: conversion, clipping, IoU and non-maximum suppression. Pure: no I/O, no torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class Detection:
-    """One box: `box_xyxy` in pixels of the original picture (EXIF orientation applied), score in 0..1, label."""
+    """One detected object.
+
+    Attributes:
+        box_xyxy: corners in pixels of the original image, with its EXIF orientation applied.
+        score: confidence in 0..1.
+        label: name of a label in the labeling config; empty where the annotator has to choose one.
+    """
 
     box_xyxy: Box
     score: float
@@ -18,13 +24,15 @@ class Detection:
 
 
 def cxcywh_to_xyxy(box_cxcywh: Sequence[float], width: float, height: float) -> Box:
-    """A box relative to the picture (centre and size in 0..1) -> corners in pixels, clipped to the picture."""
+    """Converts a box relative to the image (centre and size in 0..1) to pixel corners, clipped to the image."""
     cx, cy, w, h = box_cxcywh
-    return clip((cx - w / 2) * width, (cy - h / 2) * height, (cx + w / 2) * width, (cy + h / 2) * height, width, height)
+    x1, x2 = (cx - w / 2) * width, (cx + w / 2) * width
+    y1, y2 = (cy - h / 2) * height, (cy + h / 2) * height
+    return clip_box(x1, y1, x2, y2, width, height)
 
 
-def clip(x1: float, y1: float, x2: float, y2: float, width: float, height: float) -> Box:
-    """The part of a box that lies inside a picture of `width` x `height`."""
+def clip_box(x1: float, y1: float, x2: float, y2: float, width: float, height: float) -> Box:
+    """Clips a box to an image of `width` x `height`; all in the same unit."""
     return min(max(x1, 0), width), min(max(y1, 0), height), min(max(x2, 0), width), min(max(y2, 0), height)
 
 
@@ -38,7 +46,10 @@ def iou(a: Box, b: Box) -> float:
 
 
 def non_max_suppression(detections: Sequence[Detection], nms_iou: float) -> list[Detection]:
-    """Greedy non-maximum suppression, blind to labels: a thing gets one box. Best first."""
+    """Drops each detection that overlaps a better one by more than `nms_iou`; 1 keeps all.
+
+    Greedy and class-agnostic: one object gets one box, whatever the labels. Returns the best first.
+    """
     kept: list[Detection] = []
     for detection in sorted(detections, key=lambda d: -d.score):
         if nms_iou >= 1 or all(iou(detection.box_xyxy, better.box_xyxy) <= nms_iou for better in kept):

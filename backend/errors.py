@@ -1,4 +1,4 @@
-"""Every error that the backend raises on purpose.
+"""All errors that the backend raises deliberately.
 
 BackendError                      500  internal
 ├── SettingsError                 500  settings
@@ -9,18 +9,19 @@ BackendError                      500  internal
 ├── LabelingConfigError           422  labeling_config
 ├── ImageError                    422  image
 ├── CheckpointError               500  checkpoint
-├── LabelStudioError                   502  label_studio
-│   ├── LabelStudioAuthError             502  label_studio_key
-│   ├── LabelStudioNotFound             502  label_studio_missing
-│   └── LabelStudioUnavailable                503  label_studio_away
+├── LabelStudioError              502  label_studio
+│   ├── LabelStudioAuthError      502  label_studio_key
+│   ├── LabelStudioNotFound       502  label_studio_missing
+│   └── LabelStudioUnavailable    503  label_studio_away
 ├── QueueUnavailable              503  queue_unavailable
 ├── Overloaded                    503  overloaded
 ├── WorkerDied                    500  worker_died
-├── CannotLearn (fit.py)          500  cannot_learn
-├── DiskFull (shelf.py)           500  disk_full
+├── CannotTrain                   500  cannot_train
+├── DiskFull                      500  disk_full
+├── MessageError                  500  message
 └── NotReady                      503  not_ready
 
-Each class carries its HTTP status and its code. The text says what to do and never holds a secret: users read it.
+Each class carries its HTTP status and its code. Users read the message: it says what to do and never holds a secret.
 """
 
 from __future__ import annotations
@@ -29,18 +30,18 @@ from typing import ClassVar
 
 
 class BackendError(Exception):
-    """Base of all errors on purpose; `str(error)` is the detail that users read."""
+    """Base class of all deliberate errors; `str(error)` is the detail that users read."""
 
     status: ClassVar[int] = 500
     code: ClassVar[str] = "internal"
 
     def to_dict(self) -> dict[str, str]:
-        """The form in which an error crosses the queue and HTTP: code and detail."""
+        """Returns code and detail, the form in which an error crosses the queue and HTTP."""
         return {"code": self.code, "detail": str(self)}
 
 
 class SettingsError(BackendError):
-    """A setting or the machine cannot work as asked; the program ends with exit code 2."""
+    """A setting is invalid or does not fit this machine; the program exits with code 2."""
 
     code = "settings"
 
@@ -52,31 +53,31 @@ class BadRequest(BackendError):
 
 
 class Unauthorized(BackendError):
-    """Basic auth is on and the credentials are missing or wrong."""
+    """Basic auth is enabled and the credentials are missing or wrong."""
 
     status, code = 401, "unauthorized"
 
 
 class NotFound(BackendError):
-    """There is no such route."""
+    """The route does not exist."""
 
     status, code = 404, "not_found"
 
 
 class RequestTooLarge(BackendError):
-    """The body is above the limit."""
+    """The request body is larger than the limit."""
 
     status, code = 413, "request_too_large"
 
 
 class LabelingConfigError(BackendError):
-    """The labeling config cannot be served, and why."""
+    """The labeling config cannot be served; the message says why."""
 
     status, code = 422, "labeling_config"
 
 
 class ImageError(BackendError):
-    """One task's picture cannot be fetched or shown; fails that task only."""
+    """The image of a task cannot be fetched or decoded; fails that task only."""
 
     status, code = 422, "image"
 
@@ -88,31 +89,35 @@ class CheckpointError(BackendError):
 
 
 class LabelStudioError(BackendError):
-    """Label Studio refused us or did not answer."""
+    """Label Studio refused a request or did not answer."""
 
     status, code = 502, "label_studio"
 
 
 class LabelStudioAuthError(LabelStudioError):
-    """Label Studio refused our key; another one may open what waits for it."""
+    """Label Studio refused our API key; the request may succeed with another one."""
 
     code = "label_studio_key"
 
 
 class LabelStudioNotFound(LabelStudioError):
-    """Label Studio has no such thing: the number of a project, a task or a tab is wrong."""
+    """The project, task or Data Manager tab does not exist in Label Studio."""
 
     code = "label_studio_missing"
 
 
 class LabelStudioUnavailable(LabelStudioError):
-    """Label Studio did not answer, or cannot now; where it was `reached`, it may have done what it was asked."""
+    """Label Studio did not answer, or cannot serve requests now.
+
+    Attributes:
+        may_have_succeeded: Label Studio may have carried out the request; False if it was never sent.
+    """
 
     status, code = 503, "label_studio_away"
 
-    def __init__(self, detail: str, reached: bool = True) -> None:
+    def __init__(self, detail: str, may_have_succeeded: bool = True) -> None:
         super().__init__(detail)
-        self.reached = reached
+        self.may_have_succeeded = may_have_succeeded
 
 
 class QueueUnavailable(BackendError):
@@ -122,18 +127,36 @@ class QueueUnavailable(BackendError):
 
 
 class Overloaded(BackendError):
-    """As many requests or chunks are waiting as may."""
+    """The maximum number of requests or chunks is already waiting."""
 
     status, code = 503, "overloaded"
 
 
 class WorkerDied(BackendError):
-    """A worker process ended over one task, twice; fails that task only."""
+    """One task crashed two worker processes; fails that task only."""
 
     code = "worker_died"
 
 
+class CannotTrain(BackendError):
+    """A training cannot start or go on; the message says what is missing."""
+
+    code = "cannot_train"
+
+
+class DiskFull(BackendError):
+    """The disk has no room for the images of a training."""
+
+    code = "disk_full"
+
+
 class NotReady(BackendError):
-    """The prediction was not finished by the deadline; it goes on in the background."""
+    """The prediction was not finished by the deadline; it continues in the background."""
 
     status, code = 503, "not_ready"
+
+
+class MessageError(BackendError):
+    """A message in Redis was written by another version of the backend."""
+
+    code = "message"

@@ -1,4 +1,4 @@
-"""Logs: one line a record, as text or JSON, with the id of the request that it is about."""
+"""Logging: one line per record, as text or JSON, with the id of the request that it belongs to."""
 
 from __future__ import annotations
 
@@ -12,37 +12,39 @@ from datetime import datetime, timezone
 from backend.settings import Settings
 
 REQUEST_ID: ContextVar[str] = ContextVar("request", default="-")
-TEXT = "%(asctime)s %(levelname)s %(name)s [%(request)s]: %(message)s"
-CONTROL = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]")
-ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+TEXT_FORMAT = "%(asctime)s %(levelname)s %(name)s [%(request)s]: %(message)s"
+CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]")
+VALID_REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
 def choose_request_id(given: str | None) -> str:
-    """The caller's id of its request, where it is one that fits into a line, else a new one."""
-    return given if given and ID.fullmatch(given) else secrets.token_hex(4)
+    """Returns the caller's request id if it is safe to log, else a new one."""
+    return given if given and VALID_REQUEST_ID.fullmatch(given) else secrets.token_hex(4)
 
 
-class _WithRequest(logging.Filter):
+class _RequestIdFilter(logging.Filter):
+    """Adds the current request id to each record; drops none."""
+
     def filter(self, record: logging.LogRecord) -> bool:
         record.request = REQUEST_ID.get()
         return True
 
 
 class TextFormatter(logging.Formatter):
-    """One line a record, whatever a message holds: addresses and numbers of tasks are others' texts."""
+    """One line per record; control characters in a message are escaped, since URLs and task ids are foreign text."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        """The line, with control characters as Python writes them."""
-        record.message = CONTROL.sub(lambda found: repr(found[0])[1:-1], record.message)
+        """Formats the line with control characters escaped as Python writes them."""
+        record.message = CONTROL_CHARACTERS.sub(lambda match: repr(match[0])[1:-1], record.message)
         return super().formatMessage(record)
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: time (UTC), level, logger, request, message, and the traceback where there is one."""
+    """One JSON object per line: time (UTC), level, logger, request, message, and the traceback if there is one."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The record as such a line."""
-        row = {
+        """Formats the record as one line of JSON."""
+        fields = {
             "time": datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds"),
             "level": record.levelname,
             "logger": record.name,
@@ -50,14 +52,17 @@ class JsonFormatter(logging.Formatter):
             "message": record.getMessage(),
         }
         if record.exc_info:
-            row["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(row, ensure_ascii=False)
+            fields["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(fields, ensure_ascii=False)
 
 
 def set_up_logging(settings: Settings) -> None:
-    """To standard error; urllib3's own records would show addresses of pictures with the signatures in them."""
+    """Logs to standard error, in the format and from the level that the settings name.
+
+    Records of urllib3 below WARNING are dropped: they would show image URLs with their signatures.
+    """
     stream = logging.StreamHandler()
-    stream.setFormatter(JsonFormatter() if settings.log_format == "json" else TextFormatter(TEXT))
-    stream.addFilter(_WithRequest())
+    stream.setFormatter(JsonFormatter() if settings.log_format == "json" else TextFormatter(TEXT_FORMAT))
+    stream.addFilter(_RequestIdFilter())
     logging.basicConfig(level=settings.log_level, handlers=[stream])
     logging.getLogger("urllib3").setLevel(logging.WARNING)

@@ -1,4 +1,4 @@
-"""Real processes and servers for the tests: started on free ports, stopped at the end."""
+"""Real processes and servers for the tests, on free ports; each is stopped at the end."""
 
 import contextlib
 import os
@@ -17,14 +17,14 @@ import requests
 ROOT = Path(__file__).parent.parent
 
 
-def free_port() -> int:
+def find_free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 60, what: str = "it") -> object:
-    """The first true value of `condition`; connection errors count as false."""
+    """Waits for a true value of `condition` and returns it; connection errors count as false."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         with contextlib.suppress(requests.ConnectionError, requests.Timeout):
@@ -34,44 +34,44 @@ def wait_for(condition: Callable[[], object], seconds: float = 60, what: str = "
     raise AssertionError(f"{what} did not happen within {seconds} s")
 
 
-class Served:
-    """`python -m backend serve` as a process of its own."""
+class ServeProcess:
+    """Runs `python -m backend serve` as a process of its own."""
 
     def __init__(self, folder: Path, **env: str) -> None:
-        self.port = free_port()
+        self.port = find_free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = folder / "serve.log"
         self.model_dir = folder / "data"
-        given = {"MODEL": "demo", "PORT": str(self.port), "MODEL_DIR": str(self.model_dir)}
-        given |= {"ALLOWED_IMAGE_HOSTS": "127.0.0.0/8", **env}  # the tests' own pictures
+        settings = {"MODEL": "demo", "PORT": str(self.port), "MODEL_DIR": str(self.model_dir)}
+        settings |= {"ALLOWED_IMAGE_HOSTS": "127.0.0.0/8", **env}  # where the tests serve their images
         self.env = env
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "backend", "serve"],
                 cwd=ROOT,
-                env={**os.environ, **given},
+                env={**os.environ, **settings},
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
 
     def wait_until_ready(self, seconds: float = 90) -> None:
-        def ready() -> bool:
-            assert self.process.poll() is None, self.text()
+        def is_ready() -> bool:
+            assert self.process.poll() is None, self.read_log()
             return requests.get(f"{self.url}/ready", timeout=5).status_code == 200
 
-        wait_for(ready, seconds, "ready")
+        wait_for(is_ready, seconds, "ready")
 
-    def text(self) -> str:
+    def read_log(self) -> str:
         return self.log.read_text(errors="replace")
 
-    def children(self) -> list[int]:
-        """Process ids of everything that it started, theirs included."""
+    def list_descendants(self) -> list[int]:
+        """Returns the process ids of all its children and their descendants."""
         rows = subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True).stdout.split("\n")[1:]
         parents = {int(row.split()[0]): int(row.split()[1]) for row in rows if row.strip()}
-        found = [self.process.pid]
-        for parent in found:
-            found += [pid for pid, ppid in parents.items() if ppid == parent]
-        return found[1:]
+        tree = [self.process.pid]
+        for parent in tree:
+            tree += [pid for pid, ppid in parents.items() if ppid == parent]
+        return tree[1:]
 
     def stop(self, seconds: float = 10) -> int:
         if self.process.poll() is None:
@@ -80,7 +80,7 @@ class Served:
 
 
 def is_running(pid: int) -> bool:
-    """Whether a process exists and is not a zombie that nobody has waited for."""
+    """Tells whether a process exists and is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
@@ -89,7 +89,7 @@ def is_running(pid: int) -> bool:
 
 @contextlib.contextmanager
 def http_server(answer: Callable[[BaseHTTPRequestHandler], None]) -> Iterator[str]:
-    """A web server whose every request is answered by `answer`; yields its URL."""
+    """Runs a web server that answers every request with `answer`; yields its URL."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -112,8 +112,8 @@ def http_server(answer: Callable[[BaseHTTPRequestHandler], None]) -> Iterator[st
         thread.join()
 
 
-def reply(handler: BaseHTTPRequestHandler, body: bytes, status: int = 200, **headers: str) -> None:
-    """A complete answer; header names are given with underscores."""
+def send_reply(handler: BaseHTTPRequestHandler, body: bytes, status: int = 200, **headers: str) -> None:
+    """Sends a complete answer; header names are given with underscores."""
     handler.send_response(status)
     for name, value in {"Content-Length": str(len(body)), **headers}.items():
         handler.send_header(name.replace("_", "-"), value)

@@ -1,6 +1,7 @@
 import json
 import logging
 import re
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -8,14 +9,14 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.parser import text_string_to_metric_families
 
 from backend.logs import REQUEST_ID, JsonFormatter, choose_request_id, set_up_logging
-from backend.metrics import BOXES, MAX_LABELS, OTHER, REGISTRY, count_boxes, merge_metrics, render_metrics, timed
+from backend.metrics import BOXES, MAX_LABELS, OTHER_LABELS, REGISTRY, count_boxes, merge_metrics, render_metrics, timed
 from backend.settings import Settings
 from tests.servers import ROOT
 
 
 @pytest.fixture(autouse=True)
-def nothing_stays(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr("backend.metrics._labels", set())
+def restore_globals(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr("backend.metrics._counted_labels", set())
     level = logging.root.level
     yield
     BOXES.clear()
@@ -23,15 +24,15 @@ def nothing_stays(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     logging.root.setLevel(level)
 
 
-def worker_text(count: int) -> str:
+def make_worker_metrics(count: int) -> str:
     registry = CollectorRegistry()
     Counter("boxes", "Boxes.", ["label"], registry=registry).labels('odd "label"\n').inc(count)
     Histogram("stage", "Stages.", buckets=(1, 2), registry=registry).observe(count)
     return generate_latest(registry).decode()
 
 
-def test_workers_are_told_apart_and_each_family_comes_once() -> None:
-    families = list(merge_metrics({"a": worker_text(1), "b": worker_text(2)}))
+def test_workers_are_distinguished_and_each_family_comes_once() -> None:
+    families = list(merge_metrics({"a": make_worker_metrics(1), "b": make_worker_metrics(2)}))
     assert [family.name for family in families] == ["boxes", "stage"]
     counts = {
         (sample.labels["worker"], sample.labels["label"]): sample.value
@@ -41,34 +42,49 @@ def test_workers_are_told_apart_and_each_family_comes_once() -> None:
     assert counts == {("a", 'odd "label"\n'): 1, ("b", 'odd "label"\n'): 2}
 
 
-def test_what_a_process_exposes_can_be_read() -> None:
+def test_the_metrics_of_a_process_can_be_parsed() -> None:
     with timed("decode"):
         pass
-    found = {family.name for family in text_string_to_metric_families(render_metrics().decode())}
-    assert {"gdino_stage_seconds", "gdino_requests", "gdino_boxes", "gdino_process_cpu_seconds"} <= found
+    names = {family.name for family in text_string_to_metric_families(render_metrics().decode())}
+    assert {"gdino_stage_seconds", "gdino_requests", "gdino_boxes", "gdino_process_cpu_seconds"} <= names
+
+
+def stage_sample(name: str, stage: str) -> float:
+    return REGISTRY.get_sample_value(f"gdino_stage_seconds_{name}", {"stage": stage}) or 0
+
+
+def test_a_timed_stage_returns_the_seconds_that_are_observed() -> None:
+    count, total = stage_sample("count", "forward"), stage_sample("sum", "forward")
+    with timed("forward") as forward_time:
+        assert forward_time.seconds == 0
+        time.sleep(0.02)
+    assert 0.02 <= forward_time.seconds < 5
+    assert stage_sample("count", "forward") == count + 1
+    assert stage_sample("sum", "forward") - total == pytest.approx(forward_time.seconds)
 
 
 def test_a_stage_that_fails_is_timed_too() -> None:
-    before = REGISTRY.get_sample_value("gdino_stage_seconds_count", {"stage": "download"}) or 0
-    with pytest.raises(ValueError, match="x"), timed("download"):
+    before = stage_sample("count", "download")
+    with pytest.raises(ValueError, match="x"), timed("download") as download_time:
         raise ValueError("x")
-    assert REGISTRY.get_sample_value("gdino_stage_seconds_count", {"stage": "download"}) == before + 1
+    assert stage_sample("count", "download") == before + 1
+    assert download_time.seconds > 0
 
 
-def test_labels_beyond_a_number_are_counted_together() -> None:
+def test_labels_beyond_the_maximum_are_counted_together() -> None:
     for number in range(2 * MAX_LABELS):
         count_boxes(f"label {number}")
     assert len(BOXES._metrics) <= MAX_LABELS + 1
-    assert BOXES.labels(OTHER)._value.get() >= MAX_LABELS
+    assert BOXES.labels(OTHER_LABELS)._value.get() >= MAX_LABELS
 
 
 @pytest.mark.parametrize("given", ["", "a b", "x\nINFO forged line", "ü", "a" * 65, None])
-def test_a_callers_id_must_fit_into_a_line(given: str | None) -> None:
+def test_a_callers_id_must_be_safe_to_log(given: str | None) -> None:
     assert choose_request_id(given) != given
     assert choose_request_id("abc-1.2_3") == "abc-1.2_3"
 
 
-def test_a_line_of_json_holds_request_and_traceback() -> None:
+def test_a_json_line_holds_request_and_traceback() -> None:
     REQUEST_ID.set("abc")
     try:
         raise ValueError('a "quoted"\nreason')
@@ -76,14 +92,14 @@ def test_a_line_of_json_holds_request_and_traceback() -> None:
         record = logging.LogRecord("backend", logging.ERROR, "f", 1, "%s failed", ("it",), __import__("sys").exc_info())
     record.request = REQUEST_ID.get()
     line = JsonFormatter().format(record)
-    row = json.loads(line)
+    fields = json.loads(line)
     assert "\n" not in line
-    assert (row["level"], row["request"], row["message"]) == ("ERROR", "abc", "it failed")
-    assert "ValueError" in row["traceback"]
-    assert row["time"].endswith("+00:00")
+    assert (fields["level"], fields["request"], fields["message"]) == ("ERROR", "abc", "it failed")
+    assert "ValueError" in fields["traceback"]
+    assert fields["time"].endswith("+00:00")
 
 
-def test_every_line_has_the_id_of_its_request(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_every_line_holds_its_request_id(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setattr(logging.root, "handlers", [])
     set_up_logging(Settings(model="demo"))
     REQUEST_ID.set("r-1")
@@ -93,12 +109,12 @@ def test_every_line_has_the_id_of_its_request(monkeypatch: pytest.MonkeyPatch, c
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_the_dashboard_asks_for_figures_that_there_are() -> None:
+def test_the_dashboard_queries_existing_metrics() -> None:
     from_redis = {"gdino_workers", "gdino_queue_chunks", "gdino_outbox_chunks", "gdino_model_version_info"}
     names = set(from_redis)
     for family in REGISTRY.collect():
-        kinds = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), "gauge": ("",)}
-        names |= {family.name + ending for ending in kinds[family.type]}
-    asked = re.findall(r"gdino_\w+", (ROOT / "deploy" / "grafana.json").read_text())
-    assert len(set(asked)) > 12
-    assert set(asked) <= names
+        suffixes = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), "gauge": ("",)}
+        names |= {family.name + suffix for suffix in suffixes[family.type]}
+    queried = re.findall(r"gdino_\w+", (ROOT / "deploy" / "grafana.json").read_text())
+    assert len(set(queried)) > 12
+    assert set(queried) <= names

@@ -1,7 +1,7 @@
-"""Label Studio's REST API: which credentials open it.
+"""Label Studio's REST API: authentication, tasks, predictions.
 
-Label Studio knows two kinds of key. A legacy token is sent as it is. A personal access token is a refresh token (a JWT)
-that must be exchanged for an access token that lives five minutes; sent itself, it is refused.
+Label Studio has two kinds of API key. A legacy token is sent as it is. A personal access token is a refresh token (a
+JWT) that has to be exchanged for an access token with a lifetime of five minutes; sent directly, it is refused.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import requests
@@ -22,77 +22,104 @@ from urllib3.util import parse_url
 from backend.errors import LabelStudioAuthError, LabelStudioError, LabelStudioNotFound, LabelStudioUnavailable
 
 TIMEOUT = (3, 10)  # seconds to connect, and between bytes
-IMPORT_TIMEOUT = (3, 300)  # of a project of 100,000 tasks with SQLite about a minute
-PAGE = 100  # tasks
-RENEW_BEFORE = 60  # seconds before an access token ends
+IMPORT_TIMEOUT = (3, 300)  # likewise; with SQLite, an import into a project of 100,000 tasks takes about a minute
+TASKS_PER_PAGE = 100
+RENEWAL_MARGIN = 60  # seconds before its expiry at which an access token is renewed
+DEFAULT_TOKEN_LIFETIME = 300  # seconds, of an access token that does not state its expiry
+
+Task = dict[str, Any]
+Filter = dict[str, Any]  # one condition of the Data Manager
 
 
-def parse_origin(url: str) -> tuple[str, str, int]:
-    """Scheme, host and port of a URL: what must be equal before a credential is sent.
+class Origin(NamedTuple):
+    """Scheme, host and port: a credential is only sent to a URL of the same origin."""
+
+    scheme: str
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"{self.scheme}://{self.host}:{self.port}"
+
+
+def parse_origin(url: str) -> Origin:
+    """Reads the origin of a URL; the port defaults to that of the scheme.
 
     Raises:
         ValueError: it is not a URL.
     """
-    parts = parse_url(url)  # the parser that requests connects by: another may read another host into an odd URL
+    parts = parse_url(url)  # the parser that requests uses to connect: another may read another host from an odd URL
     scheme = parts.scheme or ""
-    return scheme, (parts.host or "").lower(), parts.port or {"http": 80, "https": 443}.get(scheme, 0)
+    return Origin(scheme, (parts.host or "").lower(), parts.port or {"http": 80, "https": 443}.get(scheme, 0))
 
 
 class LabelStudioClient:
-    """Label Studio as seen from here; safe to share between threads."""
+    """A client of one Label Studio instance; safe to share between threads.
+
+    Every method that sends a request raises:
+        LabelStudioUnavailable: Label Studio did not answer, or cannot serve requests now.
+        LabelStudioAuthError: it refused the API key.
+        LabelStudioNotFound: the project, task or view does not exist.
+        LabelStudioError: it refused the request for another reason.
+    """
 
     def __init__(self, url: str, api_key: str) -> None:
         self.url = url.rstrip("/")
         self._api_key = api_key
         self._is_refresh_token = api_key.count(".") == 2
-        self._access_token, self._expires = "", 0.0
+        self._access_token, self._expires_at = "", 0.0
         self._lock = threading.Lock()
         self._session = requests.Session()
-        self._session.trust_env = False  # as for pictures: no proxy and no .netrc of the shell
+        self._session.trust_env = False  # no proxy and no .netrc of the environment, as for images
 
-    def address(self, path: str) -> str:
-        """The URL of a path on Label Studio; behind a prefix Label Studio writes some paths with it, some without."""
+    def url_for(self, path: str) -> str:
+        """Returns the URL of a path on Label Studio; the path may include the URL's own prefix or lack it."""
         prefix = urlsplit(self.url).path
         return self.url.removesuffix(prefix) + path if prefix and path.startswith(f"{prefix}/") else self.url + path
 
-    def headers(self, url: str) -> dict[str, str]:
-        """The headers for a request to `url`: credentials for Label Studio's own origin, none for any other.
+    def get_token_type(self) -> str:
+        """Returns the kind of API key in Label Studio's words."""
+        if not self._api_key:
+            return "no key"
+        return "personal access token" if self._is_refresh_token else "legacy token"
+
+    def auth_headers(self, url: str) -> dict[str, str]:
+        """Returns the headers that authenticate a request to `url`: empty for any origin but Label Studio's own.
 
         Raises:
             LabelStudioError: the personal access token could not be exchanged.
+            ValueError: `url` is not a URL.
         """
         if not (self.url and self._api_key) or parse_origin(url) != parse_origin(self.url):
             return {}
         if not self._is_refresh_token:
             return {"Authorization": f"Token {self._api_key}"}
-        return {"Authorization": f"Bearer {self._fresh_access_token()}"}
+        with self._lock:
+            if time.time() > self._expires_at - RENEWAL_MARGIN:
+                self._access_token = self._exchange_refresh_token()
+                self._expires_at = _read_expiry(self._access_token)
+            return {"Authorization": f"Bearer {self._access_token}"}
 
-    def renew(self, headers: Mapping[str, str]) -> bool:
-        """Whether a request that was refused with these headers may be sent again, with a new access token."""
+    def renew_token(self, headers: Mapping[str, str]) -> bool:
+        """Discards the access token in `headers`, which Label Studio refused.
+
+        Returns:
+            True if the request may be repeated with new `auth_headers`; False if the key cannot be renewed.
+        """
         refused = headers.get("Authorization", "").removeprefix("Bearer ")
         if not (refused and self._is_refresh_token):
             return False
         with self._lock:
-            if refused == self._access_token:  # else another thread has renewed it already
-                self._expires = 0.0
+            if refused == self._access_token:  # otherwise another thread has renewed it already
+                self._expires_at = 0.0
         return True
 
-    def _fresh_access_token(self) -> str:
-        with self._lock:
-            if time.time() > self._expires - RENEW_BEFORE:
-                self._access_token = self._exchange()
-                self._expires = _expiry(self._access_token)
-            return self._access_token
-
-    @property
-    def _shown(self) -> str:
-        """The address without a user and password that it may hold."""
-        return "{}://{}:{}".format(*parse_origin(self.url))
-
-    def _exchange(self) -> str:
+    def _exchange_refresh_token(self) -> str:
         reply = self._send("POST", "/api/token/refresh", {}, json={"refresh": self._api_key})
-        if reply.status_code >= 500 or reply.status_code == 429:
-            raise LabelStudioUnavailable(f"Label Studio cannot answer now (HTTP {reply.status_code})", reached=False)
+        if _is_temporary_failure(reply):  # the caller's own request was never sent
+            raise LabelStudioUnavailable(
+                f"Label Studio cannot answer now (HTTP {reply.status_code})", may_have_succeeded=False
+            )
         if reply.status_code != 200:
             raise LabelStudioAuthError(
                 f"Label Studio refused LABEL_STUDIO_API_KEY (HTTP {reply.status_code}); "
@@ -101,177 +128,203 @@ class LabelStudioClient:
         try:
             return str(reply.json()["access"])
         except (ValueError, KeyError, TypeError):
-            raise LabelStudioError(f"{self._shown} gave no token; is it Label Studio's address?") from None
-
-    def get_task_data(self, project: str, task: int) -> dict[str, Any] | None:
-        """A task's data as it was imported, which does not make Label Studio predict it; None if there is no such task.
-
-        Raises:
-            LabelStudioError: Label Studio refused.
-            LabelStudioUnavailable: it did not answer.
-        """
-        query = {"filters": {"conjunction": "and", "items": [_is("id", "equal", task)]}}
-        options = {"project": project, "fields": "all", "resolve_uri": "false", "query": json.dumps(query)}
-        tasks = self._call("GET", "/api/tasks", params=options)["tasks"]
-        return tasks[0]["data"] if tasks else None
-
-    def get_first_task(self, project: str) -> dict[str, Any] | None:
-        """Id and data of a task of the project, if it has any; raises as `task_data`."""
-        options = {"project": project, "fields": "all", "resolve_uri": "false", "page_size": 1}
-        tasks = self._call("GET", "/api/tasks", params=options)["tasks"]
-        return {"id": int(tasks[0]["id"]), "data": tasks[0]["data"]} if tasks else None
-
-    def label_config(self, project: str) -> str:
-        """The labeling config of a project; raises as `task_data`."""
-        return str(self._call("GET", f"/api/projects/{project}")["label_config"])
-
-    def created(self, project: str) -> int:
-        """When a project was made, in seconds since the epoch; raises as `task_data`."""
-        text = str(self._call("GET", f"/api/projects/{project}")["created_at"])
-        return int(datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp())
-
-    def iter_annotated_tasks(self, project: str) -> Iterator[dict[str, Any]]:
-        """Id, data and annotations of each task that has any, skipped ones last; raises as `task_data`."""
-        yield from self._tasks(project, [_is("total_annotations", "greater", 0)])
-        yield from self._tasks(
-            project, [_is("total_annotations", "equal", 0), _is("cancelled_annotations", "greater", 0)]
-        )
-
-    def _tasks(self, project: str, items: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        last = 0
-        while page := self._page(project, items, last)["tasks"]:
-            yield from ({key: task[key] for key in ("id", "data", "annotations")} for task in page)
-            last = page[-1]["id"]
-
-    def _page(self, project: str, items: list[dict[str, Any]], after: int, size: int = PAGE) -> Any:
-        """The first tasks behind a number that fit all `items`; not by page: pages shift while people work."""
-        filters = {"conjunction": "and", "items": [*items, _is("id", "greater", after)]}
-        query = json.dumps({"filters": filters, "ordering": ["tasks:id"]})
-        options = {"project": project, "fields": "all", "resolve_uri": "false", "page_size": size, "query": query}
-        return self._call("GET", "/api/tasks", params=options)
-
-    def list_tasks_without_prediction(
-        self, project: str, version: str, after: int, numbers: Sequence[int] = ()
-    ) -> list[dict[str, Any]]:
-        """Id, data, annotations and `versions` of the next tasks without a prediction of a version; as `task_data`."""
-        return [_with_versions(task) for task in self._page(project, _without(version, numbers), after)["tasks"]]
-
-    def count_tasks_without_prediction(self, project: str, version: str, numbers: Sequence[int] = ()) -> int:
-        """How many tasks have no prediction of a version; raises as `task_data`."""
-        return int(self._page(project, _without(version, numbers), 0, 1)["total"])
-
-    def list_tasks_of_view(self, view: str, page: int) -> list[dict[str, Any]]:
-        """A page, from 1, of a tab of the Data Manager, as `page_without`; empty behind the last."""
-        options = {"view": view, "fields": "all", "resolve_uri": "false", "page_size": PAGE, "page": page}
-        try:
-            tasks = self._call("GET", "/api/tasks", params=options)["tasks"]
-        except LabelStudioNotFound:
-            return []
-        return [_with_versions(task) for task in tasks]
-
-    def list_predictions(self, task: int) -> list[dict[str, Any]]:
-        """The predictions of a task; raises as `task_data`."""
-        return list(self._call("GET", "/api/predictions", params={"task": task}))
-
-    def delete_prediction(self, number: int) -> None:
-        """Deletes a prediction; raises as `task_data`."""
-        self._call("DELETE", f"/api/predictions/{number}")
-
-    def list_ml_backends(self, project: str) -> list[dict[str, Any]]:
-        """The models that are connected to a project; raises as `task_data`."""
-        return list(self._call("GET", "/api/ml", params={"project": project}))
+            raise LabelStudioError(
+                f"{parse_origin(self.url)} returned no token; is it Label Studio's address?"
+            ) from None
 
     def get_version(self) -> str:
-        """Label Studio's version; raises as `task_data`."""
-        return str(self._call("GET", "/api/version")["release"])
+        """Returns Label Studio's version."""
+        return str(self._request_json("GET", "/api/version")["release"])
 
     def whoami(self) -> str:
-        """Whose key it is; raises as `task_data`."""
-        return str(self._call("GET", "/api/current-user/whoami")["email"])
+        """Returns the email address of the user that the API key belongs to."""
+        return str(self._request_json("GET", "/api/current-user/whoami")["email"])
 
-    def get_token_type(self) -> str:
-        """In Label Studio's words."""
-        kind = "personal access token" if self._is_refresh_token else "legacy token"
-        return kind if self._api_key else "no key"
+    def get_label_config(self, project: str) -> str:
+        """Returns the labeling config of a project."""
+        return str(self._request_json("GET", f"/api/projects/{project}")["label_config"])
 
-    def filter_existing(self, project: str, numbers: Sequence[int], without: str = "") -> set[int]:
-        """Those of these tasks that there are, and that have no prediction of the version `without`; as `task_data`."""
-        found: set[int] = set()
-        for start in range(0, len(numbers), PAGE):
-            among = numbers[start : start + PAGE]
-            items = _without(without, among) if without else [_is("id", "in_list", list(among))]
-            found |= {int(task["id"]) for task in self._page(project, items, 0)["tasks"]}
-        return found
+    def get_project_created_at(self, project: str) -> int:
+        """Returns when a project was created, in seconds since the epoch."""
+        text = str(self._request_json("GET", f"/api/projects/{project}")["created_at"])
+        return int(datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp())
+
+    def list_ml_backends(self, project: str) -> list[dict[str, Any]]:
+        """Returns the models connected to a project."""
+        return list(self._request_json("GET", "/api/ml", params={"project": project}))
+
+    def get_task_data(self, project: str, task_id: int) -> dict[str, Any] | None:
+        """Returns a task's data as imported, or None if the project has no such task.
+
+        The task is read through the Data Manager: reading it directly would make Label Studio request a prediction.
+        """
+        filters = {"conjunction": "and", "items": [_make_filter("id", "equal", task_id)]}
+        tasks = self._fetch_tasks(project=project, query=json.dumps({"filters": filters}))["tasks"]
+        return tasks[0]["data"] if tasks else None
+
+    def get_first_task(self, project: str) -> Task | None:
+        """Returns `id` and `data` of one task of a project, or None if the project is empty."""
+        tasks = self._fetch_tasks(project=project, page_size=1)["tasks"]
+        return {"id": int(tasks[0]["id"]), "data": tasks[0]["data"]} if tasks else None
+
+    def iter_annotated_tasks(self, project: str) -> Iterator[Task]:
+        """Yields `id`, `data` and `annotations` of each annotated task; those that were only skipped come last."""
+        finished = [_make_filter("total_annotations", "greater", 0)]
+        skipped = [_make_filter("total_annotations", "equal", 0), _make_filter("cancelled_annotations", "greater", 0)]
+        for filters in (finished, skipped):
+            last_id = 0
+            while tasks := self._fetch_tasks_after(project, filters, last_id)["tasks"]:
+                yield from ({key: task[key] for key in ("id", "data", "annotations")} for task in tasks)
+                last_id = tasks[-1]["id"]
+
+    def list_tasks_without_prediction(
+        self, project: str, model_version: str, after_id: int, task_ids: Sequence[int] = ()
+    ) -> list[Task]:
+        """Returns the next tasks, by id, that have no prediction of a model version; empty behind the last.
+
+        Args:
+            project: id of the project.
+            model_version: whose predictions are looked for.
+            after_id: of the last task that is already known; 0 for the first page.
+            task_ids: restricts the tasks to these, if given.
+
+        Returns:
+            At most `TASKS_PER_PAGE` tasks with `id`, `data`, `annotations` and `model_versions` (of their predictions).
+        """
+        filters = _make_missing_prediction_filters(model_version, task_ids)
+        return [_to_task(row) for row in self._fetch_tasks_after(project, filters, after_id)["tasks"]]
+
+    def count_tasks_without_prediction(self, project: str, model_version: str, task_ids: Sequence[int] = ()) -> int:
+        """Counts the tasks without a prediction of a model version, among `task_ids` if given."""
+        filters = _make_missing_prediction_filters(model_version, task_ids)
+        return int(self._fetch_tasks_after(project, filters, 0, page_size=1)["total"])
+
+    def list_tasks_of_view(self, view: str, page: int) -> list[Task]:
+        """Returns a page of a view (a tab of the Data Manager).
+
+        Args:
+            view: id of the view.
+            page: number of the page, from 1.
+
+        Returns:
+            Tasks as from `list_tasks_without_prediction`; empty behind the last page.
+        """
+        try:
+            rows = self._fetch_tasks(view=view, page_size=TASKS_PER_PAGE, page=page)["tasks"]
+        except LabelStudioNotFound:
+            return []
+        return [_to_task(row) for row in rows]
+
+    def filter_existing(self, project: str, task_ids: Sequence[int], without_version: str = "") -> set[int]:
+        """Returns which of these tasks exist and, if `without_version` is given, lack a prediction of that version."""
+        existing: set[int] = set()
+        for start in range(0, len(task_ids), TASKS_PER_PAGE):
+            some_ids = task_ids[start : start + TASKS_PER_PAGE]
+            if without_version:
+                filters = _make_missing_prediction_filters(without_version, some_ids)
+            else:
+                filters = [_make_filter("id", "in_list", list(some_ids))]
+            existing |= {int(row["id"]) for row in self._fetch_tasks_after(project, filters, 0)["tasks"]}
+        return existing
+
+    def list_predictions(self, task_id: int) -> list[dict[str, Any]]:
+        """Returns all predictions of a task."""
+        return list(self._request_json("GET", "/api/predictions", params={"task": task_id}))
+
+    def delete_prediction(self, prediction_id: int) -> None:
+        """Deletes a prediction."""
+        self._request_json("DELETE", f"/api/predictions/{prediction_id}")
 
     def import_predictions(self, project: str, predictions: Sequence[Mapping[str, Any]]) -> int:
-        """Stores predictions, all or none, and says how many; whatever is there already stays as well.
+        """Stores predictions, all or none, and returns their number; predictions already there are kept.
 
         Raises:
-            LabelStudioError: Label Studio refused them.
-            LabelStudioUnavailable: it did not answer; they may be stored or not.
+            LabelStudioError: Label Studio refused the predictions.
+            LabelStudioUnavailable: it did not answer; the predictions may be stored or not.
         """
         path = f"/api/projects/{project}/import/predictions"
-        return int(self._call("POST", path, json=predictions, timeout=IMPORT_TIMEOUT)["created"])
+        return int(self._request_json("POST", path, json=predictions, timeout=IMPORT_TIMEOUT)["created"])
 
-    def _call(self, method: str, path: str, **options: Any) -> Any:
-        headers = self.headers(self.url)
+    def _fetch_tasks_after(
+        self, project: str, filters: Sequence[Filter], after_id: int, page_size: int = TASKS_PER_PAGE
+    ) -> Any:
+        """Fetches the first tasks with a larger id that pass all filters.
+
+        Page numbers are not used: pages shift while people work.
+        """
+        conditions = {"conjunction": "and", "items": [*filters, _make_filter("id", "greater", after_id)]}
+        query = json.dumps({"filters": conditions, "ordering": ["tasks:id"]})
+        return self._fetch_tasks(project=project, page_size=page_size, query=query)
+
+    def _fetch_tasks(self, **params: Any) -> Any:
+        """Fetches tasks with all fields and with their URIs as imported."""
+        return self._request_json("GET", "/api/tasks", params={"fields": "all", "resolve_uri": "false", **params})
+
+    def _request_json(self, method: str, path: str, **options: Any) -> Any:
+        """Sends a request with credentials and returns the decoded answer, None if it has no content."""
+        headers = self.auth_headers(self.url)
         reply = self._send(method, path, headers, **options)
-        if reply.status_code == 401 and self.renew(headers):
-            reply = self._send(method, path, self.headers(self.url), **options)
-        if reply.status_code >= 500 or reply.status_code == 429:
-            raise LabelStudioUnavailable(f"Label Studio cannot answer now (HTTP {reply.status_code})")
-        if reply.status_code in (401, 403):
-            raise LabelStudioAuthError(
-                f"Label Studio refused LABEL_STUDIO_API_KEY for {path} (HTTP {reply.status_code})"
-            )
-        if reply.status_code == 404:
+        if reply.status_code == 401 and self.renew_token(headers):
+            reply = self._send(method, path, self.auth_headers(self.url), **options)
+        status = reply.status_code
+        if _is_temporary_failure(reply):
+            raise LabelStudioUnavailable(f"Label Studio cannot answer now (HTTP {status})")
+        if status in (401, 403):
+            raise LabelStudioAuthError(f"Label Studio refused LABEL_STUDIO_API_KEY for {path} (HTTP {status})")
+        if status == 404:
             raise LabelStudioNotFound(f"Label Studio has no {path}")
-        if reply.status_code == 204:
+        if status == 204:
             return None
         if not reply.ok:
-            raise LabelStudioError(
-                f"Label Studio refused {method} {path} (HTTP {reply.status_code}): {reply.text[:200]}"
-            )
+            raise LabelStudioError(f"Label Studio refused {method} {path} (HTTP {status}): {reply.text[:200]}")
         try:
             return reply.json()
         except ValueError:
-            raise LabelStudioUnavailable(f"{self._shown} answered {path} with something else than JSON") from None
+            raise LabelStudioUnavailable(
+                f"{parse_origin(self.url)} answered {path} with something other than JSON"
+            ) from None
 
     def _send(self, method: str, path: str, headers: dict[str, str], **options: Any) -> requests.Response:
         options = {"timeout": TIMEOUT, "allow_redirects": False, "headers": headers, **options}
         try:
             return self._session.request(method, self.url + path, **options)
         except requests.RequestException as error:
-            text = f"Label Studio does not answer at {self._shown} ({type(error).__name__})"
-            raise LabelStudioUnavailable(text, reached=not is_connect_failure(error)) from None
-
-
-def _is(column: str, operator: str, value: Any, kind: str = "Number") -> dict[str, Any]:
-    """A filter of Label Studio's Data Manager."""
-    return {"filter": f"filter:tasks:{column}", "operator": operator, "type": kind, "value": value}
-
-
-def _without(version: str, numbers: Sequence[int]) -> list[dict[str, Any]]:
-    """Filters for tasks without a prediction of a version, of these numbers if there are any."""
-    among = [_is("id", "in_list", list(numbers))] if numbers else []
-    return [*among, _is("predictions_model_versions", "not_contains", [version], "List")]
-
-
-def _with_versions(task: Mapping[str, Any]) -> dict[str, Any]:
-    versions = [str(row["model_version"]) for row in task.get("predictions") or []]
-    return {**{key: task[key] for key in ("id", "data", "annotations")}, "versions": versions}
+            # The origin only: the URL itself may hold a user and a password.
+            text = f"Label Studio does not answer at {parse_origin(self.url)} ({type(error).__name__})"
+            raise LabelStudioUnavailable(text, may_have_succeeded=not is_connect_failure(error)) from None
 
 
 def is_connect_failure(error: Exception) -> bool:
-    """Whether a request failed before anything was sent."""
+    """Tells whether a request failed before anything was sent."""
     reason = getattr(error.args[0], "reason", None) if error.args else None
     return isinstance(error, requests.ConnectTimeout) or isinstance(reason, NewConnectionError)
 
 
-def _expiry(token: str) -> float:
-    """Seconds since the epoch at which a JWT ends; five minutes from now where it does not say."""
+def _is_temporary_failure(reply: requests.Response) -> bool:
+    return reply.status_code >= 500 or reply.status_code == 429
+
+
+def _make_filter(column: str, operator: str, value: Any, value_type: str = "Number") -> Filter:
+    """Builds one condition in the format of Label Studio's Data Manager."""
+    return {"filter": f"filter:tasks:{column}", "operator": operator, "type": value_type, "value": value}
+
+
+def _make_missing_prediction_filters(model_version: str, task_ids: Sequence[int]) -> list[Filter]:
+    """Builds the filters for tasks without a prediction of a model version, among `task_ids` if there are any."""
+    among = [_make_filter("id", "in_list", list(task_ids))] if task_ids else []
+    return [*among, _make_filter("predictions_model_versions", "not_contains", [model_version], "List")]
+
+
+def _to_task(row: Mapping[str, Any]) -> Task:
+    """Keeps `id`, `data` and `annotations` of a row of the API, and adds `model_versions` of its predictions."""
+    model_versions = [str(prediction["model_version"]) for prediction in row.get("predictions") or []]
+    return {**{key: row[key] for key in ("id", "data", "annotations")}, "model_versions": model_versions}
+
+
+def _read_expiry(token: str) -> float:
+    """Reads the expiry of a JWT in seconds since the epoch; `DEFAULT_TOKEN_LIFETIME` from now if it states none."""
     try:
         payload = token.split(".")[1]
         return float(json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))["exp"])
     except (ValueError, KeyError, IndexError, TypeError):
-        return time.time() + 300
+        return time.time() + DEFAULT_TOKEN_LIFETIME

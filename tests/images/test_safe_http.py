@@ -8,11 +8,11 @@ from backend.errors import ImageError, SettingsError
 from backend.images.safe_http import AllowedHosts, BlockedAddress, is_public, make_guarded_session
 from backend.images.sources import ImageFetcher
 from backend.labelstudio.client import LabelStudioClient
-from tests.servers import http_server, reply
+from tests.servers import http_server, send_reply
 
 
 @pytest.mark.parametrize(
-    ("address", "public"),
+    ("address", "expected"),
     [
         ("8.8.8.8", True),
         ("2606:4700::1111", True),
@@ -38,12 +38,12 @@ from tests.servers import http_server, reply
         ("::ffff:0:7f00:1", False),
     ],
 )
-def test_what_is_public(address: str, public: bool) -> None:
-    assert is_public(ipaddress.ip_address(address)) is public
+def test_is_public(address: str, expected: bool) -> None:
+    assert is_public(ipaddress.ip_address(address)) is expected
 
 
 @pytest.mark.parametrize(
-    ("entry", "host", "port", "address", "inside"),
+    ("entry", "host", "port", "address", "expected"),
     [
         ("images.lan", "images.lan", 80, "10.0.0.5", True),
         ("images.lan", "Images.LAN", 8080, "10.0.0.5", True),
@@ -57,54 +57,54 @@ def test_what_is_public(address: str, public: bool) -> None:
         ("images.lan", "evil.example", 80, "10.0.0.5", False),
     ],
 )
-def test_allowed_hosts(entry: str, host: str, port: int, address: str, inside: bool) -> None:
-    assert ((host, port, ipaddress.ip_address(address)) in AllowedHosts([entry])) is inside
+def test_allowed_hosts(entry: str, host: str, port: int, address: str, expected: bool) -> None:
+    assert AllowedHosts([entry]).is_allowed(host, port, ipaddress.ip_address(address)) is expected
 
 
 @pytest.mark.parametrize("entry", ["10.0.0.0/99", "a/b", "host:http", ""])
-def test_an_entry_that_means_nothing_is_refused(entry: str) -> None:
+def test_an_invalid_entry_is_refused(entry: str) -> None:
     with pytest.raises(SettingsError, match="ALLOWED_IMAGE_HOSTS"):
         AllowedHosts([entry])
 
 
 def test_not_a_byte_is_sent_to_a_private_address() -> None:
-    seen: list[str] = []
+    requested: list[str] = []
 
     def answer(handler: BaseHTTPRequestHandler) -> None:
-        seen.append(handler.path)
-        reply(handler, b"secret")
+        requested.append(handler.path)
+        send_reply(handler, b"secret")
 
     with http_server(answer) as url:
-        for address in (url, url.replace("127.0.0.1", "localhost")):
+        for private_url in (url, url.replace("127.0.0.1", "localhost")):
             with pytest.raises(BlockedAddress):
-                make_guarded_session(AllowedHosts([])).get(f"{address}/metadata", timeout=5)
+                make_guarded_session(AllowedHosts([])).get(f"{private_url}/metadata", timeout=5)
         with pytest.raises(ImageError, match="ALLOWED_IMAGE_HOSTS"):
-            ImageFetcher(LabelStudioClient("", ""), 10**6).read(f"{url}/a.png")
-    assert seen == []
+            ImageFetcher(LabelStudioClient("", ""), 10**6).fetch(f"{url}/a.png")
+    assert requested == []
 
 
-def test_a_name_that_changes_its_address_gains_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dns_rebinding_gains_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     port = 0
 
     def rebinding(host: str, *args: object, **kwargs: object) -> list:
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
 
-    with http_server(lambda handler: reply(handler, b"secret")) as url:
+    with http_server(lambda handler: send_reply(handler, b"secret")) as url:
         port = int(url.rsplit(":", 1)[1])
         monkeypatch.setattr(socket, "getaddrinfo", rebinding)
         with pytest.raises(BlockedAddress):
             make_guarded_session(AllowedHosts([])).get(f"http://rebind.example:{port}/", timeout=5)
 
 
-def test_each_redirect_is_judged() -> None:
-    seen: list[str] = []
+def test_each_redirect_is_checked() -> None:
+    requested: list[str] = []
 
-    def inner(handler: BaseHTTPRequestHandler) -> None:
-        seen.append(handler.path)
-        reply(handler, b"secret")
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        requested.append(handler.path)
+        send_reply(handler, b"secret")
 
-    with http_server(inner) as forbidden:
-        outer = http_server(lambda handler: reply(handler, b"", 302, Location=f"{forbidden}/metadata"))
-        with outer as allowed, pytest.raises(ImageError, match="private address"):
-            ImageFetcher(LabelStudioClient(allowed, ""), 10**6).read(f"{allowed}/a.png")
-    assert seen == []
+    with http_server(answer) as forbidden:
+        redirecting = http_server(lambda handler: send_reply(handler, b"", 302, Location=f"{forbidden}/metadata"))
+        with redirecting as allowed, pytest.raises(ImageError, match="private address"):
+            ImageFetcher(LabelStudioClient(allowed, ""), 10**6).fetch(f"{allowed}/a.png")
+    assert requested == []

@@ -2,24 +2,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backend.boxes import Detection, cxcywh_to_xyxy, iou, non_max_suppression
+from backend.boxes import Detection, cxcywh_to_xyxy
 from backend.labelstudio.regions import make_prediction, make_regions
 from backend.labelstudio.targets import DetectionQuery, ImageTarget
 
-ASKED = DetectionQuery((), (), 1)
-VIEW = ImageTarget("label", "image", "", "", None, ASKED)
+QUERY = DetectionQuery((), (), 1)
+TARGET = ImageTarget("label", "image", "", "", None, QUERY)
 sizes = st.integers(1, 20_000)
-shares = st.floats(-0.5, 1.5, allow_nan=False)
+fractions = st.floats(-0.5, 1.5, allow_nan=False)
 
 
-def test_boxes_are_corners_in_pixels() -> None:
-    assert cxcywh_to_xyxy((0.5, 0.5, 0.2, 0.4), 100, 50) == pytest.approx((40, 15, 60, 35))
-
-
-@given(st.tuples(shares, shares, st.floats(0, 2), st.floats(0, 2)), sizes, sizes)
-def test_every_region_lies_inside_the_picture(box: tuple, width: int, height: int) -> None:
+@given(st.tuples(fractions, fractions, st.floats(0, 2), st.floats(0, 2)), sizes, sizes)
+def test_every_region_lies_inside_the_image(box: tuple, width: int, height: int) -> None:
     detection = Detection(cxcywh_to_xyxy(box, width, height), 0.5, "a")
-    for region in make_regions([detection], VIEW, width, height, "1"):
+    for region in make_regions([detection], TARGET, width, height, "1"):
         value = region["value"]
         assert 0 <= value["x"] <= 100
         assert 0 <= value["y"] <= 100
@@ -27,8 +23,8 @@ def test_every_region_lies_inside_the_picture(box: tuple, width: int, height: in
         assert 0 < value["height"] <= 100 - value["y"] + 1e-9
 
 
-def test_a_region_has_all_that_label_studio_shows() -> None:
-    (region,) = make_regions([Detection((10, 20, 60, 45), 0.87654321, "cat")], VIEW, 200, 100, "7/v")
+def test_a_region_has_all_fields_of_label_studio() -> None:
+    (region,) = make_regions([Detection((10, 20, 60, 45), 0.87654321, "cat")], TARGET, 200, 100, "7/v")
     assert region.pop("id")
     assert region == {
         "from_name": "label",
@@ -42,49 +38,35 @@ def test_a_region_has_all_that_label_studio_shows() -> None:
     }
 
 
-def test_ids_are_unique_and_the_same_each_time() -> None:
+def test_ids_are_unique_and_reproducible() -> None:
     detections = [Detection((0, 0, 5, 5), 0.5, "a")] * 3
-    ids = [region["id"] for region in make_regions(detections, VIEW, 9, 9, "1/v")]
+    ids = [region["id"] for region in make_regions(detections, TARGET, 9, 9, "1/v")]
     assert len(set(ids)) == 3
-    assert ids == [region["id"] for region in make_regions(detections, VIEW, 9, 9, "1/v")]
-    assert not set(ids) & {region["id"] for region in make_regions(detections, VIEW, 9, 9, "2/v")}
+    assert ids == [region["id"] for region in make_regions(detections, TARGET, 9, 9, "1/v")]
+    assert not set(ids) & {region["id"] for region in make_regions(detections, TARGET, 9, 9, "2/v")}
 
 
 def test_a_prediction_carries_version_and_mean_score() -> None:
-    regions = make_regions([Detection((0, 0, 5, 5), s, "a") for s in (0.4, 0.8)], VIEW, 9, 9, "1")
+    regions = make_regions([Detection((0, 0, 5, 5), s, "a") for s in (0.4, 0.8)], TARGET, 9, 9, "1")
     prediction = make_prediction([regions[:1], regions[1:]], "v1")
     assert prediction == {"result": regions, "score": pytest.approx(0.6), "model_version": "v1"}
     assert make_prediction([[]], "v1") == {"result": [], "score": 0.0, "model_version": "v1"}
 
 
-def test_iou() -> None:
-    assert iou((0, 0, 10, 10), (5, 0, 15, 10)) == pytest.approx(1 / 3)
-    assert iou((0, 0, 1, 1), (2, 2, 3, 3)) == 0
-    assert iou((1, 1, 1, 1), (1, 1, 1, 1)) == 0
-
-
-def test_of_overlapping_boxes_the_best_stays_whatever_its_label() -> None:
-    low, best = Detection((0, 0, 10, 9), 0.5, "a"), Detection((0, 0, 10, 10), 0.9, "b")
-    apart = Detection((5, 0, 15, 10), 0.7, "a")
-    assert non_max_suppression([low, apart, best], 0.7) == [best, apart]
-    assert non_max_suppression([low, apart, best], 0.2) == [best]
-    assert non_max_suppression([low, apart, best], 1) == [best, apart, low]
-
-
 def test_a_rectangle_with_labels_is_two_regions_with_one_id() -> None:
-    view = ImageTarget("rect", "image", "kinds", "", None, ASKED)
-    shape, label = make_regions([Detection((10, 20, 60, 45), 0.9, "cat")], view, 200, 100, "7/v")
+    target = ImageTarget("rect", "image", "kinds", "", None, QUERY)
+    shape, label = make_regions([Detection((10, 20, 60, 45), 0.9, "cat")], target, 200, 100, "7/v")
     assert shape["id"] == label["id"]
     assert (shape["from_name"], shape["type"]) == ("rect", "rectangle")
     assert (label["from_name"], label["type"]) == ("kinds", "labels")
     assert label["value"] == {**shape["value"], "labels": ["cat"]}
-    (alone,) = make_regions([Detection((10, 20, 60, 45), 0.9, "")], view, 200, 100, "7/v")
+    (alone,) = make_regions([Detection((10, 20, 60, 45), 0.9, "")], target, 200, 100, "7/v")
     assert alone["type"] == "rectangle"
 
 
-def test_a_region_of_a_page_says_which() -> None:
-    pages = [ImageTarget("label", "image", "", "", page, ASKED) for page in (0, 1)]
-    regions = [make_regions([Detection((0, 0, 5, 5), 0.9, "")], view, 9, 9, "7/v")[0] for view in pages]
+def test_a_region_holds_the_index_of_its_page() -> None:
+    pages = [ImageTarget("label", "image", "", "", page, QUERY) for page in (0, 1)]
+    regions = [make_regions([Detection((0, 0, 5, 5), 0.9, "")], target, 9, 9, "7/v")[0] for target in pages]
     assert [region["item_index"] for region in regions] == [0, 1]
     assert regions[0]["id"] != regions[1]["id"]
     assert regions[0]["value"]["rectanglelabels"] == []  # for the annotator to choose
