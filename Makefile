@@ -10,10 +10,10 @@ STUDIO_VERSION := 1.23.2
 help:  ## Show this help
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
 
-demo: install  ## Serve the bundled checkpoint on PORT (default 9090), everything included
+demo: install  ## Serve the bundled checkpoint on PORT (default 9090), with all processes
 	@MODEL=demo PORT=$(PORT) $(BIN)/python -m backend serve
 
-serve: install  ## Serve MODEL on PORT, everything included
+serve: install  ## Serve MODEL on PORT, with all processes
 	@PORT=$(PORT) $(BIN)/python -m backend serve
 
 install: $(VENV)/installed
@@ -42,7 +42,7 @@ $(STUDIO_VENV)/installed:
 	@$(STUDIO_VENV)/bin/python -m pip install -q --disable-pip-version-check label-studio==$(STUDIO_VERSION)
 	@touch $@
 
-lint: install-dev  ## Check style, types and the layers
+lint: install-dev  ## Check style, types and import rules
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
@@ -52,20 +52,20 @@ format: install-dev  ## Format the code
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-test: install-dev  ## Run the tests, on the real Redis and the real small model
+test: install-dev  ## Run the tests on a real Redis and the bundled model
 	@$(BIN)/python -m pytest tests --ignore tests/e2e
 
-chaos: install-dev  ## Kill, hang and cut off its parts under load, the long form
+chaos: install-dev  ## Run the long chaos tests: kill, hang and disconnect processes under load
 	@CHAOS=full $(BIN)/python -m pytest tests/chaos
 
-e2e: install-dev install-studio  ## Drive a real Label Studio and a real browser
+e2e: install-dev install-studio  ## Run the tests against a real Label Studio and a real browser
 	@LABEL_STUDIO_VENV=$(STUDIO_VENV) $(BIN)/python -m pytest tests/e2e
 
-bench: install-dev  ## Measure start-up, latency, memory, the queue, and the detector
+bench: install-dev  ## Measure start-up, latency, memory, the queue, bulk work and the detector
 	@$(BIN)/python -m tests.bench.serving
 	@$(BIN)/python -m tests.bench.queue
 	@$(BIN)/python -m tests.bench.bulk
 	@$(BIN)/python -m tests.bench.detector
 
-clean:  ## Remove what was installed
+clean:  ## Remove the virtual environments
 	rm -rf $(VENV) $(STUDIO_VENV)

@@ -1,4 +1,4 @@
-"""Makes the demo's project in the demo's Label Studio: sample pictures, connected to the backend, predicted."""
+"""Creates the demo project in the demo's Label Studio: sample images, a connected backend and its predictions."""
 
 import os
 import time
@@ -12,14 +12,14 @@ from backend.demo.samples import FOLDER
 STUDIO, KEY = os.environ["LABEL_STUDIO_URL"], os.environ["LABEL_STUDIO_API_KEY"]
 BACKEND = os.environ.get("BACKEND_URL", "http://grounding-dino.internal:9090")
 TITLE = "Grounding DINO demo"
-PATIENCE = 600  # s; the first start of Label Studio makes its database
+PATIENCE = 600  # s; at its first start Label Studio creates its database
 
 
 def call(method: str, path: str, **options: Any) -> Any:
-    """Label Studio's answer.
+    """Calls Label Studio's API and returns the decoded JSON response.
 
     Raises:
-        requests.HTTPError: it refuses.
+        requests.HTTPError: Label Studio refuses the request.
     """
     headers = {"Authorization": f"Token {KEY}"}
     answer = requests.request(method, STUDIO + path, headers=headers, timeout=120, **options)
@@ -28,7 +28,7 @@ def call(method: str, path: str, **options: Any) -> Any:
 
 
 def wait_for(url: str) -> None:
-    """Returns once the address answers with success, or after some minutes."""
+    """Waits until the URL answers with success, for at most PATIENCE seconds."""
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline and not _answers(lambda: requests.get(url, timeout=5)):
         time.sleep(1)
@@ -42,7 +42,7 @@ def _answers(ask: Callable[[], requests.Response]) -> bool:
 
 
 def make_project() -> int:
-    """The number of a new project with the sample pictures."""
+    """Creates a project with the sample images and returns its id."""
     config = (FOLDER / "labeling_config.xml").read_text()
     project = int(call("POST", "/api/projects", json={"title": TITLE, "label_config": config})["id"])
     files = {path.stem: (path.name, path.read_bytes(), "image/jpeg") for path in sorted(FOLDER.glob("*.jpg"))}
@@ -51,7 +51,7 @@ def make_project() -> int:
 
 
 def connect(project: int) -> None:
-    """Connects the backend and retrieves the predictions of all tasks."""
+    """Connects the backend to the project and retrieves the predictions of all tasks."""
     model = {"project": project, "url": BACKEND, "title": "Grounding DINO", "is_interactive": True}
     call("POST", "/api/ml", json=model)
     everything = {"selectedItems": {"all": True, "excluded": []}, "project": project}
