@@ -1,4 +1,4 @@
-"""gunicorn's door: `gunicorn _wsgi:app`."""
+"""gunicorn entry point: `gunicorn _wsgi:app`."""
 
 from backend.logs import set_up_logging
 from backend.settings import Settings

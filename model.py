@@ -14,12 +14,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from redis import Redis
+from rq.job import Job
 
-from backend.delivery.outbox import PULL, Outbox
+from backend.delivery.imported_projects import record_import
+from backend.delivery.outbox import Delivery, Outbox
 from backend.errors import BackendError, BadRequest, NotReady, QueueUnavailable
 from backend.monitoring.feedback import AnnotationEvent, AnnotationLog
 from backend.monitoring.project_stats import count_outcomes, get_predicted, list_model_versions
-from backend.queue.predict_queue import PredictQueue, record_import
+from backend.queue.messages import Answer, Chunk, Prediction, TaskError
+from backend.queue.predict_queue import PredictQueue
 from backend.queue.private_redis import resolve_redis_url
 from backend.queue.redis import connect, redis_errors
 from backend.queue.training_queue import TrainingQueue
@@ -28,128 +31,148 @@ from backend.settings import Settings
 
 log = logging.getLogger(__name__)
 
-ENQUEUE_SLOTS = threading.BoundedSemaphore(
-    2
-)  # requests whose tasks are put into the queue at a time: /health wants a turn too
-SELECTION_TIMEOUT = 60  # s that Label Studio may take from choosing the tasks of a request to sending it
-DELETIONS = ("ANNOTATIONS_DELETED", "ANNOTATION_DELETED")
-ANNOTATION_EVENTS = ("ANNOTATION_CREATED", "ANNOTATION_UPDATED", "ANNOTATIONS_CREATED", *DELETIONS)
-PUSHED_LATER = NotReady("the predictions of so many tasks are pushed into the project as they are made")
-PUSHED_NOW = NotReady("the prediction was pushed into the project a moment ago")
+ENQUEUE_SLOTS = threading.BoundedSemaphore(2)  # requests that enqueue at a time: /health wants a turn too
+SELECTION_TIMEOUT = 60  # s that Label Studio may take from selecting the tasks of a request to sending it
+DELETION_EVENTS = ("ANNOTATIONS_DELETED", "ANNOTATION_DELETED")
+ANNOTATION_EVENTS = ("ANNOTATION_CREATED", "ANNOTATION_UPDATED", "ANNOTATIONS_CREATED", *DELETION_EVENTS)
 
+PUSHED_LATER = TaskError.of(NotReady("predictions of so many tasks are pushed into the project as they are made"))
+PUSHED_ALREADY = TaskError.of(NotReady("the prediction was pushed into the project a moment ago"))
 
-def _is_annotation(row: Any) -> bool:
-    return isinstance(row, Mapping) and isinstance(row.get("id"), int) and isinstance(row.get("task"), int | None)
-
-
-def _are_late(answers: Sequence[Mapping[str, Any]]) -> bool:
-    return any("error" in answer and answer["error"]["code"] == NotReady.code for answer in answers)
-
-
-@functools.cache
-def _connection(redis_url: str) -> Redis:
-    return connect(redis_url)
+connect_once = functools.cache(connect)
 
 
 class GroundingDINO:
-    """One labeling config's view of the detector; cheap to make, one for each request."""
+    """The model of one project and labeling config; cheap to make, one for each request."""
 
     def __init__(
         self, project_id: str | None = None, label_config: str | None = None, settings: Settings | None = None
     ) -> None:
-        number, _, created = (project_id or "").partition(".")  # as Label Studio writes it: number and birthday
+        """Prepares the model.
+
+        Args:
+            project_id: as Label Studio writes it: the project's number, and after a dot when it was made.
+            label_config: XML.
+            settings: of this process; those of the environment by default.
+        """
+        number, _, created_at = (project_id or "").partition(".")
         self.project_id = number
         self.settings = settings or resolve_redis_url(Settings.from_env())
         self._project_model = ProjectModel(
-            self.settings, label_config or "", number, int(created) if created.isdigit() else None
+            self.settings, label_config or "", number, int(created_at) if created_at.isdigit() else None
         )
 
     @property
     def model_version(self) -> str:
-        """Fingerprint of weights, prompts and thresholds; that of the weights alone while there is no usable config."""
+        """The fingerprint of weights, phrases and thresholds; of the weights alone without a usable config."""
         return self._project_model.model_version
 
     @property
     def queue(self) -> PredictQueue:
-        """The queue that the workers serve."""
+        """The queue of the predict workers."""
         return PredictQueue(self._connection)
 
+    @property
+    def _outbox(self) -> Outbox:
+        return Outbox(self._connection)
+
+    @property
+    def _connection(self) -> Redis:
+        return connect_once(self.settings.redis_url)
+
     def prepare(self) -> None:
-        """Reads the checkpoint's files for their fingerprint, so that no request has to wait for it."""
-        log.info("serving %s", self._project_model.checkpoint.model_version())
+        """Fingerprints the checkpoint's files, so that no request has to wait for it."""
+        log.info("serving %s", self._project_model.checkpoint.make_model_version())
 
     def setup(self) -> str:
-        """Called when a project connects and before every retrieval; returns the model version, whatever the config."""
+        """Returns the model version, for any config; called when a project connects and before every retrieval."""
         version = self.model_version
         try:
             with redis_errors():
-                self._project_model.remember(self._connection)
+                self._project_model.save_summary(self._connection)
         except QueueUnavailable as error:
-            log.warning("%s", error)
+            log.warning("project %s: %s", self.project_id, error)
         return version
 
     def predict(
         self, tasks: Sequence[Mapping[str, Any]], context: Mapping[str, Any] | None = None, **kwargs: Any
     ) -> list[dict[str, Any]]:
-        """One answer a task, in order: a prediction, or `{"error": {"code", "detail"}}`.
+        """Predicts tasks.
+
+        Returns:
+            One answer per task, in order: a prediction, or `{"error": {"code", "detail"}}`.
 
         Raises:
             LabelingConfigError: the config cannot be served.
             QueueUnavailable: Redis does not answer.
         """
-        start, deadline = time.time(), time.monotonic() + self.settings.predict_deadline
+        requested_at, deadline = time.time(), time.monotonic() + self.settings.predict_deadline
         with ENQUEUE_SLOTS:
-            size = self.settings.batch_size or self.queue.batch_size()
+            size = self.settings.batch_size or self.queue.get_batch_size()
             chunks = self._project_model.make_chunks(tasks, size, context)
             jobs = self.queue.enqueue(chunks, at_front=len(tasks) == 1, project=self.project_id)
-        stored = not context and self._can_push(tasks)  # Label Studio keeps no answer to interactive work
-        if stored and len(tasks) > self.settings.push_above:
-            self._outbox.add(self.project_id, chunks, start)
-            return [{"error": PUSHED_LATER.to_dict()}] * len(tasks)
-        answers = [self._answers(job, chunk["tasks"], deadline) for job, chunk in zip(jobs, chunks, strict=True)]
-        if stored:
-            self._push_late(chunks, answers, start)
-        return [answer for chunk in answers for answer in chunk]
+        is_stored = not context and self._can_push(tasks)  # Label Studio does not store answers to interactive work
+        if is_stored and len(tasks) > self.settings.push_above:
+            self._outbox.add(self.project_id, chunks, requested_at)
+            return [PUSHED_LATER.model_dump()] * len(tasks)
+        answers = [self._wait(job, chunk, deadline) for job, chunk in zip(jobs, chunks, strict=True)]
+        if is_stored:
+            answers = self._settle_deliveries(chunks, answers, requested_at)
+        return [answer.model_dump() for chunk_answers in answers for answer in chunk_answers]
 
     def _can_push(self, tasks: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether predictions of these tasks may be brought into Label Studio by its import."""
+        """Returns whether predictions of these tasks may be imported into Label Studio."""
         return (
             bool(self.settings.label_studio_url and self.settings.label_studio_api_key and self.project_id)
             and all(isinstance(task.get("id"), int) for task in tasks)
             and not self._outbox.is_mismatched(self.project_id)
         )
 
-    def _push_late(self, chunks: list[dict[str, Any]], answers: list[list[dict[str, Any]]], start: float) -> None:
-        """Leaves what is not finished to the pusher; takes back, in place, answers that it has delivered meanwhile."""
-        late = [chunk for chunk, parts in zip(chunks, answers, strict=True) if _are_late(parts)]
-        self._outbox.add(self.project_id, late, start)
-        for chunk, parts in zip(chunks, answers, strict=True):
-            ready = {task["id"]: i for i, task in enumerate(chunk["tasks"]) if "error" not in parts[i]}
-            ways = self._outbox.claim(
-                PULL, self.project_id, chunk["model_version"], list(ready), time.time(), start - SELECTION_TIMEOUT
-            )
-            for task, way in ways.items():
-                if way:
-                    parts[ready[task]] = {"error": PUSHED_NOW.to_dict()}
-
-    def _answers(self, job: Any, chunk: Sequence[Mapping[str, Any]], deadline: float) -> list[dict[str, Any]]:
-        """The answers of one chunk of tasks; the same error for each where there are none."""
+    def _wait(self, job: Job, chunk: Chunk, deadline: float) -> list[Answer]:
+        """Waits for the answers of a chunk; the same error for each task where there are none."""
         try:
-            value = self.queue.wait(job, deadline)
+            answers = self.queue.wait(job, deadline)
         except TimeoutError:
-            error: BackendError = NotReady("the prediction is not finished yet; it goes on, ask again")
+            error: BackendError = NotReady("the prediction is not finished yet; it continues, retrieve again")
         else:
-            if isinstance(value, dict) and len(value.get("answers", ())) == len(chunk):
-                return list(value["answers"])
+            if answers is not None and len(answers) == len(chunk.tasks):
+                return answers
             error = BackendError("the worker failed on this chunk of tasks; its log says why")
-        log.warning("tasks %s: %s", ", ".join(str(task["id"]) for task in chunk), error)
-        return [{"error": error.to_dict()}] * len(chunk)
+        task_ids = ", ".join(str(task.id) for task in chunk.tasks)
+        log.warning("project %s, tasks %s: %s", self.project_id or "-", task_ids, error)
+        return [TaskError.of(error)] * len(chunk.tasks)
+
+    def _settle_deliveries(
+        self, chunks: Sequence[Chunk], answers: Sequence[list[Answer]], requested_at: float
+    ) -> list[list[Answer]]:
+        """Leaves unfinished chunks to the pusher; withholds the predictions that it has delivered meanwhile."""
+        late = [
+            chunk
+            for chunk, chunk_answers in zip(chunks, answers, strict=True)
+            if any(isinstance(answer, TaskError) and answer.error.code == NotReady.code for answer in chunk_answers)
+        ]
+        self._outbox.add(self.project_id, late, requested_at)
+        settled: list[list[Answer]] = []
+        for chunk, chunk_answers in zip(chunks, answers, strict=True):
+            by_task = zip(chunk.tasks, chunk_answers, strict=True)
+            predicted = [task.id for task, answer in by_task if isinstance(answer, Prediction)]
+            since = requested_at - SELECTION_TIMEOUT
+            claims = self._outbox.claim(
+                Delivery.PULL, self.project_id, chunk.model_version, predicted, time.time(), since
+            )
+            settled.append(
+                [
+                    PUSHED_ALREADY if claims.get(task.id) else answer
+                    for task, answer in zip(chunk.tasks, chunk_answers, strict=True)
+                ]
+            )
+        return settled
 
     def fit(self, event: str, data: Mapping[str, Any], **kwargs: Any) -> dict[str, Any]:
-        """Records an annotation event; START_TRAINING puts a training into the queue, or finds the one that is there.
+        """Records an annotation event; START_TRAINING enqueues a training, or finds the one that is enqueued.
 
         Returns:
-            For START_TRAINING `job`, its name; for all else `status`.
+            For START_TRAINING `job`, the id of its job; for all other events `status`.
 
         Raises:
             BadRequest: there is nothing to train from.
@@ -160,11 +183,11 @@ class GroundingDINO:
         if event == "TASKS_CREATED" and self.project_id and self.settings.preannotate_on_import:
             record_import(self._connection, self.project_id)
         if event in ANNOTATION_EVENTS and self.project_id:
-            self._record(event, data.get("annotation") or data.get("annotations"))
+            self._record_annotations(event, data.get("annotation") or data.get("annotations"))
         return {"status": "recorded"}
 
     def train(self, train: str | None = None) -> str:
-        """Puts a training of the project into the queue and returns the name of its job; `train` as in the settings.
+        """Enqueues a training of the project and returns the id of its job; `train` is as the setting TRAIN.
 
         Raises:
             BadRequest: there is nothing to train from.
@@ -176,26 +199,30 @@ class GroundingDINO:
             raise BadRequest("the project has no number")
         return TrainingQueue(self._connection).start(self.project_id, train or self.settings.train)
 
-    def _record(self, event: str, annotations: Any) -> None:
-        rows = [row for row in (annotations if isinstance(annotations, list) else [annotations]) if _is_annotation(row)]
-        is_deletion = event in DELETIONS
+    def _record_annotations(self, event: str, annotations: Any) -> None:
+        rows = [
+            row
+            for row in (annotations if isinstance(annotations, list) else [annotations])
+            if isinstance(row, Mapping) and isinstance(row.get("id"), int) and isinstance(row.get("task"), int | None)
+        ]
+        is_deleted = event in DELETION_EVENTS
         with redis_errors():
-            given = get_predicted(self._connection, self.project_id, [row.get("task") for row in rows])
-        evidence = [
+            predicted = get_predicted(self._connection, self.project_id, [row.get("task") for row in rows])
+        events = [
             AnnotationEvent(
                 row["id"],
                 row.get("task"),
                 str(row.get("updated_at") or ""),
-                is_deletion,
-                {} if is_deletion else count_outcomes(row, boxes),
+                is_deleted,
+                {} if is_deleted else count_outcomes(row, boxes),
             )
-            for row, boxes in zip(rows, given, strict=True)
+            for row, boxes in zip(rows, predicted, strict=True)
         ]
-        AnnotationLog(self._connection, self.project_id).record(evidence)
+        AnnotationLog(self._connection, self.project_id).record(events)
 
     def versions(self) -> list[str]:
-        """Model versions that projects were told, and the one of the weights alone."""
-        own = self._project_model.checkpoint.model_version()
+        """Lists the model versions that projects use, and the one of the weights alone."""
+        own = self._project_model.checkpoint.make_model_version()
         try:
             with redis_errors():
                 return [own, *(version for version in list_model_versions(self._connection) if version != own)]
@@ -203,41 +230,32 @@ class GroundingDINO:
             return [own]
 
     def trainings(self) -> list[dict[str, Any]]:
-        """How each project's training goes, or went, and how many annotations its events told of.
+        """Lists each project's training: its progress or outcome, and the annotations that its events reported.
 
-        Nothing while Redis does not answer.
+        Empty while Redis does not answer.
         """
         try:
-            rows = TrainingQueue(self._connection).all()
             return [
                 {**row, "annotations": len(AnnotationLog(self._connection, row["project"]).annotations())}
-                for row in rows
+                for row in TrainingQueue(self._connection).list_progress()
             ]
         except QueueUnavailable:
             return []
 
     def get(self, key: str) -> str | None:
-        """What label-studio-ml's own front asks a model for: its `model_version`."""
+        """Returns what label-studio-ml's own front asks a model for: its `model_version`."""
         return self.model_version if key == "model_version" else None
 
     def set_extra_params(self, extra_params: Any) -> None:
-        """Part of label-studio-ml's interface; the settings and the labeling config say all that is needed here."""
+        """Does nothing; part of label-studio-ml's interface. The settings and the labeling config say it all."""
 
     def ready_workers(self) -> int:
-        """Workers with their model loaded.
+        """Counts the live workers whose model is loaded.
 
         Raises:
             QueueUnavailable: Redis does not answer.
         """
         return self.queue.count_ready_workers()
-
-    @property
-    def _outbox(self) -> Outbox:
-        return Outbox(self._connection)
-
-    @property
-    def _connection(self) -> Redis:
-        return _connection(self.settings.redis_url)
 
 
 with contextlib.suppress(ImportError):  # label-studio-ml's `init_app` takes only what counts as its subclass

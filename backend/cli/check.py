@@ -74,7 +74,7 @@ def _project(settings: Settings, studio: LabelStudioClient, project: str) -> Ite
     config: list[Plan] = []
 
     def plan() -> str:
-        config.append(read_plan(studio.label_config(project), settings.box_threshold, settings.nms_iou))
+        config.append(read_plan(studio.get_label_config(project), settings.box_threshold, settings.nms_iou))
         labels = [label for control in config[0].controls for label in control.labels]
         return "; ".join(f"{label.name}: {', '.join(label.phrases)}" for label in labels) or "labels come with the task"
 
@@ -91,7 +91,7 @@ def _picture(settings: Settings, studio: LabelStudioClient, project: str, plan: 
     sources = ImageFetcher.from_settings(settings, studio)
     view = next(iter(expand_targets(plan, task["data"])), None)
     if view is None:
-        raise BackendError("the task's list of pictures is empty or missing")
+        raise BackendError("the task's list of images is empty or missing")
     picture = ImageLoader(sources, settings.max_image_pixels).load(view.uri, task["id"])
     return f"task {task['id']}: {picture.size[0]} x {picture.size[1]} pixels"
 
@@ -99,6 +99,6 @@ def _picture(settings: Settings, studio: LabelStudioClient, project: str, plan: 
 def _backends(studio: LabelStudioClient, project: str) -> str:
     rows = studio.list_ml_backends(project)
     states = [
-        f"{'{}://{}:{}'.format(*parse_origin(row['url']))} {json.dumps(row.get('readable_state'))}" for row in rows
+        f"{parse_origin(row['url'])} {json.dumps(row.get('readable_state'))}" for row in rows
     ]
     return ", ".join(states) or BLOCKS_LOCAL

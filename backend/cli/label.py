@@ -16,11 +16,12 @@ from tqdm import tqdm
 from backend.cli.supervisor import temporary_workers
 from backend.datasets.formats import LabeledImage, place_images, write_coco, write_labelstudio, write_yolo
 from backend.datasets.image_files import ImageFile, find_images
-from backend.datasets.labeling_run import ANSWERS, LabelingRun, Row, make_labeling_config, to_labeled_image
+from backend.datasets.labeling_run import ANSWERS_FILE, LabelingRun, Row, make_labeling_config, to_labeled_image
 from backend.datasets.previews import write_previews
 from backend.errors import QueueUnavailable, SettingsError
 from backend.monitoring.activity import BulkProgress
-from backend.queue.predict_queue import PredictQueue, worker_name
+from backend.queue.live_workers import make_worker_name
+from backend.queue.predict_queue import PredictQueue
 from backend.queue.private_redis import resolve_redis_url
 from backend.queue.redis import connect
 from backend.settings import Settings
@@ -61,8 +62,8 @@ def label(settings: Settings, words: Sequence[str], label_config: str, wanted: L
     with _workers_of(settings) as running:
         connection = connect(running.redis_url)
         run = LabelingRun(running, connection, label_config, wanted.out)
-        _answer_all(run, files, BulkProgress(connection, worker_name(), f"label, {len(files)} pictures"))
-    kept = run.kept()
+        _answer_all(run, files, BulkProgress(connection, make_worker_name(), f"label, {len(files)} pictures"))
+    kept = run.load_predictions()
     rows = [to_labeled_image(file, kept[file.key]) for file in files if file.key in kept]
     if wanted.sample:
         _show_sample(rows, run.labels, wanted.out)
@@ -75,7 +76,7 @@ def label(settings: Settings, words: Sequence[str], label_config: str, wanted: L
 
 def _clear(wanted: LabelOptions) -> None:
     """Makes room for what is written; raises SettingsError where something else is there, and --force is not given."""
-    is_begun = (wanted.out / ANSWERS).exists() and not (wanted.out / FINISHED_MARKER).exists()
+    is_begun = (wanted.out / ANSWERS_FILE).exists() and not (wanted.out / FINISHED_MARKER).exists()
     others = [path for path in wanted.out.glob("*") if path.name != SAMPLE_FOLDER]
     if others and not (is_begun or wanted.force):
         raise SettingsError(f"{wanted.out} holds something already; give another --out, or --force to write it anew")
@@ -116,7 +117,7 @@ def _is_served(settings: Settings) -> bool:
 
 
 def _answer_all(run: LabelingRun, files: Sequence[ImageFile], shown: BulkProgress) -> None:
-    left = len(files) - len(run.kept().keys() & {file.key for file in files})
+    left = len(files) - len(run.load_predictions().keys() & {file.key for file in files})
     failed: list[tuple[str, str]] = []
     progress = tqdm(total=len(files), initial=len(files) - left, unit="picture", file=sys.stderr)
     with contextlib.closing(shown), progress as bar:

@@ -22,7 +22,7 @@ from backend.delivery.pusher import Pusher
 from backend.errors import BackendError, SettingsError
 from backend.labelstudio.client import LabelStudioClient
 from backend.logs import set_up_logging
-from backend.queue.predict_queue import worker_name
+from backend.queue.live_workers import make_worker_name
 from backend.queue.private_redis import resolve_redis_url
 from backend.queue.redis import connect
 from backend.queue.training_queue import TrainingQueue
@@ -108,7 +108,7 @@ def push(**options: str | None) -> None:
     if not (settings.label_studio_url and settings.label_studio_api_key):
         raise SettingsError("set LABEL_STUDIO_URL and LABEL_STUDIO_API_KEY: without them nothing can be pushed")
     studio = LabelStudioClient(settings.label_studio_url, settings.label_studio_api_key)
-    stop, name = stop_on_signals(), worker_name()
+    stop, name = stop_on_signals(), make_worker_name()
     if settings.preannotate_on_import:
         imports = ImportWatcher(settings, connect(settings.redis_url), studio, name)
         threading.Thread(target=imports.run, args=(stop,), daemon=True).start()

@@ -34,7 +34,7 @@ def preannotate(
     connection = connect(settings.redis_url)
     run = Preannotation(settings, connection, studio, project)
     with redis_errors():
-        run.project_model.remember(connection)  # for the status page
+        run.project_model.save_summary(connection)  # for the status page
     count = run.count_pending(wanted)
     print(f"project {project}: {count} tasks have no prediction of {run.project_model.model_version}", file=sys.stderr)
     if dry_run:
@@ -53,7 +53,7 @@ def preannotate(
             bar.refresh()
             shown.report(done, failed, most_there)
 
-        tally = run.run(run.pages(wanted, view), most, progress, replace)
+        tally = run.run(run.open_cursor(wanted, view), most, progress, replace)
     return _sum_up(tally, Path(f"preannotate-{project}-failures.csv"))
 
 
@@ -68,8 +68,8 @@ def _sum_up(tally: PreannotationSummary, path: Path) -> int:
     print(f"{tally.done - len(tally.failures)} tasks predicted, {len(tally.failures)} failed")
     if not tally.failures:
         return 0
-    for reason, count in tally.by_reason().most_common():
+    for reason, count in tally.count_by_reason().most_common():
         print(f"  {count}: {reason}")
-    tally.write(path)
+    tally.write_failures(path)
     print(f"each of them is in {path}; the same command tries them again")
     return 1

@@ -30,7 +30,7 @@ def follow(trainings: TrainingQueue, project: str) -> dict[str, Any]:
     """Shows a training's progress until it is over, and returns its outcome."""
     with tqdm(file=sys.stderr, bar_format="{desc} {bar} {n_fmt}/{total_fmt}", leave=False) as bar:
         while True:
-            row = trainings.progress(project) or {"state": "queued"}
+            row = trainings.get_progress(project) or {"state": "queued"}
             if row["state"] in ("done", "failed"):
                 return row
             bar.set_description_str(STATE_TEXTS.get(row["state"], row["state"]), refresh=False)
@@ -55,7 +55,7 @@ def add_commands(group: click.Group, settings_options: Callable[..., Any], read:
         store = VersionStore(read(options).model_dir, project)
         current = store.get_current_id()
         print("* the checkpoint as it came" if not current else "  the checkpoint as it came")
-        for version in store.all():
+        for version in store.list_versions():
             print(f"{'*' if version.id == current else ' '} {version.id}  {version.reason}")
 
     @versions.command()

@@ -1,4 +1,4 @@
-"""A folder of pictures labelled through the queue; what is answered is kept as it comes, so that it can go on."""
+"""A labeling run: a folder of images through the queue; every answer is saved, so that the run can resume."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import quoteattr
@@ -16,113 +17,126 @@ from redis import Redis
 
 from backend.datasets.formats import LabeledImage
 from backend.datasets.image_files import ImageFile
-from backend.errors import SettingsError
+from backend.errors import BackendError, SettingsError
 from backend.images.decoding import read_oriented_size
 from backend.labelstudio.labeling_config import Plan
 from backend.labelstudio.regions import read_label
-from backend.queue.predict_queue import PredictQueue
+from backend.queue.messages import Answer, Chunk, TaskError
+from backend.queue.predict_queue import ChunkState, PredictQueue
 from backend.registry.project_model import ProjectModel
 from backend.settings import Settings
 
-CHUNKS_A_WORKER, MAX_BYTES_IN_FLIGHT = 3, 64_000_000  # on their way at a time; the pictures travel through Redis
-POLL_INTERVAL = 0.02  # s between looks
+CHUNKS_PER_WORKER, MAX_BYTES_IN_FLIGHT = 3, 64_000_000  # enqueued at a time; the images travel through Redis
+POLL_INTERVAL = 0.02  # s
 IMAGE_FIELD = "image"
-ANSWERS = ".answers.jsonl"  # in the folder that is written
+ANSWERS_FILE = ".answers.jsonl"  # in the folder that is written: the model version, then one row per image
 
 Row = dict[str, Any]  # key, and prediction or error
 
+CHUNK_FAILED = TaskError.of(BackendError("the worker failed on this image; its log says why"))
+
 
 def make_labeling_config(labels: Sequence[str]) -> str:
-    """The labeling config that looks for these labels."""
+    """Makes the labeling config that detects these labels."""
     rows = "".join(f"<Label value={quoteattr(label)}/>" for label in labels)
     image = f'<Image name="image" value="${IMAGE_FIELD}"/>'
     return f'<View>{image}<RectangleLabels name="label" toName="image">{rows}</RectangleLabels></View>'
 
 
+@dataclass(frozen=True)
+class SentChunk:
+    """An enqueued chunk, the file of each of its tasks, and the bytes of these files."""
+
+    chunk: Chunk
+    files: Sequence[ImageFile]
+    size: int
+
+
 class LabelingRun:
-    """One run over some pictures."""
+    """One run over some images."""
 
     def __init__(self, settings: Settings, connection: Redis, label_config: str, out: Path) -> None:
         """Reads the config; raises LabelingConfigError or SettingsError where it cannot serve for a folder."""
         self._settings, self._queue = settings, PredictQueue(connection)
         self.project_model = ProjectModel(settings, label_config)
-        self.label_config, self.field = label_config, _field_of(self.project_model.plan)
-        self._kept = out / ANSWERS
+        self.label_config, self.field = label_config, _read_image_field(self.project_model.plan)
+        self._answers_path = out / ANSWERS_FILE
 
     @property
     def labels(self) -> list[str]:
-        """All labels in their order; their places are YOLO's class numbers."""
-        rows = [label.name for control in self.project_model.plan.controls for label in control.labels]
-        return list(dict.fromkeys(rows))
+        """All labels in the order of the config; their indices are YOLO's class numbers."""
+        names = [label.name for control in self.project_model.plan.controls for label in control.labels]
+        return list(dict.fromkeys(names))
 
-    def kept(self) -> dict[str, Row]:
-        """What is answered already, by key; nothing of another version, and no failures: they are tried again."""
-        if not self._kept.exists():
+    def load_predictions(self) -> dict[str, Row]:
+        """Loads the saved rows with a prediction by key; none of another model version. Failures are tried again."""
+        if not self._answers_path.exists():
             return {}
-        rows = list(_readable(self._kept.read_text().splitlines()))
+        rows = list(_parse_rows(self._answers_path.read_text().splitlines()))
         if not rows or rows[0] != {"model_version": self.project_model.model_version}:
             return {}
         return {row["key"]: row for row in rows[1:] if "prediction" in row}
 
     def run(self, files: Sequence[ImageFile], on_answer: Callable[[Row], object]) -> None:
-        """Labels the pictures that are not yet; raises QueueUnavailable where Redis does not answer."""
-        done = self.kept()
-        aside = self._kept.with_suffix(".new")
+        """Labels the images that have no prediction yet; raises QueueUnavailable where Redis does not answer."""
+        done = self.load_predictions()
+        temporary = self._answers_path.with_suffix(".new")
         rows = [{"model_version": self.project_model.model_version}, *done.values()]
-        aside.write_text("".join(json.dumps(row) + "\n" for row in rows))  # without what a kill cut off
-        aside.replace(self._kept)
-        with self._kept.open("a") as file:
-            for row in self._answers([file for file in files if file.key not in done]):
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))  # without a row that a kill cut off
+        temporary.replace(self._answers_path)
+        with self._answers_path.open("a") as file:
+            for row in self._predict([file for file in files if file.key not in done]):
                 file.write(json.dumps(row) + "\n")
                 file.flush()
                 on_answer(row)
 
-    def _answers(self, files: Sequence[ImageFile]) -> Iterator[Row]:
-        waiting, open_ = deque(files), deque[tuple[list[ImageFile], dict[str, Any], int]]()
-        while waiting or open_:
-            while waiting and self._has_room(open_):
-                size = self._settings.batch_size or self._queue.batch_size()  # workers may be starting yet
-                piece = [waiting.popleft() for _ in range(min(size, len(waiting)))]
-                yield from self._send(piece, open_)
-            if open_ and (answers := self._answered(open_[0][1])) is not None:
-                piece, payload, _ = open_.popleft()
-                yield from ({"key": file.key, **_kept(answer)} for file, answer in zip(piece, answers, strict=True))
-                self._queue.delete(payload)
-            elif open_:
+    def _predict(self, files: Sequence[ImageFile]) -> Iterator[Row]:
+        """Yields a row for each file, keeping the workers busy without filling Redis."""
+        waiting, sent = deque(files), deque[SentChunk]()
+        while waiting or sent:
+            while waiting and self._has_room(sent):
+                size = self._settings.batch_size or self._queue.get_batch_size()  # workers may still be starting
+                yield from self._send([waiting.popleft() for _ in range(min(size, len(waiting)))], sent)
+            if not sent:
+                continue
+            result = self._queue.get_result(sent[0].chunk)
+            if result.state is ChunkState.WAITING:
                 time.sleep(POLL_INTERVAL)
+                continue
+            first = sent.popleft()
+            answers: Sequence[Answer] = result.answers or [CHUNK_FAILED] * len(first.files)
+            for file, answer in zip(first.files, answers, strict=True):
+                if isinstance(answer, TaskError):
+                    yield {"key": file.key, "error": answer.error.detail}
+                else:
+                    yield {"key": file.key, "prediction": answer.model_dump()}
+            self._queue.delete(first.chunk)
 
-    def _has_room(self, open_: Sequence[tuple[list[ImageFile], dict[str, Any], int]]) -> bool:
-        if sum(size for *_, size in open_) > MAX_BYTES_IN_FLIGHT:
+    def _has_room(self, sent: Sequence[SentChunk]) -> bool:
+        if sum(chunk.size for chunk in sent) > MAX_BYTES_IN_FLIGHT:
             return False
-        return len(open_) < CHUNKS_A_WORKER * max(self._queue.count_ready_workers(), 1)
+        return len(sent) < CHUNKS_PER_WORKER * max(self._queue.count_ready_workers(), 1)
 
-    def _send(self, files: Sequence[ImageFile], open_: deque[Any]) -> Iterator[Row]:
-        """Puts a chunk on its way; the files that cannot be read are answered at once."""
-        read, tasks, total = [], [], 0
+    def _send(self, files: Sequence[ImageFile], sent: deque[SentChunk]) -> Iterator[Row]:
+        """Enqueues a chunk; yields an error row for each file that cannot be read."""
+        readable, tasks, size = [], [], 0
         for file in files:
             try:
                 body = file.path.read_bytes()
             except OSError as error:
                 yield {"key": file.key, "error": f"the file cannot be read ({error.strerror})"}
                 continue
-            read.append(file)
-            total += len(body)
+            readable.append(file)
+            size += len(body)
             uri = "data:;base64," + base64.b64encode(body).decode()
-            tasks.append({"id": file.key, "data": {self.field: uri}})  # the same picture twice is two jobs
-        for payload in self.project_model.make_chunks(tasks, max(len(tasks), 1)):
-            self._queue.enqueue([payload])
-            open_.append((read, payload, total))
-
-    def _answered(self, payload: Mapping[str, Any]) -> list[Any] | None:
-        answers, state = self._queue.get_result(dict(payload))
-        if state in ("failed", "gone"):
-            failed = {"error": {"detail": "the worker failed on this picture; its log says why"}}
-            return [failed] * len(payload["tasks"])
-        return answers
+            tasks.append({"id": file.key, "data": {self.field: uri}})  # the key keeps equal images in jobs of their own
+        for chunk in self.project_model.make_chunks(tasks, max(len(tasks), 1)):
+            self._queue.enqueue([chunk])
+            sent.append(SentChunk(chunk, readable, size))
 
 
-def _readable(lines: Sequence[str]) -> Iterator[Row]:
-    """The rows of a file whose last line may be cut off."""
+def _parse_rows(lines: Sequence[str]) -> Iterator[Row]:
+    """Parses the rows of a file whose last line may be cut off."""
     for line in lines:
         try:
             yield json.loads(line)
@@ -130,14 +144,11 @@ def _readable(lines: Sequence[str]) -> Iterator[Row]:
             return
 
 
-def _kept(answer: Mapping[str, Any]) -> Row:
-    return {"error": answer["error"]["detail"]} if "error" in answer else {"prediction": dict(answer)}
-
-
-def _field_of(plan: Plan) -> str:
-    values = {control.image for control in plan.controls}
-    if len(values) != 1 or any(control.has_pages or control.repeat for control in plan.controls):
-        raise SettingsError("a folder can be labelled with a config of one Image whose value is a field of the task")
+def _read_image_field(plan: Plan) -> str:
+    """Returns the task field of the one image of a plan; raises SettingsError where it is not that simple."""
+    values = {control.image_value for control in plan.controls}
+    if len(values) != 1 or any(control.is_multi_page or control.repeater_items for control in plan.controls):
+        raise SettingsError("a folder can be labeled with a config of one Image whose value is a field of the task")
     (value,) = values
     if not value.startswith("$") or not value[1:].isidentifier():
         raise SettingsError(f"to label a folder, the Image must have a field such as $image as value, not {value!r}")
@@ -145,15 +156,16 @@ def _field_of(plan: Plan) -> str:
 
 
 def to_labeled_image(file: ImageFile, row: Row) -> LabeledImage:
-    """A row that was answered, as it is written."""
+    """Converts a row with a prediction to boxes in pixels."""
     with Image.open(file.path) as image:
         width, height = read_oriented_size(image)
     regions = [region for region in row["prediction"]["result"] if read_label(region)]
-    boxes = tuple((read_label(region), region["score"], _box(region, width, height)) for region in regions)
+    boxes = tuple((read_label(region), region["score"], _to_pixels(region, width, height)) for region in regions)
     return LabeledImage(file, width, height, boxes, row["prediction"])
 
 
-def _box(region: Mapping[str, Any], width: int, height: int) -> tuple[float, float, float, float]:
+def _to_pixels(region: Mapping[str, Any], width: int, height: int) -> tuple[float, float, float, float]:
+    """Converts a region's box from percent to xyxy in pixels."""
     value = region["value"]
     x, y = value["x"] * width / 100, value["y"] * height / 100
     return x, y, x + value["width"] * width / 100, y + value["height"] * height / 100

@@ -1,4 +1,4 @@
-"""Projects that got new tasks are predicted without being asked, where `PREANNOTATE_ON_IMPORT` is set."""
+"""The import watcher: predicts projects that got new tasks, where `PREANNOTATE_ON_IMPORT` is set."""
 
 from __future__ import annotations
 
@@ -8,64 +8,61 @@ import threading
 
 from redis import Redis
 
+from backend.delivery.imported_projects import list_imported, remove_imported
 from backend.delivery.preannotation import Preannotation
 from backend.errors import BackendError, QueueUnavailable
 from backend.labelstudio.client import LabelStudioClient
-from backend.queue.predict_queue import IMPORTED_KEY
 from backend.queue.redis import redis_errors
 from backend.settings import Settings
 
 log = logging.getLogger(__name__)
 
-LOCK_KEY, LOCK = "gdino:importing:", 60  # + project; s, renewed as it goes on
-POLL_INTERVAL = 2.0  # s between looks
-AFTER_FAILURE = 60.0  # s
+LOCK_KEY, LOCK_TTL = "gdino:importing:", 60  # + project; s, renewed during the work
+POLL_INTERVAL = 2.0  # s
+FAILURE_BACKOFF = 60.0  # s
 
 
 class ImportWatcher:
-    """Predicts the projects that were noted; of several only one works on a project."""
+    """Predicts the projects that were noted; of several watchers only one works on a project."""
 
-    def __init__(self, settings: Settings, connection: Redis, studio: LabelStudioClient, name: str) -> None:
-        self._settings, self._connection, self._label_studio, self._name = settings, connection, studio, name
+    def __init__(self, settings: Settings, connection: Redis, label_studio: LabelStudioClient, name: str) -> None:
+        self._settings, self._connection, self._label_studio = settings, connection, label_studio
+        self._name = name
 
     def run(self, stop: threading.Event) -> None:
-        """Works until `stop` is set, whatever goes away meanwhile."""
+        """Watches until `stop` is set, through all outages."""
         pause = POLL_INTERVAL
         while not stop.wait(pause):
             try:
                 self.run_once()
                 pause = POLL_INTERVAL
             except BackendError as error:
-                log.warning("%s; trying again in %g s", error, AFTER_FAILURE)
-                pause = AFTER_FAILURE
+                log.warning("pre-annotation after an import stopped: %s; trying again in %g s", error, FAILURE_BACKOFF)
+                pause = FAILURE_BACKOFF
 
     def run_once(self) -> None:
-        """Predicts what is noted now; a project that gets more tasks meanwhile stays noted."""
-        with redis_errors():
-            rows: list[tuple[bytes, float]] = self._connection.zrange(IMPORTED_KEY, 0, -1, withscores=True)  # type: ignore[assignment]
-        for name, noted in rows:
-            project = name.decode()
-            if self._lock(project):
+        """Predicts the projects that are noted now; one that gets more tasks meanwhile stays noted."""
+        for project, imported_at in list_imported(self._connection):
+            if self._acquire_or_renew_lock(project):
                 self._predict(project)
-                with redis_errors():
-                    if self._connection.zscore(IMPORTED_KEY, project) == noted:
-                        self._connection.zrem(IMPORTED_KEY, project)
+                remove_imported(self._connection, project, imported_at)
 
     def _predict(self, project: str) -> None:
-        run = Preannotation(self._settings, self._connection, self._label_studio, project)
+        preannotation = Preannotation(self._settings, self._connection, self._label_studio, project)
         log.info("project %s has new tasks", project)
-        tally = run.run(run.pages(), sys.maxsize, lambda done, failed: self._renew(project))
-        log.info("project %s: %d new tasks, %d failed", project, tally.done, len(tally.failures))
 
-    def _lock(self, project: str) -> bool:
+        def renew_lock(done: int, failed: int) -> None:
+            try:
+                with redis_errors():
+                    self._connection.expire(LOCK_KEY + project, LOCK_TTL)
+            except QueueUnavailable as error:
+                log.warning("project %s: %s", project, error)
+
+        summary = preannotation.run(preannotation.open_cursor(), sys.maxsize, renew_lock)
+        log.info("project %s: %d new tasks, %d failed", project, summary.done, len(summary.failures))
+
+    def _acquire_or_renew_lock(self, project: str) -> bool:
         key = LOCK_KEY + project
         with redis_errors():
-            taken = self._connection.set(key, self._name, nx=True, ex=LOCK)
-            return bool(taken) or self._connection.get(key) == self._name.encode()
-
-    def _renew(self, project: str) -> None:
-        try:
-            with redis_errors():
-                self._connection.expire(LOCK_KEY + project, LOCK)
-        except QueueUnavailable as error:
-            log.warning("%s", error)
+            is_new = self._connection.set(key, self._name, nx=True, ex=LOCK_TTL)
+            return bool(is_new) or self._connection.get(key) == self._name.encode()

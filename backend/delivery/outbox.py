@@ -1,95 +1,117 @@
-"""What is to be pushed into Label Studio, kept in Redis until it is there, and who brought which prediction.
+"""The outbox: chunks whose predictions are pending in Label Studio, and claims on who delivers each prediction.
 
-Label Studio stores what it is given, twice if it is given twice. So whoever delivers a prediction claims it first: an
-answer to a request ("pull"), or the pusher ("pushing", and "pushed" once Label Studio has confirmed).
+Label Studio stores a prediction as often as it is given. So whoever delivers one claims it first: the answer to a
+request (a pull), or the pusher (pushing, and pushed once Label Studio has confirmed it).
 """
 
 from __future__ import annotations
 
+import enum
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+import logging
+from collections.abc import Sequence
 
 from redis import Redis
 
-from backend.queue.predict_queue import chunk_id
+from backend.errors import MessageError
+from backend.queue.messages import Chunk, Message, read_message
 from backend.queue.redis import redis_errors
 
-ORDER_KEY = "gdino:outbox"  # sorted set: chunk -> when it was asked for
-ENTRIES_KEY = "gdino:outbox:entries"  # hash: chunk -> project, since, payload
-DELIVERED_KEY = "gdino:delivered:"  # + project:version -> hash: task -> way and time
-STRANGE_KEY = "gdino:strange:"  # + project -> a project that is not the one at LABEL_STUDIO_URL
-KEPT = 7 * 24 * 3600  # s that deliveries are remembered
-STRANGE_TTL = 600  # s until a project is compared again
+log = logging.getLogger(__name__)
 
-PULL, PUSHING, PUSHED = "pull", "pushing", "pushed"
+ORDER_KEY = "gdino:outbox"  # sorted set: chunk id -> when it was requested
+ENTRIES_KEY = "gdino:outbox:entries"  # hash: chunk id -> JSON: OutboxEntry
+DELIVERED_KEY = "gdino:delivered:"  # + project:version -> hash: task -> delivery and time
+DELIVERED_TTL = 7 * 24 * 3600  # s
+MISMATCHED_KEY = "gdino:strange:"  # + project that is another one at LABEL_STUDIO_URL
+MISMATCHED_TTL = 600  # s until the project is compared again
 
+
+class Delivery(enum.Enum):
+    """How a prediction is delivered, or was."""
+
+    PULL = "pull"  # in the answer to a request
+    PUSHING = "pushing"  # by an import that Label Studio has not confirmed
+    PUSHED = "pushed"  # by an import that Label Studio has confirmed
+
+
+# Arguments: delivery, now, since, time to live, tasks. A claim is refused while a delivery at or after `since` stands
+# in its way, and a push also while an import is not confirmed. Returns for each task "" or the delivery that stands.
 CLAIM_SCRIPT = """
 local answers = {}
-for i = 4, #ARGV do
+for i = 5, #ARGV do
   local old = redis.call('HGET', KEYS[1], ARGV[i])
-  local way, at = '', '-1'
-  if old then way, at = string.match(old, '(%a+) (.+)') end
-  local recent = tonumber(at) >= tonumber(ARGV[3])
-  if (recent and (ARGV[1] == 'pushing' or way ~= 'pull')) or (way == 'pushing' and ARGV[1] == 'pushing') then
-    answers[i - 3] = way
+  local delivery, at = '', '-1'
+  if old then delivery, at = string.match(old, '(%a+) (.+)') end
+  local is_recent = tonumber(at) >= tonumber(ARGV[3])
+  if (is_recent and (ARGV[1] == 'pushing' or delivery ~= 'pull')) or (delivery == 'pushing' and ARGV[1] == 'pushing') then
+    answers[i - 4] = delivery
   else
     redis.call('HSET', KEYS[1], ARGV[i], ARGV[1] .. ' ' .. ARGV[2])
-    answers[i - 3] = ''
+    answers[i - 4] = ''
   end
 end
-redis.call('EXPIRE', KEYS[1], 604800)
+redis.call('EXPIRE', KEYS[1], ARGV[4])
 return answers
-"""
+"""  # noqa: E501
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One chunk to be pushed; `since` is when it was asked for, in seconds since the epoch."""
+class OutboxEntry(Message):
+    """A chunk whose predictions are pending, its project, and when it was requested (seconds since the epoch)."""
 
-    chunk: str
     project: str
     since: float
-    payload: dict[str, Any]
+    chunk: Chunk
 
 
 class Outbox:
-    """Safe to share between threads and processes; every method raises QueueUnavailable if Redis does not answer."""
+    """The pending chunks and the claims; safe to share between threads and processes.
+
+    Every method raises QueueUnavailable if Redis does not answer.
+    """
 
     def __init__(self, connection: Redis) -> None:
         self._connection = connection
         self._claim = connection.register_script(CLAIM_SCRIPT)
 
-    def add(self, project: str, payloads: Sequence[Mapping[str, Any]], since: float) -> None:
-        """Puts chunks behind those that are there; one that is there keeps its place."""
+    def add(self, project: str, chunks: Sequence[Chunk], since: float) -> None:
+        """Adds chunks behind the others; a chunk that is there already keeps its place."""
         with redis_errors(), self._connection.pipeline() as pipeline:
-            for number, payload in enumerate(payloads):
-                chunk = chunk_id(payload)
-                entry = json.dumps({"project": project, "since": since, "payload": payload})
-                pipeline.hset(ENTRIES_KEY, chunk, entry)
-                pipeline.zadd(ORDER_KEY, {chunk: since + number * 1e-6}, nx=True)
+            for number, chunk in enumerate(chunks):
+                entry = OutboxEntry(project=project, since=since, chunk=chunk)
+                pipeline.hset(ENTRIES_KEY, chunk.id, json.dumps(entry.model_dump()))
+                pipeline.zadd(ORDER_KEY, {chunk.id: since + number * 1e-6}, nx=True)
             pipeline.execute()
 
-    def peek(self, count: int) -> list[Entry]:
-        """The first chunks in order of asking."""
+    def peek(self, count: int) -> list[OutboxEntry]:
+        """Returns the first entries in the order of their requests; drops those of an unknown format."""
         with redis_errors():
-            chunks: list[bytes] = self._connection.zrange(ORDER_KEY, 0, count - 1)  # type: ignore[assignment]
-            rows = self._connection.hmget(ENTRIES_KEY, chunks) if chunks else []
-        return [Entry(chunk.decode(), **json.loads(row)) for chunk, row in zip(chunks, rows, strict=True) if row]
+            ids: list[bytes] = self._connection.zrange(ORDER_KEY, 0, count - 1)  # type: ignore[assignment]
+            rows = self._connection.hmget(ENTRIES_KEY, ids) if ids else []
+        entries = []
+        for chunk_id, row in zip(ids, rows, strict=True):
+            try:
+                entries += [read_message(OutboxEntry, json.loads(row))] if row else []
+            except MessageError as error:
+                log.error("dropping outbox entry %s: %s", chunk_id.decode(), error)
+                self._remove([chunk_id.decode()])
+        return entries
 
-    def filter_pending(self, chunks: Sequence[str]) -> set[str]:
-        """Those of these chunks that are still to be pushed."""
+    def filter_pending(self, chunk_ids: Sequence[str]) -> set[str]:
+        """Returns those of these chunks that are still pending."""
         with redis_errors():
-            scores = self._connection.zmscore(ORDER_KEY, list(chunks)) if chunks else []
-        return {chunk for chunk, score in zip(chunks, scores, strict=True) if score is not None}
+            scores = self._connection.zmscore(ORDER_KEY, list(chunk_ids)) if chunk_ids else []
+        return {chunk_id for chunk_id, score in zip(chunk_ids, scores, strict=True) if score is not None}
 
-    def remove(self, entries: Sequence[Entry]) -> None:
-        """Forgets chunks that are delivered, or cannot be."""
+    def remove(self, entries: Sequence[OutboxEntry]) -> None:
+        """Removes entries that are delivered, or cannot be."""
+        self._remove([entry.chunk.id for entry in entries])
+
+    def _remove(self, chunk_ids: Sequence[str]) -> None:
         with redis_errors(), self._connection.pipeline() as pipeline:
-            for entry in entries:
-                pipeline.zrem(ORDER_KEY, entry.chunk)
-                pipeline.hdel(ENTRIES_KEY, entry.chunk)
+            for chunk_id in chunk_ids:
+                pipeline.zrem(ORDER_KEY, chunk_id)
+                pipeline.hdel(ENTRIES_KEY, chunk_id)
             pipeline.execute()
 
     def __len__(self) -> int:
@@ -97,12 +119,12 @@ class Outbox:
             return int(self._connection.zcard(ORDER_KEY))
 
     def claim(
-        self, way: str, project: str, version: str, tasks: Sequence[int], now: float, since: float
-    ) -> dict[int, str]:
+        self, delivery: Delivery, project: str, version: str, tasks: Sequence[int], now: float, since: float
+    ) -> dict[int, Delivery | None]:
         """Claims tasks for a delivery, unless they were delivered at or after `since`.
 
         Args:
-            way: PULL, refused where the pusher was; or PUSHING, refused where anyone was.
+            delivery: PULL, which a push stands in the way of; or PUSHING, which any delivery stands in the way of.
             project: its number.
             version: the predictions' model version.
             tasks: their numbers.
@@ -110,27 +132,31 @@ class Outbox:
             since: likewise.
 
         Returns:
-            By task "" where the claim was granted, otherwise how the task was delivered.
+            None for each task whose claim was granted, otherwise the delivery that stands in its way.
         """
         if not tasks:
             return {}
         with redis_errors():
-            ways = self._claim(keys=[f"{DELIVERED_KEY}{project}:{version}"], args=[way, now, since, *tasks])
-        return {task: way.decode() for task, way in zip(tasks, ways, strict=True)}
+            answers: list[bytes] = self._claim(
+                keys=[f"{DELIVERED_KEY}{project}:{version}"], args=[delivery.value, now, since, DELIVERED_TTL, *tasks]
+            )
+        return {
+            task: Delivery(answer.decode()) if answer else None for task, answer in zip(tasks, answers, strict=True)
+        }
 
     def confirm(self, project: str, version: str, tasks: Sequence[int], now: float) -> None:
-        """Notes that Label Studio has confirmed what was PUSHING."""
+        """Notes that Label Studio has stored the predictions of tasks that were PUSHING."""
         if tasks:
             with redis_errors():
-                rows = [word for task in tasks for word in (str(task), f"{PUSHED} {now}")]
-                self._connection.hset(f"{DELIVERED_KEY}{project}:{version}", items=rows)
+                items = [item for task in tasks for item in (str(task), f"{Delivery.PUSHED.value} {now}")]
+                self._connection.hset(f"{DELIVERED_KEY}{project}:{version}", items=items)
 
     def mark_mismatched(self, project: str) -> None:
-        """Notes that the project of this number is another one at LABEL_STUDIO_URL; nothing is pushed there."""
+        """Notes that LABEL_STUDIO_URL has another project of this number; nothing is pushed there."""
         with redis_errors():
-            self._connection.set(STRANGE_KEY + project, 1, ex=STRANGE_TTL)
+            self._connection.set(MISMATCHED_KEY + project, 1, ex=MISMATCHED_TTL)
 
     def is_mismatched(self, project: str) -> bool:
-        """Whether the project was found to be another one."""
+        """Returns whether the project was marked as another one."""
         with redis_errors():
-            return bool(self._connection.exists(STRANGE_KEY + project))
+            return bool(self._connection.exists(MISMATCHED_KEY + project))

@@ -1,22 +1,34 @@
-"""Brings predictions into Label Studio by its import, each exactly once a model version.
+"""The pusher: imports predictions into Label Studio, each exactly once per model version.
 
 Label Studio saves what it pulls one by one (0.14 s each) and gives up after 100 s; an import of 250 takes it 0.7 s.
+
+What happens to an entry of the outbox, by the state of its chunk:
+
+| chunk    | the pusher                                                                         |
+|----------|------------------------------------------------------------------------------------|
+| WAITING  | looks again later                                                                  |
+| FAILED   | enqueues it again, MAX_FAILED_ATTEMPTS times in all                                |
+| MISSING  | enqueues it again, for as long as the entry is not older than MAX_AGE              |
+| ANSWERED | claims its tasks, imports the claimed predictions, confirms them, drops the entry  |
+
+A task that is claimed already is imported only if its claim is an import whose end was never heard (PUSHING) and Label
+Studio does not have its prediction.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import threading
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from redis import Redis
 
-from backend.delivery.outbox import PULL, PUSHED, PUSHING, Entry, Outbox
+from backend.delivery.outbox import Delivery, Outbox, OutboxEntry
 from backend.errors import (
     BackendError,
     LabelStudioAuthError,
@@ -26,40 +38,87 @@ from backend.errors import (
 )
 from backend.labelstudio.client import LabelStudioClient
 from backend.metrics import PUSH_SECONDS, PUSHED_PREDICTIONS
-from backend.queue.predict_queue import PredictQueue
+from backend.queue.messages import Answer, Prediction, TaskError
+from backend.queue.predict_queue import ChunkState, PredictQueue
 from backend.queue.redis import redis_errors
 from backend.queue.worker_metrics import publish_metrics
 
 log = logging.getLogger(__name__)
 
-SCAN_LIMIT = 512  # chunks from the head of the outbox at a time
-MAX_UNFINISHED = 64  # one after the other, behind which none is looked at: chunks are made in their order
-MAX_PREDICTIONS_PER_IMPORT, MAX_REGIONS_PER_IMPORT = 5000, 40_000  # predictions in one import, and regions: about 12 MB
-# An import makes Label Studio count all tasks of the project anew (0.6 ms each with SQLite), however little it brings:
-# while more is being made, the pusher rests so many times as long as the last import took.
+SCAN_LIMIT = 512  # entries read from the head of the outbox at a time
+MAX_UNFINISHED = 64  # unfinished entries in a row, behind which none is read: chunks are predicted in their order
+MAX_PREDICTIONS_PER_IMPORT, MAX_REGIONS_PER_IMPORT = 5000, 40_000  # about 12 MB
+# An import makes Label Studio recount all tasks of the project (0.6 ms each with SQLite), however small it is. So while
+# more predictions are being made, the pusher waits IMPORT_BACKOFF times the duration of the last import.
 IMPORT_BACKOFF, MAX_IMPORT_BACKOFF = 5, 60  # times, s
-POLL_INTERVAL = 1.0  # s between looks
-MAX_BACKOFF = 15  # s between attempts while Label Studio is away
-MAX_FAILED_ATTEMPTS = 3  # at a chunk that fails as a whole
-MAX_AGE = 3 * 24 * 3600  # s that a chunk may wait for its answers or for Label Studio
-UNCONFIRMED_WAIT = 20  # s until we look what became of an import that Label Studio did not answer
-LEASE_KEY, LEASE_TTL = "gdino:pusher", 90  # s, longer than Label Studio needs to store what it has begun to
+POLL_INTERVAL = 1.0  # s
+MAX_BACKOFF = 15  # s between two attempts while Label Studio is unavailable
+UNCONFIRMED_WAIT = 20  # s before checking whether an unacknowledged import was stored
+MAX_FAILED_ATTEMPTS = 3  # of a worker, at a chunk that fails as a whole
+MAX_AGE = 3 * 24 * 3600  # s for which an entry may wait for its answers
+LEASE_KEY, LEASE_TTL = "gdino:pusher", 90  # s, longer than Label Studio takes to store an import
 
-Prediction = dict[str, Any]  # task, result, score, model_version
+
+@dataclass(frozen=True)
+class AnsweredEntry:
+    """An entry whose chunk is answered."""
+
+    entry: OutboxEntry
+    answers: list[Answer]
+
+    def count_regions(self) -> int:
+        """Counts the regions of all predictions."""
+        return sum(len(answer.result) for answer in self.answers if isinstance(answer, Prediction))
+
+
+class Lease:
+    """The right to push, which one pusher holds at a time. Methods raise QueueUnavailable if Redis does not answer."""
+
+    def __init__(self, connection: Redis, owner: str) -> None:
+        self._connection, self._owner = connection, owner
+
+    def acquire_or_renew(self) -> bool:
+        """Acquires or renews the lease; returns False while another pusher holds it."""
+        with redis_errors():
+            is_mine = (
+                self._connection.set(LEASE_KEY, self._owner, nx=True, ex=LEASE_TTL)
+                or self._connection.get(LEASE_KEY) == self._owner.encode()
+            )
+            if is_mine:
+                self._connection.expire(LEASE_KEY, LEASE_TTL)
+        return bool(is_mine)
+
+    @contextlib.contextmanager
+    def keep_renewing(self) -> Iterator[None]:
+        """Renews the lease in a thread: an import may take longer than LEASE_TTL."""
+        stop = threading.Event()
+
+        def renew() -> None:
+            while not stop.wait(LEASE_TTL / 3):
+                with contextlib.suppress(QueueUnavailable):
+                    self.acquire_or_renew()
+
+        thread = threading.Thread(target=renew, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
 
 
 class Pusher:
-    """Empties the outbox; of several only one is at work."""
+    """Empties the outbox; of several pushers only the holder of the lease works."""
 
-    def __init__(self, connection: Redis, studio: LabelStudioClient, name: str) -> None:
-        self._connection, self._label_studio, self._name = connection, studio, name
-        self._queue, self._outbox = PredictQueue(connection), Outbox(connection)
-        self._known: set[str] = set()  # projects that were compared with Label Studio's
-        self._attempts: Counter[str] = Counter()  # at chunks that failed
-        self._rests_until = 0.0  # of `time.monotonic`
+    def __init__(self, connection: Redis, label_studio: LabelStudioClient, name: str) -> None:
+        self._connection, self._label_studio, self._name = connection, label_studio, name
+        self._queue, self._outbox, self._lease = PredictQueue(connection), Outbox(connection), Lease(connection, name)
+        self._verified_projects: set[str] = set()
+        self._failed_attempts: Counter[str] = Counter()  # by chunk id
+        self._backoff_until = 0.0  # of `time.monotonic`
 
     def run(self, stop: threading.Event) -> None:
-        """Pushes until `stop` is set, whatever goes away meanwhile."""
+        """Pushes until `stop` is set, through all outages."""
         failures, pause = 0, POLL_INTERVAL
         while not stop.wait(pause):
             try:
@@ -69,172 +128,155 @@ class Pusher:
                 failures, pause = 0, POLL_INTERVAL
             except BackendError as error:
                 failures += 1
-                pause = (
-                    UNCONFIRMED_WAIT
-                    if isinstance(error, LabelStudioUnavailable) and error.reached
-                    else min(2**failures, MAX_BACKOFF)
-                )
-                log.warning("%s; trying again in %g s", error, pause)
-
-    def _has_lease(self) -> bool:
-        with redis_errors():
-            taken = self._connection.set(LEASE_KEY, self._name, nx=True, ex=LEASE_TTL)
-            mine = taken or self._connection.get(LEASE_KEY) == self._name.encode()
-            if mine:
-                self._connection.expire(LEASE_KEY, LEASE_TTL)
-        return bool(mine)
-
-    @contextlib.contextmanager
-    def _keeping_lease(self) -> Iterator[None]:
-        """An import may take longer than a lease."""
-        stop = threading.Event()
-
-        def keep() -> None:
-            while not stop.wait(LEASE_TTL / 3):
-                with contextlib.suppress(QueueUnavailable):
-                    self._has_lease()
-
-        keeping = threading.Thread(target=keep, daemon=True)
-        keeping.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            keeping.join()
+                is_unconfirmed = isinstance(error, LabelStudioUnavailable) and error.may_have_succeeded
+                pause = UNCONFIRMED_WAIT if is_unconfirmed else min(2**failures, MAX_BACKOFF)
+                log.warning("pushing stopped: %s; trying again in %g s", error, pause)
 
     def run_once(self) -> None:
-        """Pushes what is finished among the first chunks.
+        """Pushes the finished chunks at the head of the outbox.
 
         Raises:
             LabelStudioUnavailable: Label Studio does not answer.
-            LabelStudioAuthError: it refuses the key.
+            LabelStudioAuthError: Label Studio refuses the key.
             QueueUnavailable: Redis does not answer.
         """
-        is_resting = time.monotonic() < self._rests_until and self._queue.count_waiting() > 0
-        if is_resting or not self._has_lease():
+        is_backing_off = time.monotonic() < self._backoff_until and self._queue.count_waiting() > 0
+        if is_backing_off or not self._lease.acquire_or_renew():
             return
-        finished, unfinished = [], 0
+        finished: dict[tuple[str, str], list[AnsweredEntry]] = defaultdict(list)  # by project and model version
+        unfinished_in_a_row = 0
         for entry in self._outbox.peek(SCAN_LIMIT):
-            if (answers := self._answers(entry)) is not None:
-                finished.append((entry, answers))
-            unfinished = 0 if answers is not None else unfinished + 1
-            if unfinished > MAX_UNFINISHED:
+            result = self._queue.get_result(entry.chunk)
+            if result.answers is not None:
+                finished[entry.project, entry.chunk.model_version].append(AnsweredEntry(entry, result.answers))
+                unfinished_in_a_row = 0
+                continue
+            if result.state is not ChunkState.WAITING:
+                self._requeue(entry, result.state)
+            unfinished_in_a_row += 1
+            if unfinished_in_a_row > MAX_UNFINISHED:
                 break
-        for (project, version), rows in itertools.groupby(sorted(finished, key=_target), key=_target):
-            for batch in _batches(list(rows)):
-                if self._has_lease():
-                    self._push_batch(project, version, batch)
+        for (project, model_version), entries in sorted(finished.items()):
+            for group in _group_into_imports(entries):
+                if self._lease.acquire_or_renew():
+                    self._push(project, model_version, group)
 
-    def _answers(self, entry: Entry) -> list[Prediction] | None:
-        """What the chunk was answered; None while it was not, or if it never will be."""
-        answers, state = self._queue.get_result(entry.payload)
-        if state in ("failed", "gone"):
-            self._attempts[entry.chunk] += state == "failed"
-            if self._attempts[entry.chunk] >= MAX_FAILED_ATTEMPTS or time.time() - entry.since > MAX_AGE:
-                log.error("project %s: %d tasks fail in the worker", entry.project, len(entry.payload["tasks"]))
-                self._outbox.remove([entry])
-            else:
-                self._queue.enqueue([entry.payload], project=entry.project)
-        return answers
+    def _requeue(self, entry: OutboxEntry, state: ChunkState) -> None:
+        """Enqueues a chunk again that failed or whose answers expired, or gives it up."""
+        chunk, tasks = entry.chunk, len(entry.chunk.tasks)
+        self._failed_attempts[chunk.id] += state is ChunkState.FAILED
+        attempts, age = self._failed_attempts[chunk.id], time.time() - entry.since
+        if attempts >= MAX_FAILED_ATTEMPTS:
+            log.error("project %s: giving up on %d tasks after %d failed attempts", entry.project, tasks, attempts)
+        elif age > MAX_AGE:
+            log.error("project %s: giving up on %d tasks after %d days", entry.project, tasks, age // (24 * 3600))
+        else:
+            self._queue.enqueue([chunk], project=entry.project)
+            return
+        self._outbox.remove([entry])
 
-    def _push_batch(self, project: str, version: str, batch: Sequence[tuple[Entry, list[Prediction]]]) -> None:
-        entries = [entry for entry, _ in batch]
+    def _push(self, project: str, model_version: str, entries: Sequence[AnsweredEntry]) -> None:
+        """Delivers entries and removes them; one that cannot be delivered is given up alone."""
         try:
-            if self._is_known(entries[0]):
-                with self._keeping_lease():
-                    self._deliver(project, version, batch)
+            if self._verify_project(entries[0].entry):
+                with self._lease.keep_renewing():
+                    self._deliver(project, model_version, entries)
         except (LabelStudioUnavailable, LabelStudioAuthError, QueueUnavailable):
             raise
         except Exception as error:  # one odd chunk must not hold up the others
-            if len(batch) > 1:
-                for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
-                    self._push_batch(project, version, half)
+            if len(entries) > 1:
+                middle = len(entries) // 2
+                self._push(project, model_version, entries[:middle])
+                self._push(project, model_version, entries[middle:])
                 return
             log.error("project %s: a chunk cannot be pushed: %s", project, error)
-        self._outbox.remove(entries)
+        self._outbox.remove([answered.entry for answered in entries])
 
-    def _is_known(self, entry: Entry) -> bool:
-        """Whether Label Studio's project of this number holds the very task that was sent to us."""
-        if entry.project in self._known:
+    def _verify_project(self, entry: OutboxEntry) -> bool:
+        """Returns whether Label Studio's project of this number has the data of a task that was requested."""
+        if entry.project in self._verified_projects:
             return True
-        for task in entry.payload["tasks"]:
-            theirs = self._label_studio.get_task_data(entry.project, task["id"])
-            if theirs is None:
-                continue  # deleted meanwhile, or another Label Studio: the next one tells
-            if all(theirs.get(field) == value for field, value in task["data"].items()):
-                self._known.add(entry.project)
+        for task in entry.chunk.tasks:
+            data = self._label_studio.get_task_data(entry.project, task.id)
+            if data is None:
+                continue  # deleted meanwhile, or another Label Studio: the next task tells
+            if all(data.get(field) == value for field, value in task.data.items()):
+                self._verified_projects.add(entry.project)
                 return True
-        log.error("project %s at LABEL_STUDIO_URL is not the one that asks; nothing is pushed", entry.project)
+        log.error(
+            "project %s at LABEL_STUDIO_URL has other data than the requesting project; not pushing", entry.project
+        )
         self._outbox.mark_mismatched(entry.project)
         return False
 
-    def _deliver(self, project: str, version: str, batch: Sequence[tuple[Entry, list[Prediction]]]) -> None:
-        since = min(entry.since for entry, _ in batch)
-        wanted = {row["task"]: row for entry, answers in batch for row in _predictions(entry, answers)}
-        ways = self._outbox.claim(PUSHING, project, version, list(wanted), time.time(), since)
-        begun = [task for task, way in ways.items() if way == PUSHING]  # an import of which we never heard the end
-        there = set(begun) - self._label_studio.filter_existing(project, begun, version) if begun else set()
-        ours = [task for task, way in ways.items() if way not in (PULL, PUSHED)]
-        self._import(project, [wanted[task] for task in ours if task not in there])
-        self._outbox.confirm(project, version, ours, time.time())
+    def _deliver(self, project: str, model_version: str, entries: Sequence[AnsweredEntry]) -> None:
+        """Claims the tasks of these entries, imports what Label Studio does not have, and confirms it."""
+        predictions: dict[int, Prediction] = {}
+        for answered in entries:
+            for task, answer in zip(answered.entry.chunk.tasks, answered.answers, strict=True):
+                if isinstance(answer, TaskError):
+                    log.warning("project %s, task %s: %s", project, task.id, answer.error.detail)
+                else:
+                    predictions[task.id] = answer
+        since = min(answered.entry.since for answered in entries)
+        claims = self._outbox.claim(Delivery.PUSHING, project, model_version, list(predictions), time.time(), since)
+        claimed = [task for task, obstacle in claims.items() if obstacle in (None, Delivery.PUSHING)]
+        unconfirmed = [task for task, obstacle in claims.items() if obstacle is Delivery.PUSHING]
+        stored: set[int] = set()
+        if unconfirmed:
+            stored = set(unconfirmed) - self._label_studio.filter_existing(project, unconfirmed, model_version)
+        rows = [{"task": task, **predictions[task].model_dump()} for task in claimed if task not in stored]
+        self._import(project, rows)
+        self._outbox.confirm(project, model_version, claimed, time.time())
 
-    def _import(self, project: str, predictions: Sequence[Prediction], is_checked: bool = False) -> None:
-        """Stores predictions; one that Label Studio refuses is left out, and the others are stored."""
-        if not predictions:
+    def _import(self, project: str, rows: Sequence[dict[str, Any]], is_checked: bool = False) -> None:
+        """Imports predictions (`task` and the fields of Prediction); one that Label Studio refuses is left out.
+
+        `is_checked`: tasks that Label Studio does not have are left out already.
+        """
+        if not rows:
             return
-        if not self._has_lease():
+        if not self._lease.acquire_or_renew():
             raise LabelStudioUnavailable("another pusher has taken over")
         start = time.monotonic()
         try:
-            created = self._label_studio.import_predictions(project, predictions)
+            created = self._label_studio.import_predictions(project, rows)
         except (LabelStudioUnavailable, LabelStudioAuthError):
             raise
         except LabelStudioError as error:
-            if len(predictions) == 1:
-                log.error("task %s: %s", predictions[0]["task"], error)
+            if len(rows) == 1:
+                log.error("project %s, task %s: %s", project, rows[0]["task"], error)
                 return
-            there = (
-                None
-                if is_checked
-                else self._label_studio.filter_existing(project, [row["task"] for row in predictions])
-            )
-            kept = [row for row in predictions if there is None or row["task"] in there]
-            if len(kept) < len(predictions):  # tasks were deleted meanwhile
-                self._import(project, kept, is_checked=True)
-                return
-            half = len(predictions) // 2
-            self._import(project, predictions[:half], is_checked=True)
-            self._import(project, predictions[half:], is_checked=True)
-        else:
-            took = time.monotonic() - start
-            PUSH_SECONDS.observe(took)
-            PUSHED_PREDICTIONS.inc(created)
-            self._rests_until = time.monotonic() + min(IMPORT_BACKOFF * took, MAX_IMPORT_BACKOFF)
-            log.info("project %s: %d predictions pushed in %.1f s", project, created, took)
-            if created != len(predictions):
-                log.error("project %s: Label Studio left out %d of them", project, len(predictions) - created)
+            existing = rows
+            if not is_checked:
+                ids = self._label_studio.filter_existing(project, [row["task"] for row in rows])
+                existing = [row for row in rows if row["task"] in ids]
+            if len(existing) < len(rows):  # the others were deleted meanwhile
+                self._import(project, existing, is_checked=True)
+            else:
+                self._import(project, rows[: len(rows) // 2], is_checked=True)
+                self._import(project, rows[len(rows) // 2 :], is_checked=True)
+            return
+        seconds = time.monotonic() - start
+        PUSH_SECONDS.observe(seconds)
+        PUSHED_PREDICTIONS.inc(created)
+        self._backoff_until = time.monotonic() + min(IMPORT_BACKOFF * seconds, MAX_IMPORT_BACKOFF)
+        log.info("project %s: %d predictions pushed in %.1f s", project, created, seconds)
+        if created != len(rows):
+            log.error("project %s: Label Studio left out %d predictions", project, len(rows) - created)
 
 
-def _target(row: tuple[Entry, object]) -> tuple[str, str]:
-    return row[0].project, row[0].payload["model_version"]
-
-
-def _batches(rows: list[tuple[Entry, list[Prediction]]]) -> Iterator[list[tuple[Entry, list[Prediction]]]]:
-    batch: list[tuple[Entry, list[Prediction]]] = []
-    tasks = regions = 0
-    for entry, answers in rows:
-        more = sum(len(answer.get("result", ())) for answer in answers)
-        if batch and (tasks + len(answers) > MAX_PREDICTIONS_PER_IMPORT or regions + more > MAX_REGIONS_PER_IMPORT):
-            yield batch
-            batch, tasks, regions = [], 0, 0
-        batch.append((entry, answers))
-        tasks, regions = tasks + len(answers), regions + more
-    yield batch
-
-
-def _predictions(entry: Entry, answers: Sequence[Mapping[str, Any]]) -> Iterator[Prediction]:
-    for task, answer in zip(entry.payload["tasks"], answers, strict=True):
-        if "error" in answer:
-            log.warning("project %s, task %s: %s", entry.project, task["id"], answer["error"]["detail"])
-        else:
-            yield {"task": task["id"], **answer}
+def _group_into_imports(entries: Sequence[AnsweredEntry]) -> Iterator[list[AnsweredEntry]]:
+    """Groups entries so that each group fits into one import."""
+    group: list[AnsweredEntry] = []
+    predictions = regions = 0
+    for answered in entries:
+        more = answered.count_regions()
+        is_full = predictions + len(answered.answers) > MAX_PREDICTIONS_PER_IMPORT
+        if group and (is_full or regions + more > MAX_REGIONS_PER_IMPORT):
+            yield group
+            group, predictions, regions = [], 0, 0
+        group.append(answered)
+        predictions, regions = predictions + len(answered.answers), regions + more
+    if group:
+        yield group

@@ -1,11 +1,11 @@
-"""Labeling config -> Plan: what one labeling config asks of the detector. Pure: no I/O, no torch."""
+"""A labeling config -> a `Plan`: the controls that get boxes, their labels, the phrases and the thresholds. Pure."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 from xml.etree.ElementTree import Element, ParseError
 
 from defusedxml.common import DefusedXmlException
@@ -14,122 +14,103 @@ from defusedxml.ElementTree import fromstring
 from backend.errors import LabelingConfigError
 
 MAX_CONFIG_CHARS = 1_000_000
-MAX_LABELS = 20_000  # all controls and pictures together
+MAX_LABELS = 20_000  # of all controls on all their images together
+
+STRICT = {"extra": "forbid"}  # read by pydantic: a field that the reader does not know is an error, not a loss
 
 
 @dataclass(frozen=True)
 class Label:
-    """A label as the annotator sees it, the phrases that find it and its lowest score (0..1)."""
+    """A label: the name that a region carries, the phrases that detect it, the lowest score of its boxes (0..1)."""
 
     name: str
     phrases: tuple[str, ...]
     threshold: float
 
+    __pydantic_config__: ClassVar = STRICT
+
 
 @dataclass(frozen=True)
 class Control:
-    """A control for boxes on one Image tag: its names, where a task keeps the picture, and what to look for.
+    """A control tag for boxes on one Image tag: its names, its labels, and where a task keeps the image.
 
-    `image`, `dynamic` and `repeat` are values as the config has them, such as `$photo.url`. A box that fits one of the
-    phrases in `negatives` best is dropped; of boxes whose IoU is above `nms_iou` only the best stays.
+    `image_value`, `labels_value` and `repeater_items` are tag values as the config has them, such as `$photo.url`.
     """
 
     from_name: str
     to_name: str
-    image: str
+    image_value: str
     labels: tuple[Label, ...]
-    negatives: tuple[str, ...]
-    nms_iou: float
-    threshold: float
-    labels_name: str = ""  # of the Labels beside a Rectangle; empty for RectangleLabels
-    has_pages: bool = False  # the picture is a list of pages
-    dynamic: str = ""  # where a task keeps more labels
-    repeat: str = ""  # the list for whose items a Repeater makes the control
-    flag: str = ""  # what stands for the item's number in names and values
+    negative_phrases: tuple[str, ...]  # a box that fits one of them best is dropped
+    nms_iou: float  # of boxes whose IoU is higher, only the best is kept
+    threshold: float  # for labels that come with the task or are typed by the annotator
+    labels_from_name: str  # the Labels tag beside a Rectangle; empty for RectangleLabels
+    is_multi_page: bool  # the image is a list of pages
+    labels_value: str  # where a task keeps more labels
+    repeater_items: str  # the list of the Repeater around the control: one control for each item
+    index_flag: str  # the placeholder of the item's index in names and values
+
+    __pydantic_config__: ClassVar = STRICT
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What one labeling config asks of the detector; annotators may type into `prompts` and `thresholds`."""
+    """What one labeling config asks of the detector."""
 
     controls: tuple[Control, ...]
-    prompts: tuple[str, ...] = ()
-    thresholds: tuple[str, ...] = ()
+    prompt_names: tuple[str, ...]  # TextArea tags into which annotators type phrases
+    threshold_names: tuple[str, ...]  # Number tags into which annotators type a box threshold
+
+    __pydantic_config__: ClassVar = STRICT
 
     def select_fields(self, data: Mapping[str, Any]) -> dict[str, Any]:
-        """The fields of a task's data that the plan reads; the others need not leave the web front."""
-        values = [value for c in self.controls for value in (c.image, c.dynamic, c.repeat)]
-        wanted = {field for value in values for field in re.findall(r"\$(\w+)", value)}
-        return {key: value for key, value in data.items() if key in wanted}
+        """Returns the fields of a task's data that the plan reads; the others never leave the web front."""
+        values = [value for c in self.controls for value in (c.image_value, c.labels_value, c.repeater_items)]
+        names = {field for value in values for field in re.findall(r"\$(\w+)", value)}
+        return {key: value for key, value in data.items() if key in names}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON, read back by `from_dict`."""
+        """Returns the plan as plain JSON."""
         return asdict(self)
-
-    @classmethod
-    def from_dict(cls, plan: Mapping[str, Any]) -> Plan:
-        """The inverse of `to_dict`, also after a round trip through JSON."""
-        controls = tuple(_control_from_dict(control) for control in plan["controls"])
-        return cls(controls, tuple(plan["prompts"]), tuple(plan["thresholds"]))
-
-
-def _control_from_dict(control: Mapping[str, Any]) -> Control:
-    labels = tuple(Label(row["name"], tuple(row["phrases"]), row["threshold"]) for row in control["labels"])
-    return Control(**{**control, "labels": labels, "negatives": tuple(control["negatives"])})
 
 
 def read_plan(label_config: str, box_threshold: float, nms_iou: float) -> Plan:
-    """Reads a labeling config; `box_threshold` and `nms_iou` (0..1) serve where the config names none.
+    """Reads a labeling config.
+
+    Args:
+        label_config: XML, as a Label Studio project has it.
+        box_threshold: lowest score (0..1) where the config names none.
+        nms_iou: IoU (0..1) of the controls' suppression.
 
     Raises:
-        LabelingConfigError: there is nothing in it that boxes could be predicted for; the text says why.
+        LabelingConfigError: the config has nothing that boxes could be predicted for; the text says why.
     """
     root = _parse(label_config)
     images = {tag.get("name"): tag for tag in root.iter("Image")}
     if not images:
-        raise LabelingConfigError("the labeling config has no Image; this backend finds boxes on pictures")
-    prompts, repeaters = _names(root, "TextArea", "prompt"), _repeaters(root)
+        raise LabelingConfigError("the labeling config has no Image; this backend detects objects on images")
+    prompt_names = _names_with_prefix(root, "TextArea", "prompt")
+    repeaters = {tag: repeater for repeater in root.iter("Repeater") for tag in repeater.iter()}
     pairs = [
-        (tag, holder, images[name])
-        for tag, holder in _box_tags(root)
-        if not _is_true(tag.get("model_skip"))
-        for name in _targets(tag)
+        (tag, labels_tag, images[name])
+        for tag, labels_tag in _box_tags(root)
+        if (tag.get("model_skip") or "").lower() not in ("true", "1", "yes")
+        for name in _target_names(tag)
         if name in images
     ]
     if len(pairs) * len(list(root.iter("Label"))) > MAX_LABELS:
-        raise LabelingConfigError(f"the labeling config has more than {MAX_LABELS} labels on its pictures")
+        raise LabelingConfigError(f"the labeling config has more than {MAX_LABELS} labels on its images")
     controls = [
-        _control(tag, holder, image, box_threshold, nms_iou, repeaters.get(tag)) for tag, holder, image in pairs
+        _read_control(tag, labels_tag, image, repeaters.get(tag), box_threshold, nms_iou)
+        for tag, labels_tag, image in pairs
     ]
-    usable = tuple(control for control in controls if control.labels or control.dynamic or prompts)
+    usable = tuple(control for control in controls if control.labels or control.labels_value or prompt_names)
     if not usable:
         raise LabelingConfigError(
             "the labeling config has no RectangleLabels (or Rectangle and Labels) with labels on an Image; "
             "add one, or remove model_skip"
         )
-    return Plan(usable, prompts, _names(root, "Number", "box_threshold"))
-
-
-def _box_tags(root: Element) -> Iterator[tuple[Element, Element]]:
-    """Each control for boxes, with the tag that holds its labels."""
-    for tag in root.iter("RectangleLabels"):
-        yield tag, tag
-    beside = {name: labels for labels in root.iter("Labels") for name in _targets(labels)}
-    for tag in root.iter("Rectangle"):
-        yield tag, next((beside[name] for name in _targets(tag) if name in beside), tag)
-
-
-def _targets(tag: Element) -> list[str]:
-    return list(dict.fromkeys(name.strip() for name in (tag.get("toName") or "").split(",")))
-
-
-def _names(root: Element, kind: str, prefix: str) -> tuple[str, ...]:
-    return tuple(name for tag in root.iter(kind) if (name := tag.get("name") or "").startswith(prefix))
-
-
-def _repeaters(root: Element) -> dict[Element, Element]:
-    """The Repeater around each tag that has one."""
-    return {tag: repeater for repeater in root.iter("Repeater") for tag in repeater.iter()}
+    return Plan(usable, prompt_names, _names_with_prefix(root, "Number", "box_threshold"))
 
 
 def _parse(label_config: str) -> Element:
@@ -146,42 +127,51 @@ def _parse(label_config: str) -> Element:
     return root
 
 
-def _control(
-    tag: Element, holder: Element, image: Element, box_threshold: float, nms_iou: float, repeater: Element | None
+def _box_tags(root: Element) -> Iterator[tuple[Element, Element]]:
+    """Yields each control tag for boxes with the tag that holds its labels."""
+    for tag in root.iter("RectangleLabels"):
+        yield tag, tag
+    labels_tags = {name: labels for labels in root.iter("Labels") for name in _target_names(labels)}
+    for tag in root.iter("Rectangle"):
+        yield tag, next((labels_tags[name] for name in _target_names(tag) if name in labels_tags), tag)
+
+
+def _target_names(tag: Element) -> list[str]:
+    return list(dict.fromkeys(name.strip() for name in (tag.get("toName") or "").split(",")))
+
+
+def _names_with_prefix(root: Element, kind: str, prefix: str) -> tuple[str, ...]:
+    return tuple(name for tag in root.iter(kind) if (name := tag.get("name") or "").startswith(prefix))
+
+
+def _read_control(
+    tag: Element, labels_tag: Element, image: Element, repeater: Element | None, box_threshold: float, nms_iou: float
 ) -> Control:
-    threshold = _threshold(tag, _threshold(holder, box_threshold))
+    threshold = _read_threshold(tag, _read_threshold(labels_tag, box_threshold))
+    label_tags = [label for label in labels_tag.iter("Label") if label.get("alias") or label.get("value")]
     return Control(
         from_name=tag.get("name") or "",
         to_name=image.get("name") or "",
-        image=image.get("valueList") or image.get("value") or "",
-        labels=tuple(_label(label, threshold) for label in _labels(holder)),
-        negatives=tuple(_listed(holder.get("model_negative_values"))),
+        image_value=image.get("valueList") or image.get("value") or "",
+        labels=tuple(_read_label(label, threshold) for label in label_tags),
+        negative_phrases=tuple(_split_phrases(labels_tag.get("model_negative_values"))),
         nms_iou=nms_iou,
         threshold=threshold,
-        labels_name=(holder.get("name") or "") if holder.tag == "Labels" else "",
-        has_pages=bool(image.get("valueList")),
-        dynamic=holder.get("value") or "",
-        repeat=(repeater.get("on") or "") if repeater is not None else "",
-        flag=(repeater.get("indexFlag") or "{{idx}}") if repeater is not None else "",
+        labels_from_name=(labels_tag.get("name") or "") if labels_tag.tag == "Labels" else "",
+        is_multi_page=bool(image.get("valueList")),
+        labels_value=labels_tag.get("value") or "",
+        repeater_items=(repeater.get("on") or "") if repeater is not None else "",
+        index_flag=(repeater.get("indexFlag") or "{{idx}}") if repeater is not None else "",
     )
 
 
-def _labels(tag: Element) -> Iterator[Element]:
-    return (label for label in tag.iter("Label") if label.get("alias") or label.get("value"))
-
-
-def _label(tag: Element, threshold: float) -> Label:
+def _read_label(tag: Element, threshold: float) -> Label:
     value = tag.get("value") or ""
-    phrases = _listed(tag.get("predicted_values")) or [to_phrase(value or tag.get("alias") or "")]
-    return Label(tag.get("alias") or value, tuple(phrases), _threshold(tag, threshold))
+    phrases = _split_phrases(tag.get("predicted_values")) or [to_phrase(value or tag.get("alias") or "")]
+    return Label(tag.get("alias") or value, tuple(phrases), _read_threshold(tag, threshold))
 
 
-def _listed(text: str | None) -> list[str]:
-    """The phrases of an attribute, with commas between; each once."""
-    return list(dict.fromkeys(phrase for part in (text or "").split(",") if (phrase := clean_phrase(part))))
-
-
-def _threshold(tag: Element, default: float) -> float:
+def _read_threshold(tag: Element, default: float) -> float:
     text = tag.get("model_score_threshold")
     if text is None:
         return default
@@ -195,16 +185,18 @@ def _threshold(tag: Element, default: float) -> float:
     return threshold
 
 
-def _is_true(text: str | None) -> bool:
-    return (text or "").lower() in ("true", "1", "yes")
+def _split_phrases(text: str | None) -> list[str]:
+    """Splits a comma-separated attribute into its phrases, each once."""
+    return list(dict.fromkeys(phrase for part in (text or "").split(",") if (phrase := clean_phrase(part))))
 
 
 def to_phrase(value: str) -> str:
-    """A label's value as a phrase: underscores, hyphens and camelCase become spaces, all in lower case."""
+    """Turns a label's value into a phrase: underscores, hyphens and camelCase become spaces, all in lower case."""
     spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", value)
     return clean_phrase(re.sub(r"[_-]+", " ", spaced)) or clean_phrase(value) or value
 
 
 def clean_phrase(text: str) -> str:
-    """A phrase as the model wants it: lower case, single spaces, no '.' and '?', which would split it in two."""
-    return " ".join(re.sub(r"[.?]", " ", text).lower().split())
+    """Normalises a phrase for the model: lower case, single spaces, Unicode text, no '.' and '?', which end phrases."""
+    unicode_text = text.encode(errors="replace").decode()  # task data may hold lone surrogates
+    return " ".join(re.sub(r"[.?]", " ", unicode_text).lower().split())

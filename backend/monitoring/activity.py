@@ -9,13 +9,14 @@ import base64
 import contextlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from redis import Redis
 from redis.exceptions import RedisError
 
-from backend.labelstudio.regions import Region, read_edges, read_label
+from backend.labelstudio.regions import Region, read_label, read_percent_box
+from backend.queue.messages import Answer, ChunkTask, TaskError
 from backend.queue.redis import get_indexed, set_indexed
 
 FAILURES_KEY, MAX_FAILURES = "gdino:recent:failures", 50  # list of JSON, the last first
@@ -27,7 +28,7 @@ BULK_KEY, BULK_TTL = "gdino:recent:bulk:", 600  # + name -> JSON; s, longer than
 def record_image(connection: Redis, jpeg: bytes, regions: Sequence[Region], **about: Any) -> None:
     """Keeps a picture with its boxes: label, score, and x, y, width, height in percent."""
     boxes = [
-        {"label": read_label(region), "score": region["score"], **read_edges(region)}
+        {"label": read_label(region), "score": region["score"], **read_percent_box(region)}
         for region in regions
         if read_label(region)
     ]
@@ -38,14 +39,12 @@ def record_image(connection: Redis, jpeg: bytes, regions: Sequence[Region], **ab
         pipeline.execute()
 
 
-def record_answers(
-    connection: Redis, project: str, tasks: Sequence[Mapping[str, Any]], answers: Sequence[Mapping[str, Any]]
-) -> None:
+def record_answers(connection: Redis, project: str, tasks: Sequence[ChunkTask], answers: Sequence[Answer]) -> None:
     """Counts a chunk's tasks, and keeps the last of those that failed."""
     failed = [
-        {"time": time.time(), "project": project, "task": task["id"], **answer["error"]}
+        {"time": time.time(), "project": project, "task": task.id, **answer.error.model_dump()}
         for task, answer in zip(tasks, answers, strict=True)
-        if "error" in answer
+        if isinstance(answer, TaskError)
     ]
     minute = f"{RATE_KEY}{int(time.time() // 60)}"
     with contextlib.suppress(RedisError), connection.pipeline() as pipeline:

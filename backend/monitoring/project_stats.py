@@ -14,6 +14,7 @@ from redis.exceptions import RedisError
 
 from backend.labelstudio.labeling_config import Plan
 from backend.labelstudio.regions import read_label
+from backend.queue.messages import Answer, ChunkTask, Prediction
 
 SEEN_KEY = "gdino:projects:seen"  # sorted set: project -> when it last asked
 CARDS_KEY = "gdino:projects:cards"  # hash: project -> JSON: version, labels
@@ -102,14 +103,12 @@ def _by_label(rows: Mapping[bytes, bytes]) -> dict[str, dict[str, int]]:
     return found
 
 
-def record_predicted(
-    connection: Redis, project: str, tasks: Sequence[Mapping[str, Any]], answers: Sequence[Mapping[str, Any]]
-) -> None:
+def record_predicted(connection: Redis, project: str, tasks: Sequence[ChunkTask], answers: Sequence[Answer]) -> None:
     """Notes how many boxes of each label a task was given, so that deleted ones can be told."""
     rows = {
-        _text(task["id"]): json.dumps(Counter(filter(None, map(read_label, answer["result"]))))
+        _text(task.id): json.dumps(Counter(filter(None, map(read_label, answer.result))))
         for task, answer in zip(tasks, answers, strict=True)
-        if "result" in answer and "prompt" not in task  # Label Studio keeps no answer to what is being typed
+        if isinstance(answer, Prediction) and task.prompt is None  # Label Studio keeps no answer to interactive work
     }
     key = PREDICTED_KEY + project
     with contextlib.suppress(RedisError):

@@ -1,4 +1,4 @@
-"""What a worker tells of the chunk in hand: a line in the log, figures, and notes for the status page."""
+"""The report of one predict job: a line in the log, metrics, and data for the status page."""
 
 from __future__ import annotations
 
@@ -13,71 +13,88 @@ from rq import get_current_job
 from rq.timeouts import JobTimeoutException
 
 from backend.images.thumbnails import ThumbnailSampler
-from backend.labelstudio.regions import Region, read_label
+from backend.labelstudio.regions import read_label
+from backend.labelstudio.targets import ImageTarget
 from backend.logs import REQUEST_ID
 from backend.metrics import FAILURES, STAGE_SECONDS, count_boxes
 from backend.monitoring.activity import record_answers, record_image
 from backend.monitoring.project_stats import record_predicted
+from backend.queue.messages import Answer, ChunkTask, TaskError
 
 log = logging.getLogger(__name__)
 
-Rows = Sequence[Mapping[str, Any]]
-
 
 class JobReport:
-    """Of one job; without one, as in a test, it only logs and counts."""
+    """Reports the current job; outside of a job, as in a test, it only logs and counts."""
 
-    def __init__(self, glimpse: ThumbnailSampler) -> None:
-        """Begins: what is logged from now on is about this job's request."""
-        self._start, self._job, self._glimpse = time.monotonic(), get_current_job(), glimpse
+    def __init__(self, thumbnails: ThumbnailSampler) -> None:
+        """Begins the report: from now on the log carries the id of the job's request."""
+        self._start, self._job, self._thumbnails = time.monotonic(), get_current_job(), thumbnails
         meta = self._job.meta if self._job else {}
-        self._project = meta.get("project", "")  # None: nothing of it is kept
+        self.project: str | None = meta.get("project", "")  # None: the job is kept off the status page
+        self.forward_seconds = 0.0
         REQUEST_ID.set(meta.get("request", "-"))
         if self._job and self._job.enqueued_at:
             STAGE_SECONDS.labels("queue_wait").observe(max(time.time() - self._job.enqueued_at.timestamp(), 0))
 
-    def loaded(self, uri: str, image: Image.Image) -> None:
-        """Takes a small copy of a picture now and then; safe to call from any thread."""
-        with _never_in_the_way():
-            self._glimpse.see(uri, image)
+    def offer_thumbnail(self, uri: str, image: Image.Image) -> None:
+        """Takes a small copy of an image now and then; safe to call from any thread."""
+        with _suppress_and_log():
+            self._thumbnails.offer(uri, image)
 
-    def picture(self, uris: Sequence[str], tasks: Sequence[object], found: Sequence[Any], version: str) -> None:
-        """Keeps one of these pictures now and then; for each its task, and its regions or an error."""
-        taken = self._glimpse.take(uris)
-        if not (taken and self._job and self._project is not None):
+    def record_sample(
+        self,
+        task_ids: Mapping[Any, object],
+        targets: Mapping[Any, ImageTarget],
+        results: Mapping[Any, object],
+        model_version: str,
+    ) -> None:
+        """Keeps the thumbnail of one of these targets with its boxes, where there is a new one.
+
+        All three mappings have the same keys; a result is a list of regions or an error.
+        """
+        keys = list(targets)
+        thumbnail = self._thumbnails.pop([targets[key].uri for key in keys])
+        if thumbnail is None or self._job is None or self.project is None:
             return
-        place, jpeg = taken
-        regions: Sequence[Region] = found[place] if isinstance(found[place], list) else []
-        about = {"project": self._project, "task": tasks[place], "model_version": version}
-        with _never_in_the_way():
-            record_image(self._job.connection, jpeg, regions, **about)
+        key = keys[thumbnail.image_index]
+        result = results[key]
+        details = {"project": self.project, "task": task_ids[key], "model_version": model_version}
+        with _suppress_and_log():
+            regions = result if isinstance(result, list) else []
+            record_image(self._job.connection, thumbnail.jpeg, regions, **details)
 
-    def answered(self, tasks: Rows, answers: Rows) -> None:
-        """Ends."""
-        if self._project is not None:
-            with _never_in_the_way():
+    def finish(self, tasks: Sequence[ChunkTask], answers: Sequence[Answer]) -> None:
+        """Counts the answers and logs the chunk."""
+        if self.project is not None:
+            with _suppress_and_log():
                 self._count(tasks, answers)
-        failed, took = sum("error" in answer for answer in answers), time.monotonic() - self._start
-        name = f"project {self._project}" if self._project else "no project"
-        log.info("%s: %d tasks in %.2f s, %d of them failed", name, len(answers), took, failed)
+        failed = sum(isinstance(answer, TaskError) for answer in answers)
+        name = f"project {self.project}" if self.project else "no project"
+        seconds = time.monotonic() - self._start
+        log.info(
+            "%s: %d tasks in %.2f s (forward %.2f s), %d failed",
+            name, len(answers), seconds, self.forward_seconds, failed,
+        )  # fmt: skip
 
-    def _count(self, tasks: Rows, answers: Rows) -> None:
+    def _count(self, tasks: Sequence[ChunkTask], answers: Sequence[Answer]) -> None:
         for answer in answers:
-            if "error" in answer:
-                FAILURES.labels(answer["error"]["code"]).inc()
-            for label in filter(None, map(read_label, answer.get("result", ()))):
+            if isinstance(answer, TaskError):
+                FAILURES.labels(answer.error.code).inc()
+                continue
+            for label in filter(None, map(read_label, answer.result)):
                 count_boxes(label)
-        if self._job:
-            record_answers(self._job.connection, self._project, tasks, answers)
-            record_predicted(self._job.connection, self._project, tasks, answers)
+        if self._job and self.project is not None:
+            record_answers(self._job.connection, self.project, tasks, answers)
+            record_predicted(self._job.connection, self.project, tasks, answers)
 
 
 @contextlib.contextmanager
-def _never_in_the_way() -> Iterator[None]:
-    """What people may look at later fails no task now."""
+def _suppress_and_log() -> Iterator[None]:
+    """Logs reporting errors, which never fail a job."""
     try:
         yield
     except JobTimeoutException:
         raise
     except Exception:
-        log.exception("the status page will miss something")
+        log.exception("could not record status-page data")

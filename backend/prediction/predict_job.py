@@ -1,24 +1,21 @@
-"""What a worker runs: `predict(dict) -> dict`, plain JSON in and out.
+"""The predict job: a chunk of tasks -> one answer for each task, plain JSON in and out.
 
-Expected errors travel as data, one for each task: only a string would survive the queue otherwise.
+Expected errors travel as data, one for each task: of an exception only a string would survive the queue.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
-import time
+import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeout  # another class than the builtin in Python 3.10
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rq.timeouts import JobTimeoutException
-
 from backend.detection.detector import DetectionsOrError, Detector
 from backend.detection.detector_cache import DetectorCache
+from backend.detection.device import is_device_error
 from backend.detection.preprocess import ModelInput
 from backend.errors import BackendError, CheckpointError, ImageError
 from backend.images.decoding import ImageLoader
@@ -26,233 +23,211 @@ from backend.images.sources import ImageFetcher
 from backend.images.thumbnails import ThumbnailSampler
 from backend.labelstudio.client import LabelStudioClient
 from backend.labelstudio.labeling_config import Plan
-from backend.labelstudio.regions import make_prediction, make_regions
-from backend.labelstudio.targets import MAX_TARGETS, DetectionQuery, ImageTarget, Prompt, expand_targets
+from backend.labelstudio.regions import Region, make_prediction, make_regions
+from backend.labelstudio.targets import MAX_TARGETS, DetectionQuery, ImageTarget, expand_targets
 from backend.metrics import IMAGES, timed
+from backend.prediction.image_loading import load_images
 from backend.prediction.job_report import JobReport
-from backend.queue.recovery import MAX_WORKER_DEATHS, LostChunk, get_lost_chunk, worker_died_answer
+from backend.queue.messages import Answer, Chunk, ChunkAnswers, ChunkTask, Prediction, TaskError, read_message
+from backend.queue.recovery import MAX_WORKER_DEATHS, WORKER_DIED, LostChunk, get_lost_chunk
 from backend.queue.watchdog import Watchdog
 from backend.registry.checkpoint import find_checkpoint
 from backend.settings import Settings
 
-DOWNLOAD_THREADS = 8  # pictures of one chunk that are fetched at the same time
-LOAD_TIMEOUT = 60  # s for all pictures of a chunk; each has its own limits, but a server may trickle its headers
-
-MIN_IMAGES_PER_LOAD = 8  # pictures loaded at a time, at least
+MIN_IMAGES_PER_LOAD = 8  # in memory at a time, at least
+EXIT_BROKEN_DEVICE = 71  # exit status
 
 log = logging.getLogger(__name__)
 
-Answer = dict[str, Any]  # of one task: a prediction, or an error
-
-
-@dataclass(frozen=True)
-class Tools:
-    """What a worker makes once and every job uses."""
-
-    detectors: DetectorCache
-    images: ImageLoader
-    fingerprint: str
-    batch_size: int
-    watchdog: Watchdog
-    glimpse: ThumbnailSampler
-
-
-_tools: Tools | None = None
+RegionsOrError = list[Region] | BackendError  # of one image target
 
 OTHER_CHECKPOINT = CheckpointError("the worker serves another MODEL than the web front; start both with the same")
 
 
-def set_up(settings: Settings) -> Tools:
-    """Loads the model, warms it up and keeps it for all jobs of this process.
+@dataclass(frozen=True)
+class TargetKey:
+    """An image target in a chunk: the index of its task, and its index among the task's targets."""
 
-    Raises:
-        CheckpointError: the model cannot be loaded.
-    """
-    global _tools
-    detectors, watchdog = DetectorCache(settings), Watchdog(settings.forward_timeout)
-    detector = detectors.plain
-    batch_size = settings.batch_size or detector.find_batch_size()
-    detector.batch_size, detector.on_forward = batch_size, watchdog.beat
-    sources = ImageFetcher.from_settings(
-        settings, LabelStudioClient(settings.label_studio_url, settings.label_studio_api_key)
-    )
-    images = ImageLoader(sources, settings.max_image_pixels, needed=detector.image_format.size)
-    fingerprint = find_checkpoint(settings.model).fingerprint
-    _tools = Tools(detectors, images, fingerprint, batch_size, watchdog, ThumbnailSampler(settings.may_show_images))
-    return _tools
+    task: int
+    target: int
 
 
-def predict(payload: Mapping[str, Any]) -> dict[str, Any]:
-    """Predictions for a chunk of tasks.
+class Predictor:
+    """The loaded model and all else that a worker makes once; its `predict` is the function of the jobs."""
 
-    Args:
-        payload: `plan`, `model_version`, `fingerprint` of the checkpoint, `learned` (project and id of a version, or
-            None), and `tasks`, each with `id` and the part of its `data` that the plan reads.
+    def __init__(self, settings: Settings) -> None:
+        """Loads the model and warms it up.
 
-    Returns:
-        `answers`: for each task in order a prediction, or `{"error": {"code", "detail"}}`.
-    """
-    assert _tools, "set_up comes first"
-    telling = JobReport(_tools.glimpse)
-    answers = _predicted(_tools, payload, telling)
-    telling.answered(payload["tasks"], answers)
-    return {"answers": answers}
+        Raises:
+            CheckpointError: the model cannot be loaded.
+            SettingsError: the device cannot be used.
+        """
+        self.detectors, self.watchdog = DetectorCache(settings), Watchdog(settings.forward_timeout)
+        base = self.detectors.base
+        self.batch_size = settings.batch_size or base.find_batch_size()
+        base.batch_size, base.on_forward = self.batch_size, self.watchdog.beat
+        label_studio = LabelStudioClient(settings.label_studio_url, settings.label_studio_api_key)
+        fetcher = ImageFetcher.from_settings(settings, label_studio)
+        self.images = ImageLoader(fetcher, settings.max_image_pixels, base.image_format.size)
+        self.checkpoint = find_checkpoint(settings.model).fingerprint
+        self.thumbnails = ThumbnailSampler(settings.may_show_images)
 
+    def predict(self, payload: Mapping[str, Any]) -> dict[str, Any]:
+        """Predicts a chunk.
 
-def _predicted(tools: Tools, payload: Mapping[str, Any], telling: JobReport) -> list[Answer]:
-    try:
-        looking = _looking(tools, payload, telling)
-    except CheckpointError as error:
-        log.error("%s", error)
-        return [{"error": error.to_dict()}] * len(payload["tasks"])
-    plan, tasks, version = Plan.from_dict(payload["plan"]), payload["tasks"], payload["model_version"]
-    with tools.watchdog.watching():
-        if lost := get_lost_chunk():
-            return _one_by_one(looking, lost, plan, tasks, version)
-        return _answers(looking, plan, tasks, version)
+        Args:
+            payload: a `Chunk` as plain JSON.
+
+        Returns:
+            Its `ChunkAnswers` as plain JSON.
+
+        Raises:
+            MessageError: the payload was written by another version of the backend.
+        """
+        chunk = read_message(Chunk, payload)
+        report = JobReport(self.thumbnails)
+        try:
+            answers = self._predict_chunk(chunk, report)
+        except Exception as error:
+            if is_device_error(error):
+                # The device answers every later call with the same error. The supervisor starts another worker, and
+                # the recovery gives it this job.
+                log.critical("%s is broken; the worker ends: %s", self.detectors.base.device, error)
+                logging.shutdown()
+                os._exit(EXIT_BROKEN_DEVICE)
+            raise
+        report.finish(chunk.tasks, answers)
+        return ChunkAnswers(answers=answers).model_dump()
+
+    def _predict_chunk(self, chunk: Chunk, report: JobReport) -> list[Answer]:
+        try:
+            if chunk.checkpoint != self.checkpoint:
+                raise OTHER_CHECKPOINT
+            detector = self.detectors.get((chunk.version.project, chunk.version.id) if chunk.version else None)
+        except CheckpointError as error:
+            log.error("%s", error)
+            return [TaskError.of(error)] * len(chunk.tasks)
+        run = ChunkRun(self, detector, chunk.plan, chunk.model_version, report)
+        with self.watchdog.watching():
+            if lost := get_lost_chunk():
+                return run.predict_one_by_one(chunk.tasks, lost)
+            return run.predict_tasks(chunk.tasks)
 
 
 @dataclass(frozen=True)
-class Looking:
-    """The tools of one job: all of its pictures are looked at by the same detector."""
+class ChunkRun:
+    """One chunk on its way through the detector."""
 
+    predictor: Predictor
     detector: Detector
-    images: ImageLoader
-    batch_size: int
-    watchdog: Watchdog
-    telling: JobReport
+    plan: Plan
+    model_version: str
+    report: JobReport
+
+    def predict_one_by_one(self, tasks: Sequence[ChunkTask], lost: LostChunk) -> list[Answer]:
+        """Predicts a chunk over which a worker died, and saves each answer at once for the next worker."""
+        answers = lost.load_answers()
+        is_hopeless = lost.count_deaths() > MAX_WORKER_DEATHS
+        for index, task in enumerate(tasks):
+            if index in answers:
+                continue
+            if is_hopeless:
+                answers[index] = WORKER_DIED
+                continue
+            lost.mark_started(index)
+            (answers[index],) = self.predict_tasks([task])
+            lost.save_answer(index, answers[index])
+        lost.delete()
+        return [answers[index] for index in range(len(tasks))]
+
+    def predict_tasks(self, tasks: Sequence[ChunkTask]) -> list[Answer]:
+        """Predicts tasks; a task fails alone."""
+        targets: dict[TargetKey, ImageTarget] = {}
+        errors: dict[int, BackendError] = {}  # by index of the task
+        for index, task in enumerate(tasks):
+            try:
+                targets |= {TargetKey(index, i): target for i, target in enumerate(self._expand_targets(task))}
+            except BackendError as error:
+                errors[index] = error
+        results: dict[TargetKey, RegionsOrError] = {}
+        # Pages make more images than tasks, so not all of them are in memory at once.
+        for batch in _split(targets, max(self.predictor.batch_size, MIN_IMAGES_PER_LOAD)):
+            results |= self._detect({key: tasks[key.task].id for key in batch}, batch)
+        regions: dict[int, list[list[Region]]] = defaultdict(list)  # by index of the task
+        for key, result in results.items():
+            if isinstance(result, BackendError):
+                errors.setdefault(key.task, result)
+            else:
+                regions[key.task].append(result)
+        answers: list[Answer] = []
+        for index, task in enumerate(tasks):
+            if index in errors:
+                log.warning("project %s, task %s: %s", self.report.project or "-", task.id, errors[index])
+                answers.append(TaskError.of(errors[index]))
+            else:
+                answers.append(Prediction.model_validate(make_prediction(regions[index], self.model_version)))
+        return answers
+
+    def _expand_targets(self, task: ChunkTask) -> list[ImageTarget]:
+        try:
+            targets = list(itertools.islice(expand_targets(self.plan, task.data, task.prompt), MAX_TARGETS + 1))
+        except BackendError:
+            raise
+        except Exception as error:  # one odd task fails alone
+            log.error("task %s: its data raised %s", task.id, type(error).__name__)
+            raise ImageError(f"the task's data cannot be read ({type(error).__name__})") from None
+        if not targets:
+            raise ImageError("the task's list of images is empty or missing")
+        if len(targets) > MAX_TARGETS:
+            raise ImageError(f"the task has more than {MAX_TARGETS} images; split it")
+        return targets
+
+    def _detect(
+        self, task_ids: Mapping[TargetKey, int], targets: Mapping[TargetKey, ImageTarget]
+    ) -> dict[TargetKey, RegionsOrError]:
+        """Loads the images of targets and detects; targets with equal queries share forward passes."""
+        with self.predictor.watchdog.paused():  # loading has a time limit of its own
+            images = load_images({target.uri: task_ids[key] for key, target in targets.items()}, self._load_image)
+        results: dict[TargetKey, RegionsOrError] = {}
+        inputs: dict[DetectionQuery, dict[TargetKey, ModelInput]] = defaultdict(dict)
+        for key, target in targets.items():
+            image = images[target.uri]
+            if isinstance(image, BackendError):
+                results[key] = image
+            else:
+                inputs[target.query][key] = image
+        for query, images_of_query in inputs.items():
+            detections = self._run_detector(query, list(images_of_query.values()))
+            with timed("post"):
+                for (key, image), found in zip(images_of_query.items(), detections, strict=True):
+                    if isinstance(found, BackendError):
+                        results[key] = found
+                    else:
+                        seed = f"{task_ids[key]}/{self.model_version}"
+                        results[key] = make_regions(found, targets[key], *image.size, seed)
+        self.report.record_sample(task_ids, targets, results, self.model_version)
+        return {key: results[key] for key in targets}
+
+    def _load_image(self, uri: str, task_id: int) -> ModelInput:
+        loaded = self.predictor.images.load(uri, task_id)
+        self.report.offer_thumbnail(uri, loaded.image)
+        return self.detector.prepare_image(loaded.image, loaded.size)
+
+    def _run_detector(
+        self, query: DetectionQuery, inputs: Sequence[ModelInput]
+    ) -> Sequence[DetectionsOrError | BackendError]:
+        """Detects on images; the same error for each of them where a phrase is too long for the model."""
+        IMAGES.inc(len(inputs))
+        try:
+            with timed("forward") as stage:
+                return self.detector.detect_inputs(inputs, query.labels, query.negative_phrases, query.nms_iou)
+        except BackendError as error:
+            return [error] * len(inputs)
+        finally:
+            self.report.forward_seconds += stage.seconds
 
 
-def _looking(tools: Tools, payload: Mapping[str, Any], telling: JobReport) -> Looking:
-    if payload["fingerprint"] != tools.fingerprint:
-        raise OTHER_CHECKPOINT
-    detector = tools.detectors.get(payload.get("learned"))
-    return Looking(detector, tools.images, tools.batch_size, tools.watchdog, telling)
-
-
-def _one_by_one(
-    tools: Looking, chunk: LostChunk, plan: Plan, tasks: Sequence[Any], version: str
-) -> list[dict[str, Any]]:
-    """Answers of a chunk over which a worker died; each is kept as soon as it is there."""
-    answers = chunk.answers()
-    for number, task in enumerate(tasks):
-        if number in answers:
-            continue
-        if chunk.deaths > MAX_WORKER_DEATHS:
-            answers[number] = worker_died_answer()
-            continue
-        chunk.begin(number)
-        (answers[number],) = _answers(tools, plan, [task], version)
-        chunk.keep(number, answers[number])
-    chunk.forget()
-    return [answers[number] for number in range(len(tasks))]
-
-
-def _answers(tools: Looking, plan: Plan, tasks: Sequence[Any], version: str) -> list[dict[str, Any]]:
-    of_task = [_views(plan, task) for task in tasks]
-    wanted = [(task["id"], view) for task, seen in zip(tasks, of_task, strict=True) for view in _listed(seen)]
-    size = max(
-        tools.batch_size, MIN_IMAGES_PER_LOAD
-    )  # pages make more pictures than tasks: not all lie in memory at once
-    slices = [wanted[i : i + size] for i in range(0, len(wanted), size)]
-    parts = iter([part for piece in slices for part in _detect(tools, piece, version)])
-    answers = [seen if isinstance(seen, BackendError) else [next(parts) for _ in seen] for seen in of_task]
-    return [_answer(task, answer, version) for task, answer in zip(tasks, answers, strict=True)]
-
-
-def _views(plan: Plan, task: Mapping[str, Any]) -> list[ImageTarget] | BackendError:
-    prompt = Prompt.from_dict(task["prompt"]) if task.get("prompt") else None
-    try:
-        seen = list(itertools.islice(expand_targets(plan, task["data"], prompt), MAX_TARGETS + 1))
-    except BackendError as error:
-        return error
-    except Exception as error:  # one odd task fails alone
-        log.error("a task's data raised %s", type(error).__name__)
-        return ImageError(f"the task's data cannot be read ({type(error).__name__})")
-    if len(seen) > MAX_TARGETS:
-        return ImageError(f"the task has more than {MAX_TARGETS} pictures; split it")
-    return seen or ImageError("the task's list of pictures is empty or missing")
-
-
-def _listed(seen: list[ImageTarget] | BackendError) -> list[ImageTarget]:
-    return [] if isinstance(seen, BackendError) else seen
-
-
-Loaded = ModelInput | BackendError
-Part = list[dict[str, object]] | BackendError
-
-
-def _load(tools: Looking, uris: Mapping[str, int]) -> dict[str, Loaded]:
-    """Each address, and a task that has it, with its picture as the model reads it, or what is wrong with it."""
-
-    def load(uri: str) -> ModelInput:
-        picture = tools.images.load(uri, uris[uri])
-        tools.telling.loaded(uri, picture.image)
-        return tools.detector.prepare(picture.image, picture.size)
-
-    pool, deadline = ThreadPoolExecutor(DOWNLOAD_THREADS), time.monotonic() + LOAD_TIMEOUT
-    futures = {uri: pool.submit(load, uri) for uri in uris}
-    loaded = {uri: _outcome(future, deadline) for uri, future in futures.items()}
-    pool.shutdown(wait=False, cancel_futures=True)  # a thread that hangs must not hold up the others' answers
-    return loaded
-
-
-def _outcome(future: Future[ModelInput], deadline: float) -> Loaded:
-    try:
-        return future.result(max(deadline - time.monotonic(), 0))
-    except BackendError as error:
-        return error
-    except FutureTimeout:
-        return ImageError(f"the picture did not arrive within {LOAD_TIMEOUT} s")
-    except JobTimeoutException:
-        raise
-    except Exception as error:  # one odd picture fails alone, whatever it made a library do
-        log.error("a picture raised %s", type(error).__name__)
-        return ImageError(f"the picture cannot be read ({type(error).__name__})")
-
-
-def _detect(tools: Looking, wanted: Sequence[tuple[int, ImageTarget]], version: str) -> list[Part]:
-    """For each view of a task its regions, or why there are none; views that ask the same are looked at together."""
-    with tools.watchdog.paused():
-        pictures = _load(tools, {view.uri: task for task, view in wanted})
-    parts: list[Part] = []
-    for _, view in wanted:
-        picture = pictures[view.uri]
-        parts.append(picture if isinstance(picture, BackendError) else [])
-    by_asked: dict[DetectionQuery, list[int]] = defaultdict(list)
-    for i, (_, view) in enumerate(wanted):
-        if not isinstance(parts[i], BackendError):
-            by_asked[view.query].append(i)
-    for asked, places in by_asked.items():
-        shown = [picture for i in places if isinstance(picture := pictures[wanted[i][1].uri], ModelInput)]
-        found_in = _found(tools.detector, asked, shown)
-        with timed("post"):
-            for i, picture, found in zip(places, shown, found_in, strict=True):
-                task, view = wanted[i]
-                parts[i] = (
-                    found
-                    if isinstance(found, BackendError)
-                    else make_regions(found, view, *picture.size, f"{task}/{version}")
-                )
-    tools.telling.picture([view.uri for _, view in wanted], [task for task, _ in wanted], parts, version)
-    return parts
-
-
-def _found(
-    detector: Detector, asked: DetectionQuery, pictures: Sequence[ModelInput]
-) -> Sequence[DetectionsOrError | BackendError]:
-    IMAGES.inc(len(pictures))
-    try:
-        with timed("forward"):
-            return detector.detect_inputs(pictures, asked.labels, asked.negatives, asked.nms_iou)
-    except BackendError as error:
-        return [error] * len(pictures)
-
-
-def _answer(task: Mapping[str, Any], parts: Sequence[Part] | BackendError, version: str) -> dict[str, Any]:
-    """One task: its prediction, unless any of its views failed."""
-    errors = [parts] if isinstance(parts, BackendError) else [part for part in parts if isinstance(part, BackendError)]
-    if isinstance(parts, BackendError) or errors:
-        log.warning("task %s: %s", task["id"], errors[0])
-        return {"error": errors[0].to_dict()}
-    return make_prediction([part for part in parts if not isinstance(part, BackendError)], version)
+def _split(targets: Mapping[TargetKey, ImageTarget], size: int) -> Iterator[dict[TargetKey, ImageTarget]]:
+    items = iter(targets.items())
+    while batch := dict(itertools.islice(items, size)):
+        yield batch

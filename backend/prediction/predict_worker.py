@@ -1,4 +1,4 @@
-"""The predict worker: loads the detector once, then takes chunks from the queue."""
+"""The predict worker: loads the model once, then takes chunks from the queue."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import torch
 
 from backend.detection.acceleration import keep_freed_memory
 from backend.metrics import GPU_MEMORY
-from backend.prediction import predict_job as jobs
-from backend.queue.predict_queue import PREDICT, READY_KEY, predict_queue
+from backend.prediction.predict_job import Predictor
+from backend.queue.allowed_job import PREDICT_FUNCTION
+from backend.queue.live_workers import READY_KEY, describe_worker
+from backend.queue.predict_queue import PREDICT
 from backend.queue.worker_loop import heartbeat, run_worker
 from backend.settings import Settings
 
@@ -20,20 +22,20 @@ log = logging.getLogger(__name__)
 
 
 def run(settings: Settings) -> None:
-    """Serves the queue "predict" until SIGTERM or SIGINT; the job in progress is finished first.
+    """Serves the queue "predict" until SIGTERM or SIGINT; the current job is finished first.
 
     Raises:
         CheckpointError: the model cannot be loaded.
         QueueUnavailable: Redis does not answer at the start.
     """
     keep_freed_memory()
-    # beside our other data, not in /tmp: kept for the next start, and nobody else's to write
+    # In MODEL_DIR, not in the system's temporary folder: kept for the next start, and only this user may write there.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(settings.model_dir.resolve() / "compiled"))
-    tools = jobs.set_up(settings)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until RQ sets its own: whoever is ready can be stopped
-    size, device = tools.batch_size, tools.detectors.plain.device
+    predictor = Predictor(settings)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until RQ sets its own handler
+    device = predictor.detectors.base.device
     if device.type == "cuda":
         GPU_MEMORY.labels(str(device)).set_function(lambda: torch.cuda.memory_reserved(device))
-    with heartbeat(settings, predict_queue, READY_KEY, batch_size=size, device=str(device)) as name:
-        log.info("worker %s is ready on %s with %d pictures a batch", name, device, size)
-        run_worker(settings, PREDICT, name)
+    with heartbeat(settings, PREDICT, READY_KEY, describe_worker(str(device), predictor.batch_size)) as name:
+        log.info("worker %s is ready on %s with a batch size of %d", name, device, predictor.batch_size)
+        run_worker(settings, PREDICT, name, {PREDICT_FUNCTION: predictor.predict})

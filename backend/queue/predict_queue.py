@@ -1,222 +1,184 @@
-"""The queue "predict": the jobs, their names, and who may run them.
-
-Jobs and answers are plain JSON. A worker runs only the functions in `ALLOWED`: a job in Redis may name any import path.
-"""
+"""The queue "predict": chunks of tasks in, one answer per task out."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import socket
+import enum
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from redis import Redis
-from rq import Queue, Retry
-from rq.exceptions import DuplicateJobError, NoSuchJobError
+from rq import Retry
+from rq.exceptions import DuplicateJobError
 from rq.job import Job
 from rq.results import Result
-from rq.serializers import JSONSerializer
 
-from backend.errors import Overloaded, QueueUnavailable
+from backend.errors import MessageError, Overloaded, QueueUnavailable
 from backend.logs import REQUEST_ID
-from backend.queue.allowed_job import PREDICT_FUNCTION, AllowedJob, final_result
-from backend.queue.redis import get_indexed, redis_errors
+from backend.queue.allowed_job import PREDICT_FUNCTION, fetch_job, get_final_result, make_queue
+from backend.queue.live_workers import READY_KEY, get_live_workers
+from backend.queue.messages import Answer, Chunk, ChunkAnswers, TaskError, read_message
+from backend.queue.recovery import LostChunk
+from backend.queue.redis import redis_errors
 
-PREDICT = "predict"
-FIT = "fit"
-
-CHUNK_KEY = "gdino:chunk:"  # + job id -> hash of a chunk over which a worker died: deaths, at, and answers by number
-MOVE_TO_FRONT_SCRIPT = "if redis.call('LREM', KEYS[1], 1, ARGV[1]) == 1 then redis.call('LPUSH', KEYS[1], ARGV[1]) end"
-READY_KEY = "gdino:ready:"  # + worker name -> JSON: batch_size, device; a worker with its model loaded keeps it alive
-DEFAULT_BATCH_SIZE = 4  # pictures in one job while no worker has said what it wants
-IMPORTED_KEY = "gdino:imported"  # sorted set: project -> when it last got tasks
-
+PREDICT = "predict"  # the queue's name
+DEFAULT_BATCH_SIZE = 4  # images, while no worker is ready to say what it wants
 JOB_TIMEOUT = 3600  # s; a task of 500 pages on a CPU takes as long, and the watchdog ends what hangs
-MAX_WAITING_CHUNKS = 100_000  # waiting; about 300 MB of Redis
-RESULT_TTL = 3600  # s that the answers of a finished chunk are kept, for whoever asks for the same again
-ENQUEUE_ATTEMPTS = 3  # at putting a job in the place of one that others may be replacing too
-RETRY_POLL = 0.1  # s between looks at a job that failed once and is to run again
+MAX_WAITING_CHUNKS = 100_000  # about 300 MB of Redis
+RESULT_TTL = 3600  # s for which the answers of a chunk are kept, for whoever requests the same again
+ENQUEUE_ATTEMPTS = 3  # to replace a job that concurrent requests may replace too
+RETRY_POLL = 0.1  # s between two looks at a job that failed once and will run again
 POLL_TIMEOUT = 1  # s; shorter than SOCKET_TIMEOUT, so that waiting for a job does not look like a dead Redis
 
-
-def chunk_id(payload: Mapping[str, Any]) -> str:
-    """The same for the same tasks asked the same way: the name of their job."""
-    return hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()
+MOVE_TO_FRONT_SCRIPT = "if redis.call('LREM', KEYS[1], 1, ARGV[1]) == 1 then redis.call('LPUSH', KEYS[1], ARGV[1]) end"
 
 
-def predict_queue(connection: Redis) -> Queue:
-    """RQ's queue of chunks to predict."""
-    return Queue(PREDICT, connection=connection, serializer=JSONSerializer, job_class=AllowedJob)
+class ChunkState(enum.Enum):
+    """How a chunk stands. MISSING: it was never enqueued, or its answers are older than `RESULT_TTL`."""
+
+    WAITING = "waiting"
+    ANSWERED = "answered"
+    FAILED = "failed"
+    MISSING = "missing"
+
+
+@dataclass(frozen=True)
+class ChunkResult:
+    """A chunk's state, and its answers where it is ANSWERED."""
+
+    state: ChunkState
+    answers: list[Answer] | None = None
 
 
 class PredictQueue:
-    """The queue "predict" as the web front sees it; safe to share between threads."""
+    """The queue as the web front and the commands use it; safe to share between threads.
+
+    Every method raises QueueUnavailable if Redis does not answer.
+    """
 
     def __init__(self, connection: Redis) -> None:
         self._connection = connection
-        self._queue = predict_queue(connection)
+        self._queue = make_queue(PREDICT, connection)
 
-    def enqueue(
-        self, payloads: Sequence[dict[str, Any]], at_front: bool = False, project: str | None = ""
-    ) -> list[Job]:
-        """One job for each payload, in order; those at the front run before all that wait.
+    def enqueue(self, chunks: Sequence[Chunk], at_front: bool = False, project: str | None = "") -> list[Job]:
+        """Enqueues chunks and returns their jobs, in order.
 
-        A payload that is waiting, at work or well answered within the last hour keeps the job it has, so that asking
-        again goes on where the deadline cut in. `project` is whose they are, for the status page;
-        None keeps them off it.
+        A chunk that is waiting, at work or answered without an error keeps the job that it has: a repeated request
+        goes on where its predecessor stopped at the deadline.
+
+        Args:
+            chunks: of one request.
+            at_front: whether they go before everything that waits.
+            project: whose they are, for the status page; None keeps them off it.
 
         Raises:
-            Overloaded: too much is waiting already; a single chunk at the front is always taken.
-            QueueUnavailable: Redis does not answer.
+            Overloaded: too many chunks wait; those at the front are always taken.
         """
         with redis_errors():
-            if not at_front and len(self._queue) + len(payloads) > MAX_WAITING_CHUNKS:
-                raise Overloaded(f"{len(self._queue)} chunks are waiting already; ask again later")
+            if not at_front and len(self._queue) + len(chunks) > MAX_WAITING_CHUNKS:
+                raise Overloaded(f"{len(self._queue)} chunks are waiting already; try again later")
             meta: dict[str, str | None] = {"project": project, "request": REQUEST_ID.get()}
-            return [self._enqueue(payload, at_front, meta) for payload in payloads]
+            return [self._enqueue(chunk, at_front, meta) for chunk in chunks]
 
-    def _enqueue(self, payload: dict[str, Any], at_front: bool, meta: dict[str, str | None]) -> Job:
-        job_id = chunk_id(payload)
+    def _enqueue(self, chunk: Chunk, at_front: bool, meta: dict[str, str | None]) -> Job:
         for _ in range(ENQUEUE_ATTEMPTS):
             try:
-                return self._enqueue_new(job_id, payload, at_front, meta)
+                return self._queue.enqueue(
+                    PREDICT_FUNCTION,
+                    chunk.payload,
+                    job_id=chunk.id,
+                    unique=True,
+                    at_front=at_front,
+                    meta=meta,
+                    job_timeout=JOB_TIMEOUT,
+                    result_ttl=RESULT_TTL,
+                    failure_ttl=RESULT_TTL,
+                    retry=Retry(max=1),
+                    description=f"predict {len(chunk.tasks)} tasks",  # RQ's own would log addresses with their tokens
+                )
             except DuplicateJobError:
-                if job := self._still_good(job_id):
-                    if at_front:
-                        self._to_front(job_id)
+                if job := self._reuse_or_delete(chunk.id):
+                    if at_front:  # an annotator does not wait behind the bulk that requested the same before
+                        self._connection.eval(MOVE_TO_FRONT_SCRIPT, 1, self._queue.key, chunk.id)
                     return job
-        raise QueueUnavailable("others keep taking the same job away; ask again")
+        raise QueueUnavailable("concurrent requests keep replacing this job; try again")
 
-    def _still_good(self, job_id: str) -> Job | None:
-        """The job of this id; one that failed, or holds a task that did, makes room."""
-        job = self._fetch(job_id)
+    def _reuse_or_delete(self, job_id: str) -> Job | None:
+        """Returns the job of this id; deletes one that failed or answered a task with an error, and returns None."""
+        job = fetch_job(job_id, self._connection)
         if job is None:
             return None
-        result = final_result(job)
-        if result is None or _is_well_answered(result):
+        result = get_final_result(job)
+        if result is None:
+            return job
+        answers = _read_answers(result)
+        if answers is not None and not any(isinstance(answer, TaskError) for answer in answers):
             return job
         job.delete()
-        self._connection.delete(CHUNK_KEY + job_id)  # what a worker kept of it before it died
+        LostChunk(self._connection, job_id).delete()
         return None
 
-    def _to_front(self, job_id: str) -> None:
-        """An annotator does not wait behind the bulk that asked for the same before."""
-        self._connection.eval(MOVE_TO_FRONT_SCRIPT, 1, self._queue.key, job_id)
+    def wait(self, job: Job, deadline: float) -> list[Answer] | None:
+        """Waits for a job and returns its answers; None if it failed.
 
-    def _fetch(self, job_id: str) -> Job | None:
-        try:
-            return self._queue.job_class.fetch(job_id, connection=self._connection, serializer=JSONSerializer)
-        except NoSuchJobError:
-            return None
-
-    def _enqueue_new(self, job_id: str, payload: dict[str, Any], at_front: bool, meta: dict[str, str | None]) -> Job:
-        return self._queue.enqueue(
-            PREDICT_FUNCTION,
-            payload,
-            job_id=job_id,
-            unique=True,
-            at_front=at_front,
-            meta=meta,
-            job_timeout=JOB_TIMEOUT,
-            result_ttl=RESULT_TTL,
-            failure_ttl=RESULT_TTL,
-            retry=Retry(max=1),
-            description=f"predict {len(payload['tasks'])} tasks",  # the default would log addresses and their tokens
-        )
-
-    def wait(self, job: Job, deadline: float) -> Any:
-        """What the job returned; None if it failed, or is not finished at `deadline` (of `time.monotonic`).
+        Args:
+            job: from `enqueue`.
+            deadline: of `time.monotonic`.
 
         Raises:
-            QueueUnavailable: Redis does not answer.
-            TimeoutError: not finished by the deadline.
+            TimeoutError: the job is not finished at the deadline.
         """
         with redis_errors():
             while True:
                 start = time.monotonic()
-                in_time = start < deadline
-                if result := final_result(job, POLL_TIMEOUT if in_time else 0):
-                    return result.return_value if result.type is Result.Type.SUCCESSFUL else None
-                if not in_time:
+                is_in_time = start < deadline
+                if result := get_final_result(job, POLL_TIMEOUT if is_in_time else 0):
+                    return _read_answers(result)
+                if not is_in_time:
                     raise TimeoutError
-                if (
-                    time.monotonic() - start < RETRY_POLL
-                ):  # the result of an earlier attempt is there and does not block
+                if time.monotonic() - start < RETRY_POLL:  # the result of an earlier attempt does not block
                     time.sleep(RETRY_POLL)
 
-    def get_result(self, payload: dict[str, Any]) -> tuple[list[dict[str, Any]] | None, str]:
-        """What a chunk was answered, None if it was not, and how it stands: answered, waiting, failed, or gone.
-
-        Gone: never asked for, or its answers lay there longer than `RESULT_TTL`.
-
-        Raises:
-            QueueUnavailable: Redis does not answer.
-        """
+    def get_result(self, chunk: Chunk) -> ChunkResult:
+        """Looks a chunk up without waiting."""
         with redis_errors():
-            job = self._fetch(chunk_id(payload))
-            result = final_result(job) if job else None
-        if result and result.return_value:
-            return list(result.return_value["answers"]), "answered"
-        return None, "gone" if job is None else "failed" if result else "waiting"
+            job = fetch_job(chunk.id, self._connection)
+            result = get_final_result(job) if job else None
+        if job is None:
+            return ChunkResult(ChunkState.MISSING)
+        if result is None:
+            return ChunkResult(ChunkState.WAITING)
+        answers = _read_answers(result)
+        return ChunkResult(ChunkState.FAILED if answers is None else ChunkState.ANSWERED, answers)
 
-    def delete(self, payload: dict[str, Any]) -> None:
-        """Takes a chunk and its answers out of Redis, which would keep them for an hour.
-
-        Raises:
-            QueueUnavailable: Redis does not answer.
-        """
+    def delete(self, chunk: Chunk) -> None:
+        """Removes a chunk and its answers from Redis, which would keep them for `RESULT_TTL`."""
         with redis_errors():
-            if job := self._fetch(chunk_id(payload)):
+            if job := fetch_job(chunk.id, self._connection):
                 job.delete()
 
     def count_waiting(self) -> int:
-        """How many chunks wait.
-
-        Raises:
-            QueueUnavailable: Redis does not answer.
-        """
+        """Counts the chunks that wait."""
         with redis_errors():
             return len(self._queue)
 
     def count_ready_workers(self) -> int:
-        """How many workers have their model loaded.
-
-        Raises:
-            QueueUnavailable: Redis does not answer.
-        """
+        """Counts the live workers whose model is loaded."""
         with redis_errors():
-            return len(get_indexed(self._connection, READY_KEY))
+            return len(get_live_workers(self._connection, READY_KEY))
 
-    def batch_size(self) -> int:
-        """Pictures in one job, as the smallest of the ready workers wants it.
-
-        Raises:
-            QueueUnavailable: Redis does not answer.
-        """
+    def get_batch_size(self) -> int:
+        """Returns the images of one job: as many as the ready worker with the smallest batch wants."""
         with redis_errors():
-            rows = get_indexed(self._connection, READY_KEY)
-        return min((int(json.loads(row)["batch_size"]) for row in rows.values()), default=DEFAULT_BATCH_SIZE)
+            workers = get_live_workers(self._connection, READY_KEY)
+        return min((w.batch_size for w in workers.values() if w.batch_size), default=DEFAULT_BATCH_SIZE)
 
 
-def _is_well_answered(result: Result) -> bool:
+def _read_answers(result: Result) -> list[Answer] | None:
+    """Reads the answers of a finished job; None if it failed or answered in a format that is not known here."""
     if result.type is not Result.Type.SUCCESSFUL or not result.return_value:
-        return False
-    return not any("error" in answer for answer in result.return_value["answers"])
-
-
-def record_import(connection: Redis, project: str) -> None:
-    """Notes that a project got tasks.
-
-    Raises:
-        QueueUnavailable: Redis does not answer.
-    """
-    with redis_errors():
-        connection.zadd(IMPORTED_KEY, {project: time.time()})
-
-
-def worker_name() -> str:
-    """A name that no other worker on any machine has."""
-    return f"{socket.gethostname()}-{os.getpid()}-{time.time_ns() % 1_000_000}"
+        return None
+    try:
+        return read_message(ChunkAnswers, result.return_value).answers
+    except MessageError:
+        return None

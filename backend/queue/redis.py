@@ -1,4 +1,4 @@
-"""Values in Redis by kind and name, found without a walk through all keys; most expire with what they tell of."""
+"""The connection to Redis, its errors, and values that expire but can still be listed by kind."""
 
 from __future__ import annotations
 
@@ -9,46 +9,23 @@ from collections.abc import Iterator
 from redis import Redis
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
-from redis.retry import Retry as ConnectionRetry
+from redis.retry import Retry
 
 from backend.errors import QueueUnavailable
 
-NAMES = "names"  # ends the key of the sorted set of a kind's names
-
-
-def set_indexed(connection: Redis, kind: str, name: str, value: str | bytes, ttl: int | None = None) -> None:
-    """Sets a value, for so many seconds or for good; raises RedisError."""
-    with connection.pipeline() as pipeline:
-        pipeline.set(kind + name, value, ex=ttl)
-        pipeline.zadd(kind + NAMES, {name: time.time()})
-        pipeline.execute()
-
-
-def get_indexed(connection: Redis, kind: str) -> dict[str, str]:
-    """The values of a kind that there are, by name; raises RedisError."""
-    names: list[bytes] = connection.zrange(kind + NAMES, 0, -1)  # type: ignore[assignment]
-    keys = [kind.encode() + name for name in names]
-    rows: list[bytes | None] = connection.mget(keys) if keys else []  # type: ignore[assignment]
-    if gone := [name for name, row in zip(names, rows, strict=True) if row is None]:
-        connection.zrem(kind + NAMES, *gone)
-    return {name.decode(): row.decode() for name, row in zip(names, rows, strict=True) if row is not None}
-
-
 CONNECT_TIMEOUT, SOCKET_TIMEOUT = 0.5, 2.0  # s; together below the 3 s that Label Studio waits for /setup
-
-
-MAX_CONNECTIONS = 512  # one for each waiting thread of the web front, and some
+MAX_CONNECTIONS = 512  # one for each waiting thread of the web front, and some to spare
+INDEX = "names"  # ends the key of a kind's index: a sorted set of name -> when its value was set
 
 
 def connect(redis_url: str, socket_timeout: float | None = SOCKET_TIMEOUT) -> Redis:
-    """A client that says at once when Redis is away, instead of retrying; connects on first use."""
-    retry = ConnectionRetry(NoBackoff(), 0)
+    """Makes a client that connects on first use and fails fast: it does not retry while Redis is away."""
     return Redis.from_url(
         redis_url,
         socket_connect_timeout=CONNECT_TIMEOUT,
         socket_timeout=socket_timeout,
         max_connections=MAX_CONNECTIONS,
-        retry=retry,
+        retry=Retry(NoBackoff(), 0),
         health_check_interval=0,
     )
 
@@ -60,3 +37,32 @@ def redis_errors() -> Iterator[None]:
         yield
     except RedisError as error:
         raise QueueUnavailable(f"the queue does not answer ({type(error).__name__}); is Redis running?") from error
+
+
+def set_indexed(connection: Redis, kind: str, name: str, value: str | bytes, ttl: int | None = None) -> None:
+    """Sets the value of `kind` + `name` and adds the name to the kind's index, so no one has to scan all keys.
+
+    Args:
+        connection: to Redis.
+        kind: the prefix of the keys.
+        name: the rest of the key.
+        value: to set.
+        ttl: seconds until the value expires; None: never.
+
+    Raises:
+        RedisError: Redis does not answer.
+    """
+    with connection.pipeline() as pipeline:
+        pipeline.set(kind + name, value, ex=ttl)
+        pipeline.zadd(kind + INDEX, {name: time.time()})
+        pipeline.execute()
+
+
+def get_indexed(connection: Redis, kind: str) -> dict[str, str]:
+    """Returns the values of a kind that have not expired, by name; raises RedisError."""
+    names: list[bytes] = connection.zrange(kind + INDEX, 0, -1)  # type: ignore[assignment]
+    keys = [kind.encode() + name for name in names]
+    values: list[bytes | None] = connection.mget(keys) if keys else []  # type: ignore[assignment]
+    if expired := [name for name, value in zip(names, values, strict=True) if value is None]:
+        connection.zrem(kind + INDEX, *expired)
+    return {name.decode(): value.decode() for name, value in zip(names, values, strict=True) if value is not None}

@@ -1,88 +1,102 @@
-"""What all workers share: signs of life in Redis, lost jobs back into the queue, and RQ's loop in this one process."""
+"""The loop of every worker: heartbeats in a thread, RQ's jobs in the main thread of this one process."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from redis import Redis
 from redis.exceptions import RedisError
-from rq import Queue, SimpleWorker
+from rq import SimpleWorker
 from rq.serializers import JSONSerializer
 
-from backend.queue.allowed_job import AllowedJob
-from backend.queue.predict_queue import worker_name
-from backend.queue.recovery import READY_TTL, Recovery
-from backend.queue.redis import connect, redis_errors, set_indexed
+from backend.queue.allowed_job import AllowedJob, JobFunction, make_queue
+from backend.queue.live_workers import WorkerInfo, make_worker_name, save_heartbeat
+from backend.queue.recovery import Recovery
+from backend.queue.redis import connect, redis_errors
 from backend.queue.worker_metrics import publish_metrics
 from backend.settings import Settings
 
 log = logging.getLogger(__name__)
 
-WORKER_TTL = 20  # s; RQ's default of 420 would hide a dead worker for minutes
-HEARTBEAT_INTERVAL = 2  # s between signs of life, several of which may be late before a worker counts as gone
+RQ_WORKER_TTL = 20  # s; only RQ's own list of workers depends on it: how soon a job is requeued is READY_TTL
+HEARTBEAT_INTERVAL = 2  # s; several heartbeats may be late before a worker counts as dead
 
 
 @contextlib.contextmanager
-def heartbeat(settings: Settings, queue: Callable[[Redis], Queue], key: str, **about: Any) -> Iterator[str]:
-    """A worker's name, known as ready as long as this lasts, with what is to be known `about` it."""
-    name, stop, connection = worker_name(), threading.Event(), connect(settings.redis_url)
-    recovery = Recovery(connection, queue(connection), key)
-    beat = threading.Thread(
-        target=_stay_ready, args=(connection, recovery, name, key, json.dumps(about), stop), daemon=True
-    )
-    beat.start()
+def heartbeat(settings: Settings, queue: str, key: str, info: WorkerInfo) -> Iterator[str]:
+    """Keeps this worker alive in Redis for as long as the context lasts, and looks for lost jobs of its queue.
+
+    Args:
+        settings: of this process.
+        queue: the name of the worker's queue.
+        key: READY_KEY or FIT_READY_KEY.
+        info: what others want to know of this worker.
+
+    Yields:
+        The worker's name.
+    """
+    name, stop, connection = make_worker_name(), threading.Event(), connect(settings.redis_url)
+    recovery = Recovery(connection, make_queue(queue, connection), key)
+    thread = threading.Thread(target=_beat, args=(connection, recovery, name, key, info, stop), daemon=True)
+    thread.start()
     yield name
     stop.set()
-    beat.join()
+    thread.join()
 
 
-class _Worker(SimpleWorker):
-    is_stopped = False
-
-    def request_stop(self, signum: Any, frame: Any) -> None:
-        """As RQ's, and remembered."""
-        self.is_stopped = True
-        super().request_stop(signum, frame)  # type: ignore[no-untyped-call]
-
-
-def run_worker(settings: Settings, queue: str, name: str, max_jobs: int | None = None) -> bool:
-    """Takes jobs; false when it was told to stop."""
-    worker = make_worker(settings, queue, name)
-    with redis_errors():
-        worker.work(logging_level="WARNING", max_jobs=max_jobs)
-    return not worker.is_stopped
-
-
-def make_worker(settings: Settings, queue: str, name: str) -> _Worker:
-    """RQ's worker as ours are."""
-    return _Worker(
-        [queue],
-        name=name,
-        connection=connect(settings.redis_url, socket_timeout=None),
-        serializer=JSONSerializer,
-        job_class=AllowedJob,
-        worker_ttl=WORKER_TTL,
-        log_job_description=False,
-    )
-
-
-def _stay_ready(connection: Redis, recovery: Recovery, name: str, key: str, about: str, stop: threading.Event) -> None:
-    """Keeps the worker's key in Redis alive and looks for lost jobs; a thread, because a job occupies the main one."""
+def _beat(connection: Redis, recovery: Recovery, name: str, key: str, info: WorkerInfo, stop: threading.Event) -> None:
     while True:
         try:
-            set_indexed(connection, key, name, about, READY_TTL)
+            save_heartbeat(connection, key, name, info)
             recovery.requeue_lost()
             publish_metrics(connection, name)
-        except RedisError:
-            log.warning("Redis does not answer")
-        except Exception:  # without a sign of life the worker would count as dead
-            log.exception("a sign of life was not complete")
+        except RedisError as error:
+            log.warning("heartbeat failed: Redis does not answer (%s)", type(error).__name__)
+        except Exception:  # a worker without heartbeats would count as dead
+            log.exception("heartbeat failed")
         if stop.wait(HEARTBEAT_INTERVAL):
             break
     with contextlib.suppress(RedisError):  # it expires by itself
         connection.delete(key + name)
+
+
+class Worker(SimpleWorker):
+    """RQ's worker that runs jobs in its own process, and remembers that it was asked to stop."""
+
+    is_stopped = False
+
+    def request_stop(self, signum: Any, frame: Any) -> None:
+        """Stops after the current job, as RQ's own method."""
+        self.is_stopped = True
+        super().request_stop(signum, frame)  # type: ignore[no-untyped-call]
+
+
+def make_worker(settings: Settings, queue: str, name: str, functions: Mapping[str, JobFunction]) -> Worker:
+    """Makes a worker of one queue that runs these functions and no others."""
+    return Worker(
+        [queue],
+        name=name,
+        connection=connect(settings.redis_url, socket_timeout=None),
+        serializer=JSONSerializer,
+        job_class=AllowedJob.with_functions(functions),
+        worker_ttl=RQ_WORKER_TTL,
+        log_job_description=False,
+    )
+
+
+def run_worker(
+    settings: Settings, queue: str, name: str, functions: Mapping[str, JobFunction], max_jobs: int | None = None
+) -> bool:
+    """Runs jobs until SIGTERM or SIGINT, or until `max_jobs` are done; returns whether it was not asked to stop.
+
+    Raises:
+        QueueUnavailable: Redis does not answer.
+    """
+    worker = make_worker(settings, queue, name, functions)
+    with redis_errors():
+        worker.work(logging_level="WARNING", max_jobs=max_jobs)
+    return not worker.is_stopped

@@ -1,4 +1,4 @@
-"""Figures of workers on their way to the web front, through Redis."""
+"""The metrics of workers, which reach Prometheus through Redis and the web front."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from redis import Redis
 from backend.metrics import render_metrics
 from backend.queue.redis import get_indexed, set_indexed
 
-FIGURES, FIGURES_TTL = "gdino:figures:", 30  # + worker name -> what Prometheus reads; s
+METRICS_KEY = "gdino:figures:"  # + worker name -> Prometheus text
+METRICS_TTL = 30  # s
 
 
-def publish_metrics(connection: Redis, name: str) -> None:
-    """Lays this process's figures out for the web front; raises RedisError."""
-    set_indexed(connection, FIGURES, name, render_metrics(), FIGURES_TTL)
+def publish_metrics(connection: Redis, worker: str) -> None:
+    """Publishes this process's metrics for the web front; raises RedisError."""
+    set_indexed(connection, METRICS_KEY, worker, render_metrics(), METRICS_TTL)
 
 
 def collect_metrics(connection: Redis) -> dict[str, str]:
-    """The figures of all workers, by name; raises RedisError."""
-    return get_indexed(connection, FIGURES)
+    """Returns the metrics of all live workers by name; raises RedisError."""
+    return get_indexed(connection, METRICS_KEY)

@@ -1,4 +1,4 @@
-"""Which checkpoint serves, and the version string that Label Studio sees."""
+"""The checkpoint that MODEL names, and the version string that Label Studio sees."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ READ_SIZE = 1024 * 1024  # bytes
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint by name, and where it lies: folder, file or hub id; of the hub's no `files` are known."""
+    """A checkpoint: its name, its source (a folder, a file or a hub id), and its files; a hub id has none here."""
 
     name: str
     source: str
@@ -25,26 +25,28 @@ class Checkpoint:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Of what the files hold, or of the hub id; the first call reads every byte."""
+        """SHA-256 of the files, or of the hub id; the first access reads every byte."""
         digest = hashlib.sha256(b"" if self.files else self.source.encode())
         for path in self.files:
             digest.update(path.name.encode())
             with path.open("rb") as file:
-                while piece := file.read(READ_SIZE):
-                    digest.update(piece)
+                while data := file.read(READ_SIZE):
+                    digest.update(data)
         return digest.hexdigest()
 
-    def model_version(self, plan: Plan | None = None, weights: str = "") -> str:
-        """Weights, prompts and thresholds in one short string: as long as it is the same, so are the answers.
+    def make_model_version(self, plan: Plan | None = None, weights: str = "") -> str:
+        """Makes the model version: equal versions give equal predictions.
 
-        `weights` is the fingerprint of learned ones.
+        Args:
+            plan: the phrases and thresholds; None while there is no usable labeling config.
+            weights: fingerprint of the trained weights; empty for the checkpoint's own.
         """
-        asked = json.dumps(plan.to_dict() if plan else {}, sort_keys=True)
-        return f"{self.name}-{hashlib.sha256((self.fingerprint + weights + asked).encode()).hexdigest()[:8]}"
+        plan_text = json.dumps(plan.to_dict() if plan else {}, sort_keys=True)
+        return f"{self.name}-{hashlib.sha256((self.fingerprint + weights + plan_text).encode()).hexdigest()[:8]}"
 
 
 def find_checkpoint(model: str) -> Checkpoint:
-    """`demo`, a folder, an original `.pth` file, or else the id of a checkpoint on the hub.
+    """Finds the checkpoint of a MODEL setting: `demo`, a folder, an original `.pth` file, or else a hub id.
 
     Raises:
         CheckpointError: `model` looks like a path and nothing is there.

@@ -1,11 +1,10 @@
-"""What a project asks of the workers: its plan, the version that serves it, and its tasks in chunks."""
+"""The model of one project: its plan, the version that serves it, and its tasks in chunks for the workers."""
 
 from __future__ import annotations
 
 import functools
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from redis import Redis
@@ -14,73 +13,74 @@ from backend.errors import LabelingConfigError
 from backend.labelstudio.labeling_config import Plan, read_plan
 from backend.labelstudio.targets import read_prompt
 from backend.monitoring.project_stats import save_summary
+from backend.queue.messages import Chunk, ChunkTask, VersionId
 from backend.registry.checkpoint import Checkpoint, find_checkpoint
 from backend.registry.versions import Version, VersionStore
 from backend.settings import Settings
 
 log = logging.getLogger(__name__)
 
-
-@functools.cache
-def _checkpoint(model: str) -> Checkpoint:
-    return find_checkpoint(model)  # keeps its fingerprint, for which it read every byte of its files
-
-
-def to_row(task: Mapping[str, Any], plan: Plan, context: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What a worker needs of a task."""
-    row = {"id": task.get("id"), "data": plan.select_fields(task.get("data") or {})}
-    prompt = read_prompt(plan, task, context)
-    return {**row, "prompt": asdict(prompt)} if prompt else row
+# Cached, because a checkpoint keeps its fingerprint, for which it read every byte of its files.
+find_checkpoint_once = functools.cache(find_checkpoint)
 
 
 class ProjectModel:
-    """One project's labeling config and what was learned for it, as of now: one look at the disk for all of it."""
+    """One project's labeling config and trained version, as they were at the first access."""
 
-    def __init__(self, settings: Settings, label_config: str, project: str = "", created: int | None = None) -> None:
-        """`project` is its number, `created` its birthday in seconds since the epoch, where it is known."""
+    def __init__(self, settings: Settings, label_config: str, project: str = "", created_at: int | None = None) -> None:
+        """Prepares the model; nothing is read yet.
+
+        Args:
+            settings: of this process.
+            label_config: XML, as the project has it.
+            project: its number; empty where there is none.
+            created_at: when the project was made, in seconds since the epoch, where it is known.
+        """
         self._settings, self._label_config = settings, label_config
-        self._project, self._created = project, created
+        self._project, self._created_at = project, created_at
 
     @property
     def checkpoint(self) -> Checkpoint:
-        """The one that MODEL names."""
-        return _checkpoint(self._settings.model)
+        """The checkpoint that MODEL names; raises CheckpointError where there is none."""
+        return find_checkpoint_once(self._settings.model)
 
     @functools.cached_property
-    def learned(self) -> Version | None:
-        """What serves of what was learned for this project."""
+    def version(self) -> Version | None:
+        """The trained version that serves the project; None: the base checkpoint."""
         if not self._project:
             return None
-        versions = VersionStore(self._settings.model_dir, self._project)
-        return versions.get_serving(self.checkpoint.fingerprint, self._created)
+        store = VersionStore(self._settings.model_dir, self._project)
+        return store.get_serving(self.checkpoint.fingerprint, self._created_at)
 
     @functools.cached_property
     def plan(self) -> Plan:
-        """What the labeling config asks, with the thresholds that were learned.
+        """The plan of the labeling config, with the version's thresholds.
 
         Raises:
             LabelingConfigError: the config cannot be served.
         """
         plan = read_plan(self._label_config, self._settings.box_threshold, self._settings.nms_iou)
-        return self.learned.apply_to(plan) if self.learned else plan
+        return self.version.apply_to(plan) if self.version else plan
 
     @property
     def model_version(self) -> str:
-        """Fingerprint of weights, prompts and thresholds; that of the weights alone while there is no usable config."""
+        """The fingerprint of weights, phrases and thresholds; of the weights alone without a usable config."""
         try:
-            plan: Plan | None = self.plan
+            return self._make_model_version(self.plan)
         except LabelingConfigError as error:
             log.warning("project %s: %s", self._project, error)
-            plan = None
-        return self.checkpoint.model_version(plan, self.learned.weights if self.learned else "")
+            return self._make_model_version(None)
 
-    def remember(self, connection: Redis) -> None:
-        """Notes the project's labels and version for the status page; raises RedisError."""
+    def _make_model_version(self, plan: Plan | None) -> str:
+        return self.checkpoint.make_model_version(plan, self.version.weights if self.version else "")
+
+    def save_summary(self, connection: Redis) -> None:
+        """Saves the project's labels and model version for the status page; raises RedisError."""
         try:
             plan: Plan | None = self.plan
         except LabelingConfigError:
             plan = None
-        save_summary(connection, self._project, self.model_version, plan, self._label_config, self._created)
+        save_summary(connection, self._project, self.model_version, plan, self._label_config, self._created_at)
 
     def make_chunks(
         self,
@@ -88,15 +88,37 @@ class ProjectModel:
         size: int,
         context: Mapping[str, Any] | None = None,
         plan: Plan | None = None,
-    ) -> list[dict[str, Any]]:
-        """What the workers are given, at most `size` tasks each, for this `plan` or the own; raises as `plan`."""
+    ) -> list[Chunk]:
+        """Cuts tasks into chunks for the workers.
+
+        Args:
+            tasks: as Label Studio sends them.
+            size: the most tasks of one chunk.
+            context: what the annotator is typing, in a request for interactive work.
+            plan: instead of the project's own.
+
+        Raises:
+            LabelingConfigError: the config cannot be served.
+        """
         plan = plan or self.plan
-        rows = [to_row(task, plan, context) for task in tasks]
-        weights = self.learned.weights if self.learned else ""
-        common = {
-            "plan": plan.to_dict(),
-            "model_version": self.checkpoint.model_version(plan, weights),
-            "fingerprint": self.checkpoint.fingerprint,
-            "learned": [self._project, self.learned.id] if self.learned and weights else None,
-        }
-        return [{"tasks": rows[i : i + size], **common} for i in range(0, len(rows), size)]
+        chunk_tasks = [
+            ChunkTask(
+                id=task.get("id"),
+                data=plan.select_fields(task.get("data") or {}),
+                prompt=read_prompt(plan, task, context),
+            )
+            for task in tasks
+        ]
+        has_weights = self.version is not None and self.version.weights
+        version = VersionId(project=self._project, id=self.version.id) if self.version and has_weights else None
+        model_version = self._make_model_version(plan)
+        return [
+            Chunk(
+                tasks=tuple(chunk_tasks[i : i + size]),
+                plan=plan,
+                model_version=model_version,
+                checkpoint=self.checkpoint.fingerprint,
+                version=version,
+            )
+            for i in range(0, len(chunk_tasks), size)
+        ]

@@ -1,8 +1,8 @@
-"""What was learned for a project, on disk: weights, thresholds, metrics; promote, roll back.
+"""The versions that were trained for a project, on disk: weights, thresholds, metrics; promote, roll back.
 
-`MODEL_DIR/versions/<project>/<id>/` holds `version.json` and, where weights were learned, `weights.safetensors`: only
-the tensors that training changed. `current` beside them names the version that serves; no such file means the
-checkpoint as it came. All is written aside and renamed, so that nothing half-written is ever found.
+`MODEL_DIR/versions/<project>/<id>/` holds `version.json` and, where weights were trained, `weights.safetensors`: only
+the tensors that training changed. `current` beside them names the version that serves; without it the base checkpoint
+serves. Every file is written to a temporary name and renamed, so that nothing half-written is ever found.
 """
 
 from __future__ import annotations
@@ -20,195 +20,218 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
+
+from pydantic import TypeAdapter, ValidationError
 
 from backend.errors import CheckpointError
-from backend.labelstudio.labeling_config import Control, Plan
+from backend.labelstudio.labeling_config import STRICT, Control, Plan
+from backend.queue.messages import describe_validation_error
 
 log = logging.getLogger(__name__)
 
 ID = re.compile(r"[0-9a-z][0-9a-z-]{3,40}")
 PROJECT = re.compile(r"[0-9]{1,18}")
-WEIGHTS, ABOUT, CURRENT = "weights.safetensors", "version.json", "current"
+WEIGHTS, VERSION_FILE, CURRENT = "weights.safetensors", "version.json", "current"  # file names
 READ_SIZE = 1024 * 1024  # bytes
 
-Thresholds = Mapping[str, Mapping[str, tuple[float, float]]]  # control -> label -> the one before, the learned one
+# control -> label -> (the threshold of the labeling config, the trained one)
+ThresholdChanges = Mapping[str, Mapping[str, tuple[float, float]]]
 
 
 @dataclass(frozen=True)
 class Version:
-    """One outcome of training; `weights` is the SHA-256 of their file, empty where only thresholds were learned."""
+    """One outcome of training."""
 
     id: str
-    checkpoint: str  # fingerprint of the checkpoint that it was learned on
-    parent: str  # what served before; empty: the checkpoint as it came
-    created: int  # of the project, seconds since the epoch: numbers of projects come again, their birthdays do not
-    weights: str = ""
-    thresholds: Thresholds = field(default_factory=dict)
+    checkpoint: str  # fingerprint of the base checkpoint
+    parent: str  # the version that served before; empty: the base checkpoint
+    created: int  # when the project was made, in seconds since the epoch: a reset database reuses its number
+    weights: str = ""  # SHA-256 of the file of weights; empty where only thresholds were trained
+    thresholds: ThresholdChanges = field(default_factory=dict)
     metrics: Mapping[str, Any] = field(default_factory=dict)
     data: str = ""  # fingerprint of the examples
     reason: str = ""
+    format: Literal[1] = 1
+
+    __pydantic_config__: ClassVar = STRICT
 
     def apply_to(self, plan: Plan) -> Plan:
-        """The plan with the learned thresholds; one that the labeling config has changed since goes before."""
-        controls = tuple(self._applied_to(control) for control in plan.controls)
-        return dataclasses.replace(plan, controls=controls)
+        """Returns the plan with the trained thresholds, except where the labeling config has changed since."""
+        return dataclasses.replace(plan, controls=tuple(self._apply_to_control(control) for control in plan.controls))
 
-    def _applied_to(self, control: Control) -> Control:
-        learned = self.thresholds.get(control.from_name, {})
+    def _apply_to_control(self, control: Control) -> Control:
+        changes = self.thresholds.get(control.from_name, {})
         labels = tuple(
-            dataclasses.replace(label, threshold=learned[label.name][1])
-            if label.name in learned and learned[label.name][0] == label.threshold
+            dataclasses.replace(label, threshold=changes[label.name][1])
+            if label.name in changes and changes[label.name][0] == label.threshold
             else label
             for label in control.labels
         )
         return dataclasses.replace(control, labels=labels)
 
 
+VERSION: TypeAdapter[Version] = TypeAdapter(Version)
+
+
 class VersionStore:
     """The versions of one project, below MODEL_DIR."""
 
     def __init__(self, model_dir: Path, project: str) -> None:
-        """Raises CheckpointError where `project` is no number."""
+        """Raises CheckpointError where `project` is not a number."""
         if not PROJECT.fullmatch(project):
             raise CheckpointError(f"{project!r} is not the number of a project")
         self.project = project
         self.folder = model_dir / "versions" / project
 
-    def all(self) -> list[Version]:
-        """Every sound version, oldest first."""
-        found = []
-        for path in sorted(self.folder.glob(f"*/{ABOUT}")):
+    def list_versions(self) -> list[Version]:
+        """Lists the versions that are not damaged, the oldest first."""
+        versions = []
+        for path in sorted(self.folder.glob(f"*/{VERSION_FILE}")):
             with contextlib.suppress(CheckpointError):
-                found.append(self.get(path.parent.name))
-        return found
+                versions.append(self.get(path.parent.name))
+        return versions
 
-    def get(self, version: str) -> Version:
-        """The version of this id.
+    def get(self, version_id: str) -> Version:
+        """Reads a version.
 
         Raises:
-            CheckpointError: there is none, or it is damaged.
+            CheckpointError: there is no such version, or it is damaged.
         """
-        folder = self._folder_of(version)
+        folder = self._get_folder(version_id)
         try:
-            row = json.loads((folder / ABOUT).read_text())
-            found = Version(**{f.name: row[f.name] for f in dataclasses.fields(Version)})
+            row = json.loads((folder / VERSION_FILE).read_text())
+            missing = (
+                {f.name for f in dataclasses.fields(Version)} - {"format"} - set(row)
+            )  # older files have no format
+            if missing:
+                raise ValueError(f"no {min(missing)}")
+            version = VERSION.validate_python(row)
         except FileNotFoundError:
             raise CheckpointError(
-                f"version {version} of project {self.project} is not in {folder.parent}; "
+                f"version {version_id} of project {self.project} is not in {folder.parent}; "
                 "every machine needs the same MODEL_DIR"
             ) from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"version {version} of project {self.project} is damaged ({error})") from None
-        if found.weights and _sha256(folder / WEIGHTS) != found.weights:
-            raise CheckpointError(f"the weights of version {version} of project {self.project} are damaged")
-        return found
+        except ValidationError as error:
+            reason = describe_validation_error(error)
+            raise CheckpointError(f"version {version_id} of project {self.project} is damaged ({reason})") from None
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(f"version {version_id} of project {self.project} is damaged ({error})") from None
+        if version.weights and _hash_file(folder / WEIGHTS) != version.weights:
+            raise CheckpointError(f"the weights of version {version_id} of project {self.project} are damaged")
+        return version
 
-    def weights_path(self, version: str) -> Path:
-        """Where the learned tensors of a version lie."""
-        return self._folder_of(version) / WEIGHTS
+    def get_weights_path(self, version_id: str) -> Path:
+        """Returns where the trained tensors of a version lie."""
+        return self._get_folder(version_id) / WEIGHTS
 
     def get_current_id(self) -> str:
-        """The id of the version that is to serve; empty: the checkpoint as it came."""
-        return self._mark()[0]
+        """Returns the id of the promoted version; empty: the base checkpoint."""
+        return self._read_current()[0]
 
-    def _mark(self) -> tuple[str, str]:
-        """The ids of what is to serve, and of what did before."""
+    def _read_current(self) -> tuple[str, str]:
+        """Reads the ids of the promoted version and of the one before it."""
         try:
             row = json.loads((self.folder / CURRENT).read_text())
             return str(row["version"]), str(row["previous"])
         except FileNotFoundError:
             return "", ""
         except (OSError, ValueError, KeyError, TypeError) as error:
-            log.error("%s cannot be read (%s); serving the checkpoint as it came", self.folder / CURRENT, error)
+            log.error("%s cannot be read (%s); serving the base checkpoint", self.folder / CURRENT, error)
             return "", ""
 
-    def get_serving(self, checkpoint: str, created: int | None = None) -> Version | None:
-        """The version that serves: the promoted one, or the next sound one before it; None: the checkpoint as it came.
+    def get_serving(self, checkpoint: str, created_at: int | None = None) -> Version | None:
+        """Returns the version that serves: the promoted one, or its next ancestor that is not damaged.
 
         Args:
-            checkpoint: fingerprint of the checkpoint that serves; versions of another one do not fit it.
-            created: the project's birthday, where it is known.
+            checkpoint: fingerprint of the base checkpoint; a version of another one does not fit it.
+            created_at: when the project was made, where it is known; a version of another project does not serve it.
+
+        Returns:
+            The version; None: the base checkpoint.
         """
-        version = self.get_current_id()
-        while version:
+        version_id = self.get_current_id()
+        while version_id:
             try:
-                found = self.get(version)
-                return found if found.checkpoint == checkpoint and created in (None, found.created) else None
+                version = self.get(version_id)
             except CheckpointError as error:
-                log.error("%s; serving what was there before", error)
-                version = self._parent_of(version)
+                log.error("%s; serving the version before it", error)
+                version_id = self._read_parent(version_id)
+            else:
+                fits = version.checkpoint == checkpoint and created_at in (None, version.created)
+                return version if fits else None
         return None
 
-    def _parent_of(self, version: str) -> str:
+    def _read_parent(self, version_id: str) -> str:
+        """Reads the parent's id, also of a version that is damaged elsewhere; empty where it cannot be read."""
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, CheckpointError):
-            return str(json.loads((self._folder_of(version) / ABOUT).read_text())["parent"])
+            return str(json.loads((self._get_folder(version_id) / VERSION_FILE).read_text())["parent"])
         return ""
 
     def add(self, version: Version, write_weights: Callable[[Path], object] | None = None) -> Version:
-        """Writes a version; it serves only when it is promoted. Returns it with the fingerprint of its weights.
+        """Writes a version, which does not serve before it is promoted; returns it with the hash of its weights.
 
         Raises:
             OSError: the disk is full or cannot be written; nothing is left behind.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=".new-", dir=self.folder))
+        temporary = Path(tempfile.mkdtemp(prefix=".new-", dir=self.folder))
         try:
             if write_weights:
-                write_weights(aside / WEIGHTS)
-                version = dataclasses.replace(version, weights=_sha256(aside / WEIGHTS))
-            (aside / ABOUT).write_text(json.dumps(asdict(version), indent=2) + "\n")
-            for path in aside.iterdir():
+                write_weights(temporary / WEIGHTS)
+                version = dataclasses.replace(version, weights=_hash_file(temporary / WEIGHTS))
+            (temporary / VERSION_FILE).write_text(json.dumps(asdict(version), indent=2) + "\n")
+            for path in temporary.iterdir():
                 _sync(path)
-            aside.chmod(0o755)
-            aside.rename(self._folder_of(version.id))
+            temporary.chmod(0o755)
+            temporary.rename(self._get_folder(version.id))
         finally:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
         return version
 
-    def promote(self, version: str) -> None:
-        """Lets a version serve; an empty id stands for the checkpoint as it came.
+    def promote(self, version_id: str) -> None:
+        """Makes a version serve; an empty id stands for the base checkpoint.
 
         Raises:
             CheckpointError: there is no such version, or it is damaged.
             OSError: the disk cannot be written.
         """
-        self._promote(version, previous=self.get_current_id())
+        self._write_current(version_id, previous=self.get_current_id())
 
-    def _promote(self, version: str, previous: str) -> None:
-        if version:
-            self.get(version)
+    def _write_current(self, version_id: str, previous: str) -> None:
+        if version_id:
+            self.get(version_id)
         self.folder.mkdir(parents=True, exist_ok=True)
-        handle, aside = tempfile.mkstemp(prefix=".current-", dir=self.folder)
+        handle, temporary = tempfile.mkstemp(prefix=".current-", dir=self.folder)
         with os.fdopen(handle, "w") as file:
-            json.dump({"version": version, "previous": previous}, file)
-        Path(aside).chmod(0o644)
-        _sync(Path(aside))
-        Path(aside).replace(self.folder / CURRENT)
+            json.dump({"version": version_id, "previous": previous}, file)
+        Path(temporary).chmod(0o644)
+        _sync(Path(temporary))
+        Path(temporary).replace(self.folder / CURRENT)
 
     def roll_back(self) -> str:
-        """Lets what served before the current version serve again, and returns its id.
+        """Makes the version before the current one serve again; returns its id, empty for the base checkpoint.
 
         Raises:
-            CheckpointError: nothing was learned yet.
+            CheckpointError: the base checkpoint serves, and nothing was promoted before it.
         """
-        version, previous = self._mark()
-        if version == previous == "":
-            raise CheckpointError(f"project {self.project} is served by the checkpoint as it came already")
+        version_id, previous = self._read_current()
+        if version_id == previous == "":
+            raise CheckpointError(f"project {self.project} is served by the base checkpoint already")
         while previous and not self._is_sound(previous):
-            previous = self._parent_of(previous)
-        self._promote(previous, previous=self._parent_of(previous))
+            previous = self._read_parent(previous)
+        self._write_current(previous, previous=self._read_parent(previous))
         return previous
 
-    def _is_sound(self, version: str) -> bool:
+    def _is_sound(self, version_id: str) -> bool:
         with contextlib.suppress(CheckpointError):
-            return bool(self.get(version))
+            return bool(self.get(version_id))
         return False
 
-    def _folder_of(self, version: str) -> Path:
-        if not ID.fullmatch(version):
-            raise CheckpointError(f"{version!r} is not the name of a version")
-        return self.folder / version
+    def _get_folder(self, version_id: str) -> Path:
+        if not ID.fullmatch(version_id):
+            raise CheckpointError(f"{version_id!r} is not the name of a version")
+        return self.folder / version_id
 
 
 def _sync(path: Path) -> None:
@@ -216,19 +239,19 @@ def _sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _sha256(path: Path) -> str:
-    """Of a file's bytes; remembered as long as the file is the same. Empty where it cannot be read."""
+def _hash_file(path: Path) -> str:
+    """Returns a file's SHA-256, cached for as long as the file does not change; empty where it cannot be read."""
     try:
-        about = path.stat()
-        return _digest(path, about.st_mtime_ns, about.st_size, about.st_ino)
+        stat = path.stat()
+        return _hash_unchanged_file(path, stat.st_mtime_ns, stat.st_size, stat.st_ino)
     except OSError:
         return ""
 
 
 @functools.lru_cache(maxsize=256)
-def _digest(path: Path, *about: int) -> str:
+def _hash_unchanged_file(path: Path, *stat: int) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while piece := file.read(READ_SIZE):
-            digest.update(piece)
+        while data := file.read(READ_SIZE):
+            digest.update(data)
     return digest.hexdigest()

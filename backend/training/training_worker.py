@@ -1,12 +1,15 @@
-"""The fit worker: one training at a time. It loads torch only when there is one to do."""
+"""The training worker: one training at a time. It loads torch only when there is a training to do."""
 
 from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
+from typing import Any
 
-from backend.queue.predict_queue import FIT
-from backend.queue.training_queue import FIT_READY_KEY, training_queue
+from backend.queue.allowed_job import TRAIN_FUNCTION
+from backend.queue.live_workers import FIT_READY_KEY, describe_worker
+from backend.queue.training_queue import FIT
 from backend.queue.worker_loop import heartbeat, run_worker
 from backend.settings import Settings
 
@@ -14,16 +17,21 @@ log = logging.getLogger(__name__)
 
 
 def run(settings: Settings) -> bool:
-    """Serves the queue "fit" until one training is over, or SIGTERM or SIGINT; says whether to serve on.
+    """Serves the queue "fit" until one training is over, or SIGTERM or SIGINT; returns whether to serve on.
 
-    After a training the process is to start anew: the memory that it took does not come back otherwise. Killed in the
-    middle of one, it goes on from the last round when started again.
+    After a training the process has to be replaced: the memory that it took does not come back otherwise. A training
+    whose worker is killed resumes after its last epoch.
 
     Raises:
         QueueUnavailable: Redis does not answer at the start.
     """
-    os.environ.update(settings.to_env())  # where the job reads them
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 2) // 2, 1)))  # predict workers want some too
-    with heartbeat(settings, training_queue, FIT_READY_KEY, device=settings.device) as name:
-        log.info("fit worker %s is ready", name)
-        return run_worker(settings, FIT, name, max_jobs=1)
+
+    def train(payload: Mapping[str, Any]) -> dict[str, Any]:
+        from backend.training.training_job import train as run_training  # loads torch
+
+        return run_training(settings, payload)
+
+    with heartbeat(settings, FIT, FIT_READY_KEY, describe_worker(settings.device)) as name:
+        log.info("training worker %s is ready", name)
+        return run_worker(settings, FIT, name, {TRAIN_FUNCTION: train}, max_jobs=1)

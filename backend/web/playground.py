@@ -18,8 +18,9 @@ from redis import Redis
 
 from backend.errors import BackendError, BadRequest, ImageError, LabelingConfigError, NotReady
 from backend.labelstudio.labeling_config import Control, Label, Plan
-from backend.labelstudio.regions import read_edges, read_label
+from backend.labelstudio.regions import read_label, read_percent_box
 from backend.monitoring.project_stats import get_created_at
+from backend.queue.messages import Answer, Chunk, TaskError
 from backend.queue.predict_queue import PredictQueue
 from backend.queue.redis import redis_errors
 from backend.registry.project_model import ProjectModel
@@ -61,32 +62,32 @@ def predict_unfiltered(
     labels = [_row(control, number, label) for control in controls for number, label in enumerate(control.labels)]
     lowest = min([MIN_SCORE, *(row["threshold"] for row in labels)])
     places = map(str, itertools.count())
-    low = Plan(tuple(_lowered(control, lowest, places) for control in controls))
+    low = Plan(tuple(_lowered(control, lowest, places) for control in controls), (), ())
     task = {"id": secrets.token_hex(8), "data": {IMAGE_FIELD: image}}
     (chunk,) = asking.make_chunks([task], 1, plan=low)
-    answer = _answer(settings, PredictQueue(connection), chunk)
-    if "error" in answer:
-        raise ImageError(answer["error"]["detail"])
+    answer = _predict(settings, PredictQueue(connection), chunk)
+    if isinstance(answer, TaskError):
+        raise ImageError(answer.error.detail)
     return {
         "model_version": asking.model_version,
         "nms_iou": settings.nms_iou,
         "lowest": lowest,
         "labels": labels,
-        "boxes": _boxes(answer["result"]),
+        "boxes": _boxes(answer.result),
     }
 
 
 def _check(settings: Settings, image: str, project: str) -> None:
     if not image.startswith("data:"):
-        raise BadRequest("the picture must be sent as a data: address")
+        raise BadRequest("the image must be sent as a data: address")
     if len(image) > 2 * settings.max_image_bytes:  # base64 makes a third more of it
-        raise ImageError(f"the picture's file is larger than MAX_IMAGE_BYTES ({settings.max_image_bytes})")
+        raise ImageError(f"the image file is larger than MAX_IMAGE_BYTES ({settings.max_image_bytes})")
     if project and not PROJECT.fullmatch(project):
         raise BadRequest("project must be the number of a project")
 
 
 def _row(control: Control, number: int, label: Label) -> dict[str, Any]:
-    about = {"control": control.from_name, "holder": control.labels_name or control.from_name, "number": number}
+    about = {"control": control.from_name, "holder": control.labels_from_name or control.from_name, "number": number}
     return {**about, "label": label.name, "phrases": label.phrases, "threshold": label.threshold}
 
 
@@ -95,32 +96,31 @@ def _lowered(control: Control, lowest: float, places: Iterator[str]) -> Control:
     if not control.labels:
         raise LabelingConfigError(f"{control.from_name!r} has no labels of its own; give it some to try them here")
     labels = [replace(label, name=next(places), threshold=lowest) for label in control.labels]
-    labels += [Label(NEGATIVE, (phrase,), lowest) for phrase in control.negatives]
+    labels += [Label(NEGATIVE, (phrase,), lowest) for phrase in control.negative_phrases]
     return replace(
         control,
-        image=f"${IMAGE_FIELD}",
+        image_value=f"${IMAGE_FIELD}",
         labels=tuple(labels),
-        labels_name="",
-        negatives=(),
+        labels_from_name="",
+        negative_phrases=(),
         nms_iou=1.0,
-        has_pages=False,
-        dynamic="",
-        repeat="",
+        is_multi_page=False,
+        labels_value="",
+        repeater_items="",
     )
 
 
-def _answer(settings: Settings, queue: PredictQueue, chunk: dict[str, Any]) -> dict[str, Any]:
+def _predict(settings: Settings, queue: PredictQueue, chunk: Chunk) -> Answer:
     (job,) = queue.enqueue([chunk], at_front=True, project=None)
     try:
-        value = queue.wait(job, time.monotonic() + settings.predict_deadline)
+        answers = queue.wait(job, time.monotonic() + settings.predict_deadline)
     except TimeoutError:
         raise NotReady("no answer yet: is a worker running, and is it busy? Try again") from None
     finally:
-        queue.delete(chunk)  # it holds the picture
-    if not value:
-        raise BackendError("the worker failed on this picture; its log says why")
-    answer: dict[str, Any] = value["answers"][0]
-    return answer
+        queue.delete(chunk)  # it holds the image
+    if not answers:
+        raise BackendError("the worker failed on this image; its log says why")
+    return answers[0]
 
 
 def _boxes(result: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -129,7 +129,7 @@ def _boxes(result: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             "control": region["from_name"],
             "place": None if read_label(region) == NEGATIVE else int(read_label(region)),
             "score": region["score"],
-            **read_edges(region),
+            **read_percent_box(region),
         }
         for region in result
     ]

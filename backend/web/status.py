@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from typing import Any
 
@@ -12,25 +11,36 @@ from backend.delivery.outbox import Outbox
 from backend.errors import CheckpointError, QueueUnavailable
 from backend.monitoring.activity import list_bulk_progress, list_failures, list_images, list_tasks_per_minute
 from backend.monitoring.project_stats import get_project_summaries
-from backend.queue.predict_queue import READY_KEY, PredictQueue
-from backend.queue.redis import get_indexed, redis_errors
-from backend.queue.training_queue import FIT_READY_KEY, TrainingQueue
+from backend.queue.live_workers import FIT_READY_KEY, READY_KEY, get_live_workers
+from backend.queue.predict_queue import PredictQueue
+from backend.queue.redis import redis_errors
+from backend.queue.training_queue import TrainingQueue
 from backend.registry.project_model import ProjectModel
 from backend.settings import Settings
 
-WORKERS = ((READY_KEY, "predict"), (FIT_READY_KEY, "fit"))
+READY_KEYS = {"predict": READY_KEY, "fit": FIT_READY_KEY}  # by queue
 
 
 def list_workers(connection: Redis) -> list[dict[str, Any]]:
-    """Workers that live, with their queue, device and whether they are busy; raises RedisError."""
-    alive = [(queue, name, row) for kind, queue in WORKERS for name, row in get_indexed(connection, kind).items()]
+    """Lists the live workers with their queue, device, batch size and whether they are busy; raises RedisError."""
+    live = [
+        (queue, name, info)
+        for queue, key in READY_KEYS.items()
+        for name, info in get_live_workers(connection, key).items()
+    ]
     with connection.pipeline() as pipeline:
-        for _, name, _ in alive:
+        for _, name, _ in live:
             pipeline.hget(f"rq:worker:{name}", "state")
         states = pipeline.execute()
     return [
-        {"name": name, "queue": queue, "is_busy": state == b"busy", **json.loads(row)}
-        for (queue, name, row), state in zip(alive, states, strict=True)
+        {
+            "name": name,
+            "queue": queue,
+            "is_busy": state == b"busy",
+            "device": info.device,
+            **({"batch_size": info.batch_size} if info.batch_size else {}),
+        }
+        for (queue, name, info), state in zip(live, states, strict=True)
     ]
 
 
@@ -40,7 +50,7 @@ def read_status(settings: Settings, connection: Redis, seen: str = "") -> dict[s
     `pictures` is null where the last of them is of the time `seen`, as text: they are most of the bytes.
     """
     try:
-        model = ProjectModel(settings, "").checkpoint.model_version()
+        model = ProjectModel(settings, "").checkpoint.make_model_version()
     except CheckpointError as error:
         model = str(error)
     row: dict[str, Any] = {"time": time.time(), "model": settings.model, "model_version": model}
@@ -59,7 +69,7 @@ def _from_redis(settings: Settings, connection: Redis, seen: str) -> dict[str, A
         "to_push": len(Outbox(connection)),
         "rate": list_tasks_per_minute(connection),
         "bulk": list_bulk_progress(connection),
-        "trainings": TrainingQueue(connection).all(),
+        "trainings": TrainingQueue(connection).list_progress(),
         "projects": get_project_summaries(connection),
         "failures": list_failures(connection),
         "pictures": None if shown and seen == str(shown[0]["time"]) else shown,

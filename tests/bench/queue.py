@@ -18,18 +18,20 @@ import requests
 from PIL import Image
 
 from backend.labelstudio.labeling_config import read_plan
-from backend.prediction import predict_job as jobs
+from backend.prediction.predict_job import Predictor
+from backend.queue.messages import Chunk, Prediction
 from backend.queue.predict_queue import PredictQueue
 from backend.queue.redis import connect
+from backend.registry.project_model import ProjectModel
 from backend.settings import Settings
 from tests.bench.serving import front_memory, show
-from tests.scenes import config_for, encode, scenes
-from tests.servers import Served, http_server, reply
+from tests.scenes import encode, make_labeling_config, make_scenes
+from tests.servers import ServeProcess, http_server, send_reply
 
 SINGLE, BULK, LARGE = 200, 1000, 10_000
 BATCH = 16
-SCENE = scenes(1, (640, 480))[0]
-CONFIG, JPEG = config_for([SCENE]), encode(SCENE.image, "JPEG")
+SCENE = make_scenes(1, (640, 480))[0]
+CONFIG, JPEG = make_labeling_config([SCENE]), encode(SCENE.image, "JPEG")
 
 
 def seconds(function: Callable[[], object]) -> float:
@@ -38,28 +40,29 @@ def seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def ask(served: Served, uri: str, first: int, count: int) -> list[dict[str, Any]]:
+def ask(served: ServeProcess, uri: str, first: int, count: int) -> list[dict[str, Any]]:
     tasks = [{"id": first + i, "data": {"image": uri}} for i in range(count)]
     body = {"tasks": tasks, "label_config": CONFIG, "project": "1.1", "params": {}}
     return requests.post(f"{served.url}/predict", json=body, timeout=1000).json()["results"]
 
 
-def single(served: Served, uri: str, tools: jobs.Tools) -> None:
+def single(served: ServeProcess, uri: str, predictor: Predictor) -> None:
     """In turn: the picture fetched and predicted in this process, as a job through the queue, and by a request."""
     queue = PredictQueue(connect((served.model_dir / "redis.url").read_text()))
-    common = {"plan": read_plan(CONFIG, 0.3, 0.7).to_dict(), "model_version": "bench", "fingerprint": tools.fingerprint}
+    project_model = ProjectModel(Settings(model="demo"), CONFIG)
 
-    def payload(number: int) -> dict[str, Any]:
-        return {"tasks": [{"id": -number, "data": {"image": uri}}], **common}
+    def make_chunk(number: int) -> Chunk:
+        return project_model.make_chunks([{"id": -number, "data": {"image": uri}}], 1)[0]
 
     def through_queue(number: int) -> None:
-        (job,) = queue.enqueue([payload(number)], at_front=True)
-        assert "result" in queue.wait(job, time.monotonic() + 60)["answers"][0]
+        (job,) = queue.enqueue([make_chunk(number)], at_front=True)
+        (answer,) = queue.wait(job, time.monotonic() + 60)
+        assert isinstance(answer, Prediction)
 
     direct, queued, asked = [], [], []
     for number in range(SINGLE + 10):
         rows = [
-            seconds(lambda number=number: jobs.predict(payload(number))),
+            seconds(lambda number=number: predictor.predict(make_chunk(number).payload)),
             seconds(lambda number=number: through_queue(number)),
             seconds(lambda number=number: ask(served, uri, 10**6 + number, 1)),
         ]
@@ -72,13 +75,13 @@ def single(served: Served, uri: str, tools: jobs.Tools) -> None:
     show("the queue adds", "ms", [b - a for a, b in zip(direct, queued, strict=True)])
 
 
-def bulk(served: Served, uri: str, tools: jobs.Tools) -> None:
+def bulk(served: ServeProcess, uri: str, predictor: Predictor) -> None:
     """1,000 tasks in one request, while an annotator opens one after the other."""
     batch, labels = (
         [Image.open(io.BytesIO(JPEG)).convert("RGB")] * BATCH,
         read_plan(CONFIG, 0.3, 0.7).controls[0].labels,
     )
-    alone = seconds(lambda: [tools.detectors.plain.detect(batch, labels, nms_iou=0.7) for _ in range(BULK // BATCH)])
+    alone = seconds(lambda: [predictor.detectors.base.detect(batch, labels, nms_iou=0.7) for _ in range(BULK // BATCH)])
     rate = BATCH * (BULK // BATCH) / alone
     through = BULK / seconds(lambda: ask(served, uri, 1, BULK))
     print(f"1,000 tasks: detector alone {rate:.1f}/s, through /predict {through:.1f}/s, {through / rate:.2f} of it")
@@ -103,7 +106,7 @@ def bulk(served: Served, uri: str, tools: jobs.Tools) -> None:
     )
 
 
-def memory(served: Served) -> None:
+def memory(served: ServeProcess) -> None:
     """Of the web front, by a request of 10,000 tasks with plain addresses."""
     before = front_memory(served)
     peak: list[float] = [before]
@@ -124,13 +127,13 @@ def memory(served: Served) -> None:
 
 
 def main() -> None:
-    tools = jobs.set_up(Settings(model="demo", batch_size=BATCH, allowed_image_hosts="127.0.0.1"))
-    with tempfile.TemporaryDirectory() as folder, http_server(lambda request: reply(request, JPEG)) as url:
-        served = Served(Path(folder), PREDICT_DEADLINE="900", BATCH_SIZE=str(BATCH), LOG_LEVEL="ERROR")
+    predictor = Predictor(Settings(model="demo", batch_size=BATCH, allowed_image_hosts="127.0.0.1"))
+    with tempfile.TemporaryDirectory() as folder, http_server(lambda request: send_reply(request, JPEG)) as url:
+        served = ServeProcess(Path(folder), PREDICT_DEADLINE="900", BATCH_SIZE=str(BATCH), LOG_LEVEL="ERROR")
         try:
             served.wait_until_ready()
-            single(served, f"{url}/a.jpg", tools)
-            bulk(served, f"{url}/a.jpg", tools)
+            single(served, f"{url}/a.jpg", predictor)
+            bulk(served, f"{url}/a.jpg", predictor)
             memory(served)
         finally:
             served.stop()

@@ -15,8 +15,9 @@ import requests
 
 from backend.queue.predict_queue import PredictQueue
 from backend.queue.redis import connect
-from tests.scenes import config_for, data_uri, scenes
-from tests.servers import ROOT, Served, free_port, is_running, wait_for
+from tests.chunks import make_chunk
+from tests.scenes import make_labeling_config, make_scenes, to_data_uri
+from tests.servers import ROOT, ServeProcess, find_free_port, is_running, wait_for
 
 MB = 1024 * 1024
 
@@ -39,15 +40,15 @@ def resident(pid: int) -> float:
     return int(re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())[1]) * 1024 / MB
 
 
-def test_the_web_front_stays_small(served: Served) -> None:
-    fronts = [pid for pid in served.children() if b"gunicorn" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+def test_the_web_front_stays_small(served: ServeProcess) -> None:
+    fronts = [pid for pid in served.list_descendants() if b"gunicorn" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     assert len(fronts) == 2
     assert max(resident(pid) for pid in fronts) < 80
 
 
-def test_the_welcome_tells_what_matters(served: Served) -> None:
-    wait_for(lambda: "Ctrl-C stops everything" in served.text(), 30, "the welcome")
-    text = served.text()
+def test_the_welcome_tells_what_matters(served: ServeProcess) -> None:
+    wait_for(lambda: "Ctrl-C stops everything" in served.read_log(), 30, "the welcome")
+    text = served.read_log()
     for part in (
         f"http://localhost:{served.port}",
         "model ready after",
@@ -58,12 +59,12 @@ def test_the_welcome_tells_what_matters(served: Served) -> None:
         assert part in text
 
 
-def processes(served: Served, word: bytes) -> list[int]:
+def processes(served: ServeProcess, word: bytes) -> list[int]:
     """Children whose command line holds `word`."""
-    return [pid for pid in served.children() if word in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")]
+    return [pid for pid in served.list_descendants() if word in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")]
 
 
-def test_crashed_parts_are_started_again_and_nothing_is_left_behind(start_server: Callable[..., Served]) -> None:
+def test_crashed_parts_are_started_again_and_nothing_is_left_behind(start_server: Callable[..., ServeProcess]) -> None:
     served = start_server()
     started = time.monotonic()
     wait_for(lambda: requests.get(f"{served.url}/health", timeout=1).ok, 30, "health")
@@ -74,8 +75,8 @@ def test_crashed_parts_are_started_again_and_nothing_is_left_behind(start_server
 
     (worker,) = processes(served, b"worker")
     os.kill(worker, signal.SIGKILL)
-    tasks = [{"id": 1, "data": {"image": data_uri(scenes(1)[0].image)}}]
-    body = {"tasks": tasks, "label_config": config_for(scenes(1))}
+    tasks = [{"id": 1, "data": {"image": to_data_uri(make_scenes(1)[0].image)}}]
+    body = {"tasks": tasks, "label_config": make_labeling_config(make_scenes(1))}
     answer = requests.post(f"{served.url}/predict", json=body, timeout=95)
     assert "result" in answer.json()["results"][0]
 
@@ -83,7 +84,7 @@ def test_crashed_parts_are_started_again_and_nothing_is_left_behind(start_server
     os.kill(front, signal.SIGKILL)
     wait_for(lambda: not is_running(front) and requests.get(f"{served.url}/health", timeout=1).ok, 30, "a new front")
 
-    children = served.children()
+    children = served.list_descendants()
     start = time.monotonic()
     assert served.stop() == 0
     assert time.monotonic() - start < 5
@@ -94,10 +95,10 @@ def test_crashed_parts_are_started_again_and_nothing_is_left_behind(start_server
         assert probe.connect_ex(("127.0.0.1", served.port)) != 0
 
 
-def test_everything_ends_when_the_supervisor_is_killed(start_server: Callable[..., Served]) -> None:
+def test_everything_ends_when_the_supervisor_is_killed(start_server: Callable[..., ServeProcess]) -> None:
     served = start_server()
     wait_for(lambda: requests.get(f"{served.url}/health", timeout=1).ok, 30, "health")
-    children = served.children()
+    children = served.list_descendants()
     served.process.kill()
     served.process.wait()
     wait_for(lambda: not any(map(is_running, children)), 10, "the end of all processes")
@@ -125,15 +126,15 @@ def test_a_taken_port_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     ],
 )
 def test_what_the_user_can_mend_is_one_line_and_exit_code_2(tmp_path: Path, env: dict[str, str], line: str) -> None:
-    done = serve_and_fail(**{"PORT": str(free_port()), "MODEL_DIR": str(tmp_path), **env})
+    done = serve_and_fail(**{"PORT": str(find_free_port()), "MODEL_DIR": str(tmp_path), **env})
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert line in done.stderr
     assert "s3cret" not in done.stderr
 
 
-def test_two_servers_do_not_share_a_folder(served: Served) -> None:
-    done = serve_and_fail(PORT=str(free_port()), MODEL_DIR=str(served.model_dir))
+def test_two_servers_do_not_share_a_folder(served: ServeProcess) -> None:
+    done = serve_and_fail(PORT=str(find_free_port()), MODEL_DIR=str(served.model_dir))
     assert (done.returncode, "is in use by another server" in done.stderr) == (2, True)
 
 
@@ -147,7 +148,7 @@ def test_a_part_alone_needs_a_redis(tmp_path: Path, command: str) -> None:
     )  # fmt: skip
 
 
-def test_a_second_worker_joins_a_running_server(served: Served) -> None:
+def test_a_second_worker_joins_a_running_server(served: ServeProcess) -> None:
     env = {**os.environ, "MODEL": "demo", "MODEL_DIR": str(served.model_dir)}
     part = [sys.executable, "-m", "backend", "worker"]
     with subprocess.Popen(part, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as worker:
@@ -157,14 +158,14 @@ def test_a_second_worker_joins_a_running_server(served: Served) -> None:
     assert requests.get(f"{served.url}/ready", timeout=5).json()["workers"] == 1
 
 
-def test_a_worker_with_another_model_refuses(served: Served) -> None:
+def test_a_worker_with_another_model_refuses(served: ServeProcess) -> None:
     queue = PredictQueue(connect((served.model_dir / "redis.url").read_text()))
-    payload = {"tasks": [{"id": 1, "data": {}}], "plan": {"controls": []}, "model_version": "v", "fingerprint": "other"}
-    value = queue.wait(queue.enqueue([payload])[0], time.monotonic() + 20)
-    assert value["answers"][0]["error"]["code"] == "checkpoint"
+    chunk = make_chunk({"id": 1}, checkpoint="other")
+    (answer,) = queue.wait(queue.enqueue([chunk])[0], time.monotonic() + 20)
+    assert answer.error.code == "checkpoint"
 
 
-def test_it_can_be_stopped_while_it_waits_for_redis(start_server: Callable[..., Served]) -> None:
+def test_it_can_be_stopped_while_it_waits_for_redis(start_server: Callable[..., ServeProcess]) -> None:
     served = start_server(REDIS_URL="redis://127.0.0.1:1")
     time.sleep(2)
     start = time.monotonic()
@@ -177,24 +178,26 @@ def test_a_redis_that_cannot_start_says_so_at_once(tmp_path: Path) -> None:
     appended.mkdir(parents=True)
     (appended / "appendonly.aof.manifest").write_text("not a manifest")
     start = time.monotonic()
-    done = serve_and_fail(PORT=str(free_port()), MODEL_DIR=str(tmp_path / "data"))
+    done = serve_and_fail(PORT=str(find_free_port()), MODEL_DIR=str(tmp_path / "data"))
     assert (done.returncode, "the private Redis ended at once" in done.stderr) == (2, True)
     assert time.monotonic() - start < 10
 
 
-def test_a_killed_redis_is_started_again_with_what_it_held(start_server: Callable[..., Served]) -> None:
+def test_a_killed_redis_is_started_again_with_what_it_held(start_server: Callable[..., ServeProcess]) -> None:
     served = start_server()
     served.wait_until_ready()
     connection = connect((served.model_dir / "redis.url").read_text())
     connection.set("kept", "yes")
     time.sleep(1.5)  # its file is written every second
-    (redis,) = [pid for pid in served.children() if b"valkey-server" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    (redis,) = [
+        pid for pid in served.list_descendants() if b"valkey-server" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
     os.kill(redis, signal.SIGKILL)
-    wait_for(lambda: "private Redis ended with -9" in served.text(), 10, "notice")
+    wait_for(lambda: "private Redis ended with -9" in served.read_log(), 10, "notice")
     served.wait_until_ready()
     assert connection.get("kept") == b"yes"
     body = {
-        "tasks": [{"id": 1, "data": {"image": data_uri(scenes(1)[0].image)}}],
-        "label_config": config_for(scenes(1)),
+        "tasks": [{"id": 1, "data": {"image": to_data_uri(make_scenes(1)[0].image)}}],
+        "label_config": make_labeling_config(make_scenes(1)),
     }
     wait_for(lambda: "result" in requests.post(f"{served.url}/predict", json=body, timeout=95).json()["results"][0], 30)

@@ -3,9 +3,12 @@
 import pytest
 from redis import Redis
 
-from backend.delivery.outbox import PULL, PUSHED, PUSHING, Outbox
+from backend.delivery.outbox import Delivery, Outbox
+from tests.chunks import make_chunk
 
-PAYLOADS = [{"tasks": [{"id": number}], "model_version": "v"} for number in range(3)]
+PULL, PUSHED, PUSHING = Delivery.PULL, Delivery.PUSHED, Delivery.PUSHING
+
+CHUNKS = [make_chunk({"id": number}) for number in range(3)]
 
 
 @pytest.fixture
@@ -14,11 +17,11 @@ def outbox(connection: Redis) -> Outbox:
 
 
 def test_chunks_keep_their_order_and_place(outbox: Outbox) -> None:
-    outbox.add("1", PAYLOADS, since=10)
-    outbox.add("1", PAYLOADS[:1], since=20)
-    assert [entry.payload for entry in outbox.peek(10)] == PAYLOADS
+    outbox.add("1", CHUNKS, since=10)
+    outbox.add("1", CHUNKS[:1], since=20)
+    assert [entry.chunk for entry in outbox.peek(10)] == CHUNKS
     outbox.remove(outbox.peek(1))
-    assert [entry.payload for entry in outbox.peek(10)] == PAYLOADS[1:]
+    assert [entry.chunk for entry in outbox.peek(10)] == CHUNKS[1:]
     assert len(outbox) == 2
 
 
@@ -33,23 +36,23 @@ def test_chunks_keep_their_order_and_place(outbox: Outbox) -> None:
         (PUSHED, PUSHING, False),
     ],
 )
-def test_a_task_is_delivered_by_one(outbox: Outbox, before: str, way: str, granted: bool) -> None:
+def test_a_task_is_delivered_by_one(outbox: Outbox, before: Delivery, way: Delivery, granted: bool) -> None:
     if before == PUSHED:
         outbox.claim(PUSHING, "1", "v", [5], now=100, since=90)
         outbox.confirm("1", "v", [5], now=100)
     else:
         outbox.claim(before, "1", "v", [5], now=100, since=90)
-    expected = {5: "" if granted else before, 6: ""}
+    expected = {5: None if granted else before, 6: None}
     assert outbox.claim(way, "1", "v", [5, 6], now=110, since=95) == expected
 
 
 def test_what_was_delivered_before_it_was_asked_for_may_be_delivered_again(outbox: Outbox) -> None:
     outbox.claim(PUSHING, "1", "v", [5], now=100, since=90)
     outbox.confirm("1", "v", [5], now=100)
-    assert outbox.claim(PULL, "1", "v", [5], now=300, since=200) == {5: ""}  # deleted in Label Studio meanwhile
+    assert outbox.claim(PULL, "1", "v", [5], now=300, since=200) == {5: None}  # deleted in Label Studio meanwhile
 
 
 def test_versions_and_projects_are_apart(outbox: Outbox) -> None:
     outbox.claim(PUSHING, "1", "v", [5], now=100, since=90)
-    assert outbox.claim(PUSHING, "1", "w", [5], now=100, since=90) == {5: ""}
-    assert outbox.claim(PUSHING, "2", "v", [5], now=100, since=90) == {5: ""}
+    assert outbox.claim(PUSHING, "1", "w", [5], now=100, since=90) == {5: None}
+    assert outbox.claim(PUSHING, "2", "v", [5], now=100, since=90) == {5: None}

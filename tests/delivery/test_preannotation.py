@@ -5,6 +5,10 @@ import pytest
 
 from backend.delivery.preannotation import PreannotationSummary, TaskCursor
 from backend.errors import LabelStudioUnavailable
+from backend.queue.messages import ANSWER
+from tests.chunks import PREDICTION, make_chunk, make_error
+
+DAMAGED = "the image is damaged"
 
 
 def pages_of(rows: list[dict[str, Any]], away: list[int], size: int = 3) -> TaskCursor:
@@ -37,13 +41,14 @@ def test_a_page_that_fails_is_read_again_and_nothing_is_lost() -> None:
 
 
 def test_a_tally_counts_and_lists_what_failed(tmp_path: Path) -> None:
-    tally, error = PreannotationSummary(), {"error": {"code": "image", "detail": "the picture is damaged"}}
-    tally.add({"tasks": [{"id": 1}, {"id": 2}, {"id": 3}]}, [{"result": []}, error, error])
-    tally.add({"tasks": [{"id": 4}]}, None)
+    tally = PreannotationSummary()
+    answers = [ANSWER.validate_python(row) for row in (PREDICTION, make_error(DAMAGED), make_error(DAMAGED))]
+    tally.add(make_chunk({"id": 1}, {"id": 2}, {"id": 3}), answers)
+    tally.add(make_chunk({"id": 4}), None)
     assert (tally.done, len(tally.failures)) == (4, 3)
-    assert tally.by_reason().most_common(1) == [("the picture is damaged", 2)]
-    tally.write(tmp_path / "f.csv")
-    assert (tmp_path / "f.csv").read_text().splitlines()[:2] == ["task,code,detail", "2,image,the picture is damaged"]
+    assert tally.count_by_reason().most_common(1) == [(DAMAGED, 2)]
+    tally.write_failures(tmp_path / "f.csv")
+    assert (tmp_path / "f.csv").read_text().splitlines()[:2] == ["task,code,detail", f"2,image,{DAMAGED}"]
 
 
 def test_the_time_of_reading_is_that_of_the_oldest_row_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:

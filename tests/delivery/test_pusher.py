@@ -15,14 +15,15 @@ from backend.delivery.outbox import Outbox
 from backend.delivery.pusher import MAX_FAILED_ATTEMPTS, Pusher
 from backend.errors import LabelStudioAuthError, LabelStudioUnavailable
 from backend.labelstudio.client import LabelStudioClient
-from backend.queue.predict_queue import PredictQueue
+from backend.queue.predict_queue import ChunkState, PredictQueue
 from backend.settings import Settings
 from model import GroundingDINO
-from tests.scenes import config_for, scenes
-from tests.servers import http_server, reply
+from tests.chunks import PREDICTION, make_answers, make_chunk
+from tests.scenes import make_labeling_config, make_scenes
+from tests.servers import http_server, send_reply
 
-PAYLOAD = {"tasks": [{"id": 1, "data": {"image": "a"}}, {"id": 2, "data": {"image": "b"}}], "model_version": "v"}
-ANSWERS = {"answers": [{"result": [], "score": 0.0, "model_version": "v"}] * 2}
+CHUNK = make_chunk({"id": 1, "data": {"image": "a"}}, {"id": 2, "data": {"image": "b"}})
+ANSWERS = make_answers([PREDICTION] * 2)
 
 
 class Stub:
@@ -41,12 +42,12 @@ class Stub:
             refused = 400 if self.bad & set(rows) else self.status
             if refused == 201:
                 self.imported += rows
-            reply(request, json.dumps({"created": len(rows)}).encode(), refused)
+            send_reply(request, json.dumps({"created": len(rows)}).encode(), refused)
         else:
             query = json.loads(parse_qs(urlsplit(request.path).query)["query"][0])
             items = query["filters"]["items"]
             rows = [{"id": n, "data": {"image": uri}} for n, uri in self.data.items() if self._fits(n, items)]
-            reply(request, json.dumps({"tasks": rows}).encode())
+            send_reply(request, json.dumps({"tasks": rows}).encode())
 
     def _fits(self, number: int, items: list[dict[str, Any]]) -> bool:
         """Whether a task fits filters of the Data Manager."""
@@ -71,8 +72,8 @@ def pusher(connection: Redis, stub: Stub) -> Iterator[Pusher]:
 
 
 def finish(connection: Redis, value: Any = ANSWERS, kind: Any = Result.Type.SUCCESSFUL) -> None:
-    Outbox(connection).add("1", [PAYLOAD], since=1e9)
-    (job,) = PredictQueue(connection).enqueue([PAYLOAD])
+    Outbox(connection).add("1", [CHUNK], since=1e9)
+    (job,) = PredictQueue(connection).enqueue([CHUNK])
     Result.create(job, kind, 60, return_value=value)
 
 
@@ -134,7 +135,7 @@ def test_tasks_that_are_gone_cost_one_more_import(connection: Redis, pusher: Pus
 
 
 def test_an_odd_chunk_takes_no_other_down(connection: Redis, pusher: Pusher, stub: Stub) -> None:
-    odd = {**PAYLOAD, "tasks": PAYLOAD["tasks"][:1]}
+    odd = make_chunk({"id": 1, "data": {"image": "a"}})
     Outbox(connection).add("1", [odd], 2)
     (job,) = PredictQueue(connection).enqueue([odd])
     Result.create(job, Result.Type.SUCCESSFUL, 60, return_value=ANSWERS)  # two answers for one task
@@ -160,12 +161,12 @@ def test_a_chunk_that_fails_as_a_whole_is_given_up(connection: Redis, pusher: Pu
 
 
 def test_answers_that_lay_there_too_long_are_made_anew_however_often(connection: Redis, pusher: Pusher) -> None:
-    Outbox(connection).add("1", [PAYLOAD], time.time())
+    Outbox(connection).add("1", [CHUNK], time.time())
     for _ in range(MAX_FAILED_ATTEMPTS + 2):  # as when Label Studio is away for hours
-        PredictQueue(connection).delete(PAYLOAD)
+        PredictQueue(connection).delete(CHUNK)
         pusher.run_once()
     assert len(Outbox(connection)) == 1
-    assert PredictQueue(connection).get_result(PAYLOAD) == (None, "waiting")
+    assert PredictQueue(connection).get_result(CHUNK).state is ChunkState.WAITING
 
 
 def test_after_an_import_the_pusher_rests_while_more_is_made(
@@ -174,7 +175,7 @@ def test_after_an_import_the_pusher_rests_while_more_is_made(
     monkeypatch.setattr("backend.delivery.pusher.IMPORT_BACKOFF", 1e6)
     finish(connection)
     pusher.run_once()
-    later = {**PAYLOAD, "tasks": [{"id": 3, "data": {"image": "c"}}]}
+    later = make_chunk({"id": 3, "data": {"image": "c"}})
     Outbox(connection).add("1", [later], 3)
     PredictQueue(connection).enqueue([later])
     pusher.run_once()
@@ -183,7 +184,7 @@ def test_after_an_import_the_pusher_rests_while_more_is_made(
 
 def test_only_one_pusher_pushes(connection: Redis, pusher: Pusher, stub: Stub) -> None:
     finish(connection)
-    Pusher(connection, LabelStudioClient("http://127.0.0.1:1", "key"), "other")._has_lease()
+    Pusher(connection, LabelStudioClient("http://127.0.0.1:1", "key"), "other")._lease.acquire_or_renew()
     pusher.run_once()
     assert stub.imported == []
 
@@ -192,7 +193,7 @@ def test_interactive_work_is_neither_claimed_nor_pushed(connection: Redis, redis
     settings = Settings(
         model="demo", redis_url=redis_url, predict_deadline=1, label_studio_url="http://ls", label_studio_api_key="k"
     )
-    plugin = GroundingDINO("1", config_for(scenes(1)), settings)
+    plugin = GroundingDINO("1", make_labeling_config(make_scenes(1)), settings)
     tasks = [{"id": 1, "data": {"image": "a"}}]
     plugin.predict(tasks, context={"result": []})
     assert len(Outbox(connection)) == 0

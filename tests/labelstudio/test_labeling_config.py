@@ -5,6 +5,7 @@ import time
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 
 from backend.errors import LabelingConfigError
 from backend.labelstudio.labeling_config import Label, Plan, clean_phrase, read_plan, to_phrase
@@ -50,7 +51,7 @@ def test_a_phrase_holds_nothing_that_splits_it(text: str) -> None:
 
 def test_names_and_labels_are_read() -> None:
     control = read_plan(config('<Label value="Cat"/><Label value="dog"/>'), 0.3, 0.7).controls[0]
-    assert (control.from_name, control.to_name, control.image) == ("box", "img", "$image")
+    assert (control.from_name, control.to_name, control.image_value) == ("box", "img", "$image")
     assert control.labels == (Label("Cat", ("cat",), 0.3), Label("dog", ("dog",), 0.3))
 
 
@@ -71,7 +72,7 @@ def test_negative_phrases_are_read() -> None:
     control = read_plan(
         config('<Label value="a"/>', 'model_negative_values="Shadow, , reflection"'), 0.3, 0.7
     ).controls[0]
-    assert control.negatives == ("shadow", "reflection")
+    assert control.negative_phrases == ("shadow", "reflection")
 
 
 def test_thresholds_go_from_setting_to_control_to_label() -> None:
@@ -130,7 +131,7 @@ def test_a_config_that_cannot_be_read_says_why(xml: str, reason: str) -> None:
 
 def test_a_plan_survives_json() -> None:
     plan = read_plan(config('<Label value="a" predicted_values="x, y"/><Label value="b" alias="c"/>'), 0.3, 0.7)
-    assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+    assert TypeAdapter(Plan).validate_python(json.loads(json.dumps(plan.to_dict()))) == plan
 
 
 @pytest.mark.parametrize(

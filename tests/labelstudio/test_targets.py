@@ -2,6 +2,7 @@ import json
 from typing import Any
 
 import pytest
+from pydantic import TypeAdapter
 
 from backend.errors import LabelingConfigError
 from backend.labelstudio.labeling_config import Plan, read_plan
@@ -18,7 +19,7 @@ def views(*arguments: Any) -> list[ImageTarget]:
 
 def plan(body: str, image: str = '<Image name="img" value="$image"/>') -> Plan:
     found = read_plan(f"<View>{image}{body}</View>", 0.3, 0.7)
-    assert Plan.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+    assert TypeAdapter(Plan).validate_python(json.loads(json.dumps(found.to_dict()))) == found
     return found
 
 
@@ -65,7 +66,7 @@ def test_one_control_on_two_pictures() -> None:
 def test_a_rectangle_takes_the_labels_beside_it() -> None:
     body = '<Rectangle name="rect" toName="img"/><Labels name="kinds" toName="img"><Label value="Cat"/></Labels>'
     (view,) = views(plan(body), {"image": "x"})
-    assert (view.from_name, view.labels_name, labels(view)) == ("rect", "kinds", [("Cat", ("cat",))])
+    assert (view.from_name, view.labels_from_name, labels(view)) == ("rect", "kinds", [("Cat", ("cat",))])
 
 
 def test_pages() -> None:

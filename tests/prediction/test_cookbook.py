@@ -1,4 +1,4 @@
-"""Every example of docs/labeling-configs.md does what it says; COOKBOOK=folder draws the pictures."""
+"""Every example of docs/labeling-configs.md does what it says; COOKBOOK=folder draws the images."""
 
 import json
 import os
@@ -10,12 +10,11 @@ import pytest
 from PIL import Image
 
 from backend.demo import samples
-from backend.labelstudio.labeling_config import read_plan
 from backend.labelstudio.targets import expand_targets
-from backend.prediction import predict_job as jobs
-from backend.registry.project_model import to_row
+from backend.prediction.predict_job import Predictor
+from backend.registry.project_model import ProjectModel
 from backend.settings import Settings
-from tests.scenes import beside, data_uri, draw_regions, label_of
+from tests.scenes import draw_regions, label_or_placeholder, place_side_by_side, to_data_uri
 from tests.servers import ROOT
 
 DOCUMENT = (ROOT / "docs" / "labeling-configs.md").read_text()
@@ -23,15 +22,16 @@ EXAMPLE = re.compile(
     r"## ([^\n]+)\n(?:(?!\n## ).)*?```xml\n(.*?)```\n+```json\n(.*?)```\n+Caption: `(.*?)`\n+!\[.*?\]\((.*?)\)", re.S
 )
 EXAMPLES = EXAMPLE.findall(DOCUMENT)
+SETTINGS = Settings(model="demo")
 
 
-def with_pictures(value: Any) -> Any:
-    """The data with sample pictures in place of their names."""
+def with_images(value: Any) -> Any:
+    """The data with sample images in place of their names."""
     if isinstance(value, dict):
-        return {key: with_pictures(inner) for key, inner in value.items()}
+        return {key: with_images(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [with_pictures(inner) for inner in value]
-    return data_uri(Image.open(samples.FOLDER / value)) if str(value).endswith(".jpg") else value
+        return [with_images(inner) for inner in value]
+    return to_data_uri(Image.open(samples.FOLDER / value)) if str(value).endswith(".jpg") else value
 
 
 def context(data: dict[str, Any]) -> dict[str, Any] | None:
@@ -47,8 +47,8 @@ def context(data: dict[str, Any]) -> dict[str, Any] | None:
 
 
 @pytest.fixture(scope="module")
-def tools() -> jobs.Tools:
-    return jobs.set_up(Settings(model="demo"))
+def predictor() -> Predictor:
+    return Predictor(SETTINGS)
 
 
 def test_every_section_with_a_config_is_an_example() -> None:
@@ -56,34 +56,28 @@ def test_every_section_with_a_config_is_an_example() -> None:
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=[example[0] for example in EXAMPLES])
-def test_an_example(example: tuple[str, ...], tools: jobs.Tools) -> None:
-    _, config, text, caption, picture = example
+def test_an_example(example: tuple[str, ...], predictor: Predictor) -> None:
+    _, config, text, caption, screenshot = example
     data = json.loads(text)
-    plan = read_plan(config, 0.3, 0.7)
-    row = to_row({"id": 1, "data": with_pictures(data)}, plan, context(data))
-    seen = list(expand_targets(plan, row["data"], jobs.Prompt.from_dict(row["prompt"]) if "prompt" in row else None))
-    phrases = [phrase for label in seen[0].query.labels for phrase in label.phrases]
-    assert " . ".join([*phrases, *seen[0].query.negatives]) + " ." == caption
-    payload = {
-        "plan": plan.to_dict(),
-        "model_version": "v",
-        "fingerprint": tools.fingerprint,
-        "learned": None,
-        "tasks": [row],
-    }
-    result = jobs.predict(json.loads(json.dumps(payload)))["answers"][0]["result"]
-    for view in seen:
-        names = (view.from_name, view.to_name, view.page)
+    task = {"id": 1, "data": with_images(data)}
+    (chunk,) = ProjectModel(SETTINGS, config).make_chunks([task], 1, context(data))
+    targets = list(expand_targets(chunk.plan, chunk.tasks[0].data, chunk.tasks[0].prompt))
+    phrases = [phrase for label in targets[0].query.labels for phrase in label.phrases]
+    assert " . ".join([*phrases, *targets[0].query.negative_phrases]) + " ." == caption
+    result = predictor.predict(json.loads(json.dumps(chunk.payload)))["answers"][0]["result"]
+    for target in targets:
+        names = (target.from_name, target.to_name, target.page)
         assert [r for r in result if (r["from_name"], r["to_name"], r.get("item_index")) == names], names
     if folder := os.environ.get("COOKBOOK"):
-        draw([tools.images.load(view.uri).image for view in seen], seen, result, Path(folder) / Path(picture).name)
+        images = [predictor.images.load(target.uri).image for target in targets]
+        draw(images, targets, result, Path(folder) / Path(screenshot).name)
 
 
-def draw(images: list[Image.Image], seen: list[Any], result: list[dict[str, Any]], path: Path) -> None:
-    """The views side by side, with their boxes."""
-    names = sorted({label_of(region) for region in result})
-    for image, view in zip(images, seen, strict=True):
-        of_view = (view.to_name, view.page)
-        draw_regions(image, [r for r in result if (r["to_name"], r.get("item_index")) == of_view], names)
+def draw(images: list[Image.Image], targets: list[Any], result: list[dict[str, Any]], path: Path) -> None:
+    """The targets side by side, with their boxes."""
+    names = sorted({label_or_placeholder(region) for region in result})
+    for image, target in zip(images, targets, strict=True):
+        of_target = (target.to_name, target.page)
+        draw_regions(image, [r for r in result if (r["to_name"], r.get("item_index")) == of_target], names)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside(images).save(path, quality=85)
+    place_side_by_side(images).save(path, quality=85)

@@ -10,67 +10,73 @@ from rq.results import Result
 from rq.serializers import JSONSerializer
 
 from backend.errors import QueueUnavailable
-from backend.queue.allowed_job import AllowedJob
-from backend.queue.predict_queue import PREDICT, READY_KEY, PredictQueue
-from backend.queue.redis import connect, set_indexed
+from backend.queue.allowed_job import PREDICT_FUNCTION, AllowedJob, JobFunction, make_queue
+from backend.queue.live_workers import READY_KEY, describe_worker, save_heartbeat
+from backend.queue.messages import Chunk, Prediction, read_message
+from backend.queue.predict_queue import PREDICT, PredictQueue
+from backend.queue.redis import connect
+from tests.chunks import PREDICTION, make_answers, make_chunk, make_error
 
-PAYLOAD = {"tasks": [{"id": 1, "data": {"image": "http://x/?token=s3cret"}}], "plan": {"controls": []}}
+CHUNK = make_chunk({"id": 1, "data": {"image": "http://x/?token=s3cret"}})
 
 
-def work(connection: Redis) -> None:
-    """What a worker does with all that waits, in this process."""
-    SimpleWorker([PREDICT], connection=connection, serializer=JSONSerializer, job_class=AllowedJob).work(
+def work(connection: Redis, **functions: JobFunction) -> None:
+    """Runs all waiting jobs in this process, as a worker with these functions does."""
+    job_class = AllowedJob.with_functions(functions)
+    SimpleWorker([PREDICT], connection=connection, serializer=JSONSerializer, job_class=job_class).work(
         burst=True, logging_level="ERROR"
     )
 
 
 def test_interactive_jobs_go_to_the_front(connection: Redis) -> None:
     queue = PredictQueue(connection)
-    bulk = queue.enqueue([{**PAYLOAD, "number": number} for number in range(3)])
-    urgent = queue.enqueue([PAYLOAD], at_front=True)
+    bulk = queue.enqueue([make_chunk({"id": 1}, model_version=str(number)) for number in range(3)])
+    urgent = queue.enqueue([CHUNK], at_front=True)
     waiting = Queue(PREDICT, connection=connection, serializer=JSONSerializer).job_ids
     assert waiting == [job.id for job in urgent + bulk]
 
 
 def test_a_job_is_json_and_its_description_shows_no_address(connection: Redis) -> None:
-    (job,) = PredictQueue(connection).enqueue([PAYLOAD])
+    (job,) = PredictQueue(connection).enqueue([CHUNK])
     stored = connection.hgetall(f"rq:job:{job.id}")
     assert stored[b"description"] == b"predict 1 tasks"
-    assert json.loads(json.dumps(job.args)) == [PAYLOAD]
+    assert read_message(Chunk, json.loads(json.dumps(job.args))[0]) == CHUNK
 
 
-@pytest.mark.parametrize("name", ["os.system", "backend.prediction.predict_job.set_up", "subprocess.run"])
+@pytest.mark.parametrize("name", ["os.system", "backend.prediction.predict_worker.run", "subprocess.run", "train"])
 def test_a_forged_job_does_not_run(connection: Redis, tmp_path: Path, name: str) -> None:
     mark = tmp_path / "pwned"
     queue = Queue(PREDICT, connection=connection, serializer=JSONSerializer)
     job = queue.enqueue(name, f"touch {mark}")
-    work(connection)
+    work(connection, predict=lambda payload: {})
     assert not mark.exists()
     assert "runs only its own functions" in job.latest_result().exc_string
 
 
 def test_forged_callbacks_do_not_run(connection: Redis, tmp_path: Path) -> None:
     queue = Queue(PREDICT, connection=connection, serializer=JSONSerializer)
-    job = queue.enqueue("backend.prediction.predict_job.predict", PAYLOAD)
+    job = queue.enqueue(PREDICT_FUNCTION, CHUNK.payload)
     mark = tmp_path / "pwned"
     for kind in ("success", "failure", "stopped"):
         connection.hset(f"rq:job:{job.id}", f"{kind}_callback_name", "os.system")
     allowed = AllowedJob.fetch(job.id, connection=connection, serializer=JSONSerializer)
     assert (allowed.success_callback, allowed.failure_callback, allowed.stopped_callback) == (None, None, None)
-    work(connection)
+    ran = []
+    work(connection, predict=lambda payload: ran.append(payload) or {})
+    assert len(ran) == 1
     assert not mark.exists()
 
 
 def test_a_failed_job_answers_none(connection: Redis) -> None:
     queue = PredictQueue(connection)
-    (job,) = queue.enqueue([{"tasks": [], "no": "plan"}])
+    (job,) = queue.enqueue([make_chunk()])
     work(connection)
     assert queue.wait(job, time.monotonic() + 5) is None
 
 
 def test_waiting_ends_at_the_deadline(connection: Redis) -> None:
     queue = PredictQueue(connection)
-    (job,) = queue.enqueue([PAYLOAD])
+    (job,) = queue.enqueue([CHUNK])
     start = time.monotonic()
     with pytest.raises(TimeoutError):
         queue.wait(job, start + 0.5)
@@ -78,28 +84,27 @@ def test_waiting_ends_at_the_deadline(connection: Redis) -> None:
     assert Job.exists(job.id, connection=connection)
 
 
-def answer(connection: Redis, job: Job, answers: list[dict]) -> None:
-    """What a worker leaves behind of a job that it did."""
-    queue = Queue(PREDICT, connection=connection, serializer=JSONSerializer, job_class=AllowedJob)
-    queue.remove(job)
-    Result.create(job, Result.Type.SUCCESSFUL, ttl=60, return_value={"answers": answers})
+def finish(connection: Redis, job: Job, answers: list[dict]) -> None:
+    """Leaves behind what a worker does of a job that it finished."""
+    make_queue(PREDICT, connection).remove(job)
+    Result.create(job, Result.Type.SUCCESSFUL, ttl=60, return_value=make_answers(answers))
 
 
 def test_what_waits_is_not_asked_for_twice(connection: Redis) -> None:
     queue = PredictQueue(connection)
-    first, again = queue.enqueue([PAYLOAD, PAYLOAD])
+    first, again = queue.enqueue([CHUNK, CHUNK])
     assert first.id == again.id
     assert len(Queue(PREDICT, connection=connection, serializer=JSONSerializer)) == 1
 
 
 def test_what_was_answered_well_is_reused_and_what_failed_is_made_anew(connection: Redis) -> None:
     queue = PredictQueue(connection)
-    (job,) = queue.enqueue([PAYLOAD])
-    answer(connection, job, [{"result": []}])
-    assert queue.wait(queue.enqueue([PAYLOAD])[0], time.monotonic() + 1) == {"answers": [{"result": []}]}
+    (job,) = queue.enqueue([CHUNK])
+    finish(connection, job, [PREDICTION])
+    assert queue.wait(queue.enqueue([CHUNK])[0], time.monotonic() + 1) == [Prediction(**PREDICTION)]
     connection.delete(f"rq:results:{job.id}")
-    answer(connection, job, [{"error": {"code": "image", "detail": "away"}}])
-    (new,) = queue.enqueue([PAYLOAD])
+    finish(connection, job, [make_error("away")])
+    (new,) = queue.enqueue([CHUNK])
     assert new.latest_result() is None
     assert Queue(PREDICT, connection=connection, serializer=JSONSerializer).job_ids == [new.id]
 
@@ -107,22 +112,22 @@ def test_what_was_answered_well_is_reused_and_what_failed_is_made_anew(connectio
 def test_a_redis_that_is_away_is_said_at_once() -> None:
     start = time.monotonic()
     with pytest.raises(QueueUnavailable, match="is Redis running"):
-        PredictQueue(connect("redis://127.0.0.1:1")).enqueue([PAYLOAD])
+        PredictQueue(connect("redis://127.0.0.1:1")).enqueue([CHUNK])
     assert time.monotonic() - start < 3
 
 
 def test_an_annotator_overtakes_the_same_chunk_of_a_bulk(connection: Redis) -> None:
     queue = PredictQueue(connection)
-    payloads = [{"tasks": [{"id": number}]} for number in range(3)]
-    jobs = queue.enqueue(payloads)
-    queue.enqueue(payloads[2:], at_front=True)
+    chunks = [make_chunk({"id": number}) for number in range(3)]
+    jobs = queue.enqueue(chunks)
+    queue.enqueue(chunks[2:], at_front=True)
     waiting = Queue(PREDICT, connection=connection, serializer=JSONSerializer).job_ids
     assert waiting == [jobs[2].id, jobs[0].id, jobs[1].id]
 
 
 def test_jobs_are_as_large_as_the_smallest_worker_wants(connection: Redis) -> None:
     queue = PredictQueue(connection)
-    assert queue.batch_size() == 4
+    assert queue.get_batch_size() == 4
     for name, size in (("a", 16), ("b", 8)):
-        set_indexed(connection, READY_KEY, name, json.dumps({"batch_size": size}))
-    assert queue.batch_size() == 8
+        save_heartbeat(connection, READY_KEY, name, describe_worker("cpu", size))
+    assert queue.get_batch_size() == 8

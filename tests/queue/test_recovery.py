@@ -10,17 +10,22 @@ from rq.job import Job
 from rq.results import Result
 
 from backend.queue import recovery
-from backend.queue.allowed_job import PREDICT_FUNCTION
-from backend.queue.predict_queue import PREDICT, READY_KEY, PredictQueue, predict_queue
+from backend.queue.allowed_job import PREDICT_FUNCTION, make_queue
+from backend.queue.live_workers import READY_KEY
+from backend.queue.messages import ANSWER, Prediction
+from backend.queue.predict_queue import PREDICT, PredictQueue
 from backend.queue.recovery import LostChunk, Recovery
 from backend.queue.worker_loop import make_worker
 from backend.settings import Settings
+from tests.chunks import PREDICTION, make_answers, make_chunk, make_error
+
+ANSWERED = Prediction(**PREDICTION)
 
 
 def begin(connection: Redis, redis_url: str, worker: str) -> Job:
     """A job that a worker of this name has in hand."""
-    (job,) = PredictQueue(connection).enqueue([{"tasks": [{"id": 1}, {"id": 2}]}])
-    rq_worker = make_worker(Settings(redis_url=redis_url), PREDICT, worker)
+    (job,) = PredictQueue(connection).enqueue([make_chunk({"id": 1}, {"id": 2})])
+    rq_worker = make_worker(Settings(redis_url=redis_url), PREDICT, worker, {})
     taken, _ = rq_worker.dequeue_job_and_maintain_ttl(1)
     assert taken.id == job.id
     prepare_execution(rq_worker, taken)
@@ -30,41 +35,41 @@ def begin(connection: Redis, redis_url: str, worker: str) -> Job:
     return job
 
 
-def look(connection: Redis) -> None:
-    connection.delete(f"{recovery.LOCK_KEY}:{PREDICT}")
-    Recovery(connection, predict_queue(connection), READY_KEY).requeue_lost()
+def recover(connection: Redis) -> None:
+    connection.delete(recovery.LOCK_KEY + PREDICT)
+    Recovery(connection, make_queue(PREDICT, connection), READY_KEY).requeue_lost()
 
 
 def test_a_job_of_a_living_worker_stays(connection: Redis, redis_url: str) -> None:
     begin(connection, redis_url, "living")
     connection.set(READY_KEY + "living", 4)
-    look(connection)
-    assert predict_queue(connection).job_ids == []
+    recover(connection)
+    assert make_queue(PREDICT, connection).job_ids == []
 
 
 def test_a_job_of_a_dead_worker_goes_to_the_front_once(connection: Redis, redis_url: str) -> None:
     job = begin(connection, redis_url, "dead")
-    PredictQueue(connection).enqueue([{"tasks": [{"id": 3}]}])
-    look(connection)
-    look(connection)
-    assert predict_queue(connection).job_ids[0] == job.id
-    assert len(predict_queue(connection).job_ids) == 2
-    assert predict_queue(connection).fetch_job(job.id).func_name == PREDICT_FUNCTION
-    assert LostChunk(connection, job.id).deaths == 1
+    PredictQueue(connection).enqueue([make_chunk({"id": 3})])
+    recover(connection)
+    recover(connection)
+    assert make_queue(PREDICT, connection).job_ids[0] == job.id
+    assert len(make_queue(PREDICT, connection).job_ids) == 2
+    assert make_queue(PREDICT, connection).fetch_job(job.id).func_name == PREDICT_FUNCTION
+    assert LostChunk(connection, job.id).count_deaths() == 1
 
 
 def test_a_job_taken_but_not_begun_comes_back(
     connection: Redis, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (job,) = PredictQueue(connection).enqueue([{"tasks": [{"id": 1}]}])
-    queue = predict_queue(connection)
+    (job,) = PredictQueue(connection).enqueue([make_chunk({"id": 1})])
+    queue = make_queue(PREDICT, connection)
     connection.lmove(queue.key, IntermediateQueue.get_intermediate_queue_key(queue.key), "LEFT", "RIGHT")
-    look(connection)
+    recover(connection)
     assert queue.job_ids == []  # it may be a living worker's
     monkeypatch.setattr(recovery, "READY_TTL", 0.1)
     time.sleep(0.2)
-    look(connection)
-    look(connection)
+    recover(connection)
+    recover(connection)
     assert queue.job_ids == [job.id]
     assert connection.llen(IntermediateQueue.get_intermediate_queue_key(queue.key)) == 0
 
@@ -72,23 +77,24 @@ def test_a_job_taken_but_not_begun_comes_back(
 def test_the_task_in_hand_at_a_second_death_is_left_out(connection: Redis) -> None:
     chunk = LostChunk(connection, "some-job")
     chunk.record_death()
-    assert chunk.answers() == {}
-    chunk.begin(0)
-    chunk.keep(0, {"result": []})
-    chunk.begin(1)
+    assert chunk.load_answers() == {}
+    chunk.mark_started(0)
+    chunk.save_answer(0, ANSWERED)
+    chunk.mark_started(1)
     chunk.record_death()
-    assert chunk.deaths == 2
-    assert chunk.answers()[0] == {"result": []}
-    assert chunk.answers()[1]["error"]["code"] == "worker_died"
+    assert chunk.count_deaths() == 2
+    answers = chunk.load_answers()
+    assert answers[0] == ANSWERED
+    assert answers[1].error.code == "worker_died"
 
 
 def test_what_a_dead_worker_kept_does_not_answer_the_next_asking(connection: Redis) -> None:
     queue = PredictQueue(connection)
-    (job,) = queue.enqueue([{"tasks": [{"id": 1}]}])
+    (job,) = queue.enqueue([make_chunk({"id": 1})])
     chunk = LostChunk(connection, job.id)
     chunk.record_death()
-    chunk.keep(0, {"error": {"code": "image", "detail": "HTTP 503"}})
-    Result.create(job, Result.Type.SUCCESSFUL, 60, return_value={"answers": [{"error": {}}]})
-    queue.enqueue([{"tasks": [{"id": 1}]}])
-    assert chunk.deaths == 0
-    assert chunk.answers() == {}
+    chunk.save_answer(0, ANSWER.validate_python(make_error("HTTP 503")))
+    Result.create(job, Result.Type.SUCCESSFUL, 60, return_value=make_answers([make_error("HTTP 503")]))
+    queue.enqueue([make_chunk({"id": 1})])
+    assert chunk.count_deaths() == 0
+    assert chunk.load_answers() == {}

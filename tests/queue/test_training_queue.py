@@ -6,11 +6,11 @@ from redis import Redis
 
 from backend.monitoring.feedback import AnnotationEvent, AnnotationLog
 from backend.monitoring.project_stats import BOX_OUTCOMES, get_project_summaries, save_summary
-from backend.queue.allowed_job import FIT_FUNCTION
-from backend.queue.predict_queue import FIT
-from backend.queue.training_queue import TrainingQueue, training_queue
+from backend.queue.allowed_job import TRAIN_FUNCTION, make_queue
+from backend.queue.training_queue import FIT, TrainingQueue
 from backend.queue.worker_loop import make_worker
 from backend.settings import Settings
+from backend.training.training_job import train
 
 EVENTS = [
     (1, 10, "2026-01-01T10:00", False, {"car": [1, 0, 1, 0]}),
@@ -55,9 +55,9 @@ def test_a_second_click_returns_the_training_that_waits(connection: Redis) -> No
     trainings = TrainingQueue(connection)
     assert trainings.start("7", "encoder") == trainings.start("7", "all") == "fit-7"
     assert trainings.start("8", "encoder") == "fit-8"
-    (job, _) = training_queue(connection).jobs
-    assert (job.func_name, job.args[0]["project"], job.args[0]["train"]) == (FIT_FUNCTION, "7", "encoder")
-    assert [(row["project"], row["state"]) for row in trainings.all()] == [("7", "queued"), ("8", "queued")]
+    (job, _) = make_queue(FIT, connection).jobs
+    assert (job.func_name, job.args[0]["project"], job.args[0]["train"]) == (TRAIN_FUNCTION, "7", "encoder")
+    assert [(row["project"], row["state"]) for row in trainings.list_progress()] == [("7", "queued"), ("8", "queued")]
 
 
 @pytest.mark.timeout(60)
@@ -65,13 +65,11 @@ def test_a_training_that_is_over_makes_room_for_another(connection: Redis, redis
     settings = Settings(model="demo", model_dir=tmp_path, redis_url=redis_url)
     trainings = TrainingQueue(connection)
     trainings.start("7", "encoder")
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in settings.to_env().items():
-            patch.setenv(name, value)
-        make_worker(settings, FIT, "w").work(burst=True, max_jobs=1, logging_level="ERROR")
-    row = trainings.progress("7")
+    functions = {TRAIN_FUNCTION: lambda payload: train(settings, payload)}
+    make_worker(settings, FIT, "w", functions).work(burst=True, max_jobs=1, logging_level="ERROR")
+    row = trainings.get_progress("7")
     assert row["state"] == "failed"
     assert "does not answer" in row["text"] or "LABEL_STUDIO" in row["text"]
     trainings.start("7", "encoder")
-    assert trainings.progress("7")["state"] == "queued"
-    assert len(training_queue(connection).jobs) == 1
+    assert trainings.get_progress("7")["state"] == "queued"
+    assert len(make_queue(FIT, connection).jobs) == 1

@@ -11,17 +11,17 @@ CONFIG = (
 
 def test_the_demo_is_found_by_its_name() -> None:
     checkpoint = find_checkpoint("demo")
-    assert checkpoint.model_version().startswith("demo-")
+    assert checkpoint.make_model_version().startswith("demo-")
 
 
 def test_weights_prompts_and_thresholds_make_the_version(tmp_path) -> None:
     (tmp_path / "weights").write_bytes(b"1")
     first = find_checkpoint(str(tmp_path))
     plans = [None, *(read_plan(CONFIG, threshold, nms) for threshold, nms in [(0.3, 0.7), (0.4, 0.7), (0.3, 0.8)])]
-    versions = {first.model_version(plan) for plan in plans}
-    assert versions == {find_checkpoint(str(tmp_path)).model_version(plan) for plan in plans}
+    versions = {first.make_model_version(plan) for plan in plans}
+    assert versions == {find_checkpoint(str(tmp_path)).make_model_version(plan) for plan in plans}
     (tmp_path / "weights").write_bytes(b"2")
-    versions |= {find_checkpoint(str(tmp_path)).model_version(plan) for plan in plans}
+    versions |= {find_checkpoint(str(tmp_path)).make_model_version(plan) for plan in plans}
     assert len(versions) == 8
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from backend.errors import CheckpointError
 from backend.labelstudio.labeling_config import read_plan
-from backend.registry.versions import ABOUT, CURRENT, WEIGHTS, Version, VersionStore
+from backend.registry.versions import CURRENT, VERSION_FILE, WEIGHTS, Version, VersionStore
 
 CONFIG = (
     '<View><Image name="image" value="$image"/><RectangleLabels name="label" toName="image">'
@@ -38,9 +38,9 @@ def test_what_is_promoted_serves_and_rolling_back_goes_one_step(versions: Versio
     assert versions.get_serving("c") == first
     assert versions.roll_back() == ""
     assert versions.get_serving("c") is None
-    with pytest.raises(CheckpointError, match="as it came already"):
+    with pytest.raises(CheckpointError, match="by the base checkpoint already"):
         versions.roll_back()
-    assert [version.id for version in versions.all()] == [first.id, second.id]
+    assert [version.id for version in versions.list_versions()] == [first.id, second.id]
 
 
 def test_rolling_back_leads_to_what_served_before_not_to_what_was_learned_before(versions: VersionStore) -> None:
@@ -65,11 +65,11 @@ def test_a_damaged_version_is_refused_and_the_one_before_serves(versions: Versio
     elif damage == "gone":
         (folder / WEIGHTS).unlink()
     else:
-        row = json.loads((folder / ABOUT).read_text())
+        row = json.loads((folder / VERSION_FILE).read_text())
         del row["thresholds"]
-        (folder / ABOUT).write_text(json.dumps(row))
+        (folder / VERSION_FILE).write_text(json.dumps(row))
     assert versions.get_serving("c") == first
-    assert versions.all() == [first]
+    assert versions.list_versions() == [first]
     with pytest.raises(CheckpointError, match="damaged"):
         versions.promote(second.id)
 
@@ -83,8 +83,8 @@ def test_a_damaged_mark_leaves_the_checkpoint_as_it_came(versions: VersionStore)
 def test_another_checkpoint_or_another_project_of_the_same_number_is_not_served(versions: VersionStore) -> None:
     version = add(versions, 1)
     assert versions.get_serving("other") is None
-    assert versions.get_serving("c", created=2) is None
-    assert versions.get_serving("c", created=1) == version
+    assert versions.get_serving("c", created_at=2) is None
+    assert versions.get_serving("c", created_at=1) == version
 
 
 def test_a_disk_that_is_full_leaves_nothing_behind(versions: VersionStore) -> None:

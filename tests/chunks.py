@@ -1,0 +1,28 @@
+"""Chunks and answers for the tests of the queue and of what stands on it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from backend.labelstudio.labeling_config import Plan
+from backend.queue.messages import Chunk, ChunkAnswers, ChunkTask
+
+EMPTY_PLAN = Plan((), (), ())
+
+
+def make_chunk(*tasks: dict[str, Any], **changes: Any) -> Chunk:
+    """A chunk of tasks, each with `id` and perhaps `data`; its plan is empty unless it is given."""
+    fields = {"plan": EMPTY_PLAN, "model_version": "v", "checkpoint": "c", "version": None, **changes}
+    rows = [ChunkTask(id=task["id"], data=task.get("data", {}), prompt=task.get("prompt")) for task in tasks]
+    return Chunk(tasks=tuple(rows), **fields)
+
+
+def make_answers(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What a worker returns for a chunk."""
+    return ChunkAnswers.model_validate({"answers": answers}).model_dump()
+
+
+PREDICTION = {"result": [], "score": 0.0, "model_version": "v"}
+
+
+def make_error(detail: str, code: str = "image") -> dict[str, Any]:
+    return {"error": {"code": code, "detail": detail}}
