@@ -1,12 +1,12 @@
-"""The same numbers, sooner: parts of the model rewritten for inference, equal up to the rounding of floats.
+"""Faster replacements for modules of the model, for inference; results are equal up to the rounding of floats.
 
-`FoldedFusion`: the fusion layers join N picture tokens (thousands) with T text tokens (tens) in 1,024 columns. Matrix
-products associate, so the weights are multiplied onto the text instead, and a picture token meets heads x T columns.
-
-`GatheredAttention` (deformable.py): multi-scale deformable attention as a look-up of a few rows for each query.
-
-On the CPU `PackedLinear`, weights laid out once as oneDNN wants them with the activation fused in; on a GPU
-`FullPrecision`, which keeps what half precision would blur out of it.
+- `FoldedFusion`: the fusion layers attend between N image tokens (thousands) and T text tokens (tens) in 1,024 columns.
+  Matrix products associate, so the weights are multiplied with the text instead, and each image token meets only
+  heads x T columns.
+- `GatheredAttention` (in `deformable_attention`): multi-scale deformable attention as a lookup of a few rows per query.
+- `FusedAttention`: the decoder's other attention, in one kernel.
+- `PackedLinear` (CPU): weights in oneDNN's own layout, with the activation fused in.
+- `FullPrecision` (GPU): float32 for modules that half precision would make inaccurate.
 """
 
 from __future__ import annotations
@@ -21,36 +21,36 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from backend.detection.deformable_attention import GatheredAttention, SlicedLayer, compile_gather_plan, sample_rows
+from backend.detection.deformable_attention import GatheredAttention, SlicedLayer, compile_locate_samples, sample_rows
 
 log = logging.getLogger(__name__)
 
-LARGE = 20_000_000  # parameters; on a smaller model the parts rewritten for the CPU cost more than they save
+MIN_PARAMETERS_ON_CPU = 20_000_000  # parameters; in smaller models the replacements cost more time than they save
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # options of mallopt, from glibc's malloc.h
 
 
 def accelerate(model: Any) -> None:
-    """Replaces what is worth it in a Grounding DINO of either class, in place, for inference where it now lies."""
+    """Replaces modules of a Grounding DINO of either class, in place, for inference on the device where it lies."""
     if model.device.type == "cuda":
         accelerate_on_gpu(model)
-    elif model.device.type == "cpu" and sum(weight.numel() for weight in model.parameters()) >= LARGE:
+    elif model.device.type == "cpu" and sum(weight.numel() for weight in model.parameters()) >= MIN_PARAMETERS_ON_CPU:
         accelerate_on_cpu(model)
 
 
 def accelerate_on_cpu(model: Any) -> None:
-    """Exact up to the rounding of float32."""
-    _replace_attention(model, functools.partial(sample_rows, compile_gather_plan()))
+    """Replaces modules for inference on a CPU; exact up to the rounding of float32."""
+    _replace_attention(model, functools.partial(sample_rows, compile_locate_samples()))
     for layer in model.model.encoder.layers:
         layer.deformable_layer = SlicedLayer(layer.deformable_layer)
     if torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        for part in (model.model.backbone, model.model.encoder, model.model.decoder):
-            _pack_linears(part)
+        for module in (model.model.backbone, model.model.encoder, model.model.decoder):
+            _pack_linears(module)
 
 
 def accelerate_on_gpu(model: Any) -> None:
-    """Exact up to the rounding of the precision that autocast gives; boxes, scores and fusion stay in float32."""
-    _replace_attention(model, _gpu_sample(model.device))
+    """Replaces modules for inference on a GPU; boxes, scores and fusion stay in float32 under autocast."""
+    _replace_attention(model, _load_triton_kernel(model.device))
     for layer in model.model.encoder.layers:
         layer.fusion_layer.attn = FullPrecision(layer.fusion_layer.attn)
     for heads in (model.bbox_embed, model.class_embed, model.model.decoder.bbox_embed):
@@ -60,27 +60,27 @@ def accelerate_on_gpu(model: Any) -> None:
     model.model.encoder_output_class_embed = FullPrecision(model.model.encoder_output_class_embed)
 
 
-def _gpu_sample(device: torch.device) -> Callable[..., Tensor] | None:
-    """Our kernel; None, with a line in the log, where Triton is missing or cannot build it."""
+def _load_triton_kernel(device: torch.device) -> Callable[..., Tensor] | None:
+    """Returns our kernel after a trial run; None, with a warning, if Triton is missing or cannot compile it."""
     try:
         from backend.detection.deformable_attention_triton import sample
 
-        shapes, starts = torch.tensor([[2, 2]], device=device), torch.tensor([0], device=device)
-        numbers = {
-            "values": (1, 4, 16),
-            "reference": (1, 4, 1, 2),
-            "offsets": (1, 4, 1, 1, 4, 2),
-            "logits": (1, 4, 1, 4),
-        }
-        arguments = {name: torch.rand(size, device=device) for name, size in numbers.items()}
-        sample(**arguments, shapes=shapes, starts=starts)
-    except Exception as error:  # whatever a compiler that is missing or broken leads to
-        log.warning("no Triton that works (%s): deformable attention runs slower", type(error).__name__)
+        sample(
+            values=torch.rand(1, 4, 16, device=device),
+            reference=torch.rand(1, 4, 1, 2, device=device),
+            offsets=torch.rand(1, 4, 1, 1, 4, 2, device=device),
+            logits=torch.rand(1, 4, 1, 4, device=device),
+            shapes=torch.tensor([[2, 2]], device=device),
+            starts=torch.tensor([0], device=device),
+        )
+    except Exception as error:  # a missing or broken compiler raises many kinds
+        log.warning("Triton is unavailable (%s): deformable attention runs slower", type(error).__name__)
         return None
     return sample
 
 
 def _replace_attention(model: Any, sample: Callable[..., Tensor] | None) -> None:
+    """Replaces the attention of fusion and decoder; deformable attention too, unless `sample` is None."""
     for layer in model.model.encoder.layers:
         layer.fusion_layer.attn = FoldedFusion(layer.fusion_layer.attn)
         if sample:
@@ -93,9 +93,9 @@ def _replace_attention(model: Any, sample: Callable[..., Tensor] | None) -> None
 
 
 def keep_freed_memory(keep: bool = True) -> None:
-    """Whether glibc keeps the memory of large tensors for the next ones; does nothing where there is no glibc.
+    """Makes glibc keep the memory of freed tensors for later ones, or give it back; has no effect without glibc.
 
-    Handed back, it comes again as pages that the kernel has to clear: a third of a forward pass.
+    Memory that was given back returns as pages that the kernel has to clear, which takes a third of a forward pass.
     """
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
         libc = ctypes.CDLL(None)
@@ -103,8 +103,9 @@ def keep_freed_memory(keep: bool = True) -> None:
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1 if keep else 131_072)
 
 
-def _pack_linears(part: nn.Module) -> None:
-    for module in list(part.modules()):
+def _pack_linears(root: nn.Module) -> None:
+    """Replaces the linear layers below a module, those of FoldedFusion excepted: it uses their weights directly."""
+    for module in list(root.modules()):
         if isinstance(module, FoldedFusion):
             continue
         activation = _fused_activation(module)
@@ -116,7 +117,7 @@ def _pack_linears(part: nn.Module) -> None:
 
 
 def _fused_activation(module: nn.Module) -> str:
-    """What oneDNN calls the activation behind a module's `fc1`; "none" where there is none that it knows."""
+    """Returns oneDNN's name for the activation after a module's `fc1`; "none" if it does not support that one."""
     if type(getattr(module, "fc1", None)) is not nn.Linear:
         return "none"
     name = type(getattr(module, "activation_fn", None)).__name__.lower()
@@ -124,7 +125,7 @@ def _fused_activation(module: nn.Module) -> str:
 
 
 class FoldedFusion(nn.Module):
-    """Stands in for transformers' BiMultiHeadAttention; takes over its weights and returns no attention maps."""
+    """Replaces transformers' BiMultiHeadAttention; takes its weights over, returns no attention maps."""
 
     vision_proj: nn.Linear
     text_proj: nn.Linear
@@ -146,8 +147,8 @@ class FoldedFusion(nn.Module):
         vision_attention_mask: Tensor | None = None,
         text_attention_mask: Tensor | None = None,
     ) -> tuple[tuple[Tensor, None], tuple[Tensor, None]]:
-        """Fused features of the picture (batch, N, d) and of the text (batch, T, d); masks are true at padding."""
-        keys = self._heads(self.text_proj(text_features))
+        """Returns fused features of image (batch, N, d) and text (batch, T, d); the masks are true at padding."""
+        keys = self._split_heads(self.text_proj(text_features))
         by_head = self.vision_proj.weight.view(self.heads, self.width, -1)
         folded = torch.einsum("bthe,hed->bhtd", keys, by_head) * self.scale
         offset = torch.einsum("bthe,he->bht", keys, self.vision_proj.bias.view(self.heads, self.width)) * self.scale
@@ -156,35 +157,35 @@ class FoldedFusion(nn.Module):
         vision = self._to_vision(scores, text_features, text_attention_mask)
         return (vision, None), (self._to_text(scores, vision_features, vision_attention_mask), None)
 
-    def _heads(self, tensor: Tensor) -> Tensor:
+    def _split_heads(self, tensor: Tensor) -> Tensor:
         return tensor.view(*tensor.shape[:-1], self.heads, self.width)
 
     def _to_vision(self, scores: Tensor, text_features: Tensor, padding: Tensor | None) -> Tensor:
-        if _matters(padding):
+        if _is_padded(padding):
             scores = scores.masked_fill(padding[:, None, :, None], float("-inf"))
-        values = self._heads(self.values_text_proj(text_features))
+        values = self._split_heads(self.values_text_proj(text_features))
         by_head = self.out_vision_proj.weight.view(-1, self.heads, self.width)
         folded = torch.einsum("bthe,dhe->bhtd", values, by_head).flatten(1, 2)
         weights = scores.softmax(2).flatten(1, 2).transpose(1, 2)  # batch, N, heads x T
         return torch.baddbmm(self.out_vision_proj.bias, weights, folded)
 
     def _to_text(self, scores: Tensor, vision_features: Tensor, padding: Tensor | None) -> Tensor:
-        if _matters(padding):
+        if _is_padded(padding):
             scores = scores.masked_fill(padding[:, None, None, :], float("-inf"))
-        seen = torch.bmm(scores.softmax(-1).flatten(1, 2), vision_features).view(*scores.shape[:3], -1)
+        attended = torch.bmm(scores.softmax(-1).flatten(1, 2), vision_features).view(*scores.shape[:3], -1)
         by_head = self.values_vision_proj.weight.view(self.heads, self.width, -1)
-        values = torch.einsum("bhtd,hed->bthe", seen, by_head).flatten(2) + self.values_vision_proj.bias
+        values = torch.einsum("bhtd,hed->bthe", attended, by_head).flatten(2) + self.values_vision_proj.bias
         fused: Tensor = self.out_text_proj(values)
         return fused
 
 
-def _matters(padding: Tensor | None) -> TypeGuard[Tensor]:
-    """Whether anything is padded; to ask a GPU would be to wait for it."""
+def _is_padded(padding: Tensor | None) -> TypeGuard[Tensor]:
+    """Returns True if anything is padded, and for any mask on a GPU: reading it would wait for the GPU."""
     return padding is not None and (padding.is_cuda or bool(padding.any()))
 
 
 class FusedAttention(nn.Module):
-    """Stands in for transformers' MultiheadAttention, in one kernel; returns no attention maps."""
+    """Replaces transformers' MultiheadAttention with one kernel; takes its weights over, returns no attention maps."""
 
     query: nn.Linear
     key: nn.Linear
@@ -205,35 +206,43 @@ class FusedAttention(nn.Module):
         attention_mask: Tensor | None = None,
         output_attentions: bool = False,
     ) -> tuple[Tensor, None]:
-        """Queries (batch, Q, d), keys and values (batch, K, d), a mask to be added to the scores -> (batch, Q, d)."""
-        query, key, value = map(self._by_head, (self.query(queries), self.key(keys), self.value(values)))
-        seen = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
-        fused: Tensor = self.out_proj(seen.transpose(1, 2).flatten(2))
-        return fused, None
+        """Returns the attention output (batch, Q, d).
 
-    def _by_head(self, tensor: Tensor) -> Tensor:
+        Args:
+            queries: (batch, Q, d).
+            keys: (batch, K, d).
+            values: (batch, K, d).
+            attention_mask: added to the scores; it broadcasts to (batch, heads, Q, K).
+            output_attentions: ignored.
+        """
+        query, key, value = map(self._split_heads, (self.query(queries), self.key(keys), self.value(values)))
+        attended = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
+        output: Tensor = self.out_proj(attended.transpose(1, 2).flatten(2))
+        return output, None
+
+    def _split_heads(self, tensor: Tensor) -> Tensor:
         return tensor.view(*tensor.shape[:2], self.heads, -1).transpose(1, 2)
 
 
 class FullPrecision(nn.Module):
-    """Runs a part in float32 where autocast would not."""
+    """Runs a module in float32 where autocast would not."""
 
-    def __init__(self, part: nn.Module) -> None:
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.part = part
+        self.module = module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the part."""
+        """Takes and returns what the module does; float arguments are converted to float32."""
         with torch.autocast(next(iter((*args, *kwargs.values()))).device.type, enabled=False):
-            return self.part(*map(_full, args), **{name: _full(value) for name, value in kwargs.items()})
+            return self.module(*map(_to_float32, args), **{name: _to_float32(arg) for name, arg in kwargs.items()})
 
 
-def _full(value: Any) -> Any:
+def _to_float32(value: Any) -> Any:
     return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 class PackedLinear(nn.Module):
-    """A linear layer whose weights lie as oneDNN wants them, with an activation fused in; float32, inference."""
+    """A linear layer with its weights in oneDNN's layout and an activation fused in; float32, for inference only."""
 
     def __init__(self, linear: nn.Linear, activation: str = "none") -> None:
         super().__init__()
@@ -242,8 +251,8 @@ class PackedLinear(nn.Module):
         self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.data, None)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
-        packed: Tensor = torch.ops.mkldnn._linear_pointwise(
+        """Maps (..., in_features) to (..., out_features)."""
+        output: Tensor = torch.ops.mkldnn._linear_pointwise(
             hidden_states, self.packed, self.bias, self.activation, [], "none"
         )
-        return packed
+        return output

@@ -1,69 +1,84 @@
-"""Phrases -> the token ids that Grounding DINO reads, with each phrase's span known by construction."""
+"""Phrases -> the token ids of a caption, with the token span of each phrase known by construction."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from backend.errors import LabelingConfigError
 
-CLS, SEP, STOP, QUESTION = 101, 102, 1012, 1029  # transformers' Grounding DINO finds phrase borders by these BERT ids
-BORDERS = frozenset((CLS, SEP, STOP, QUESTION))
+CLS, SEP, STOP, QUESTION = 101, 102, 1012, 1029  # transformers' Grounding DINO splits a caption at these BERT ids
+DELIMITERS = frozenset((CLS, SEP, STOP, QUESTION))
 
 
 @dataclass(frozen=True)
 class Caption:
-    """Token ids of some phrases and, per phrase, its span [start, end) in them."""
+    """The text input of one forward pass.
+
+    Attributes:
+        phrases: the phrases in their order.
+        input_ids: the token ids, CLS and SEP included.
+        spans: for each phrase, the half-open range [start, end) of its tokens in `input_ids`.
+    """
 
     phrases: tuple[str, ...]
     input_ids: tuple[int, ...]
     spans: tuple[tuple[int, int], ...]
 
 
+@dataclass(frozen=True)
+class _TokenizedPhrase:
+    phrase: str
+    tokens: list[int]
+
+    @property
+    def length(self) -> int:
+        """Number of tokens that the phrase takes in a caption, its full stop included."""
+        return len(self.tokens) + 1
+
+
 def build_caption(tokenizer: Any, phrases: Sequence[str]) -> Caption:
-    """One caption of all phrases, whatever its length."""
-    return _join([(phrase, _tokens(tokenizer, phrase)) for phrase in phrases])
+    """Builds one caption of all phrases, of any length."""
+    return _join(_tokenize(tokenizer, phrases))
 
 
-def build_captions(tokenizer: Any, phrases: Sequence[str], most_tokens: int) -> list[Caption]:
-    """As few captions as hold all phrases in their order, each of at most `most_tokens`.
+def build_captions(tokenizer: Any, phrases: Sequence[str], max_tokens: int) -> list[Caption]:
+    """Packs the phrases in their order into as few captions as possible, each of at most `max_tokens` tokens.
 
     Raises:
-        LabelingConfigError: a phrase is too long for any caption.
+        LabelingConfigError: a phrase does not fit into a caption of its own.
     """
-    return [_join(rows) for rows in _pack([(phrase, _tokens(tokenizer, phrase)) for phrase in phrases], most_tokens)]
-
-
-Row = tuple[str, list[int]]
-
-
-def _tokens(tokenizer: Any, phrase: str) -> list[int]:
-    """A phrase's tokens without any that would end it; one unknown token where nothing is left."""
-    tokens = [t for t in tokenizer.encode(phrase, add_special_tokens=False) if t not in BORDERS]
-    return tokens or [tokenizer.unk_token_id]
-
-
-def _pack(rows: Sequence[Row], most_tokens: int) -> Iterator[list[Row]]:
-    room = most_tokens - 2  # CLS and SEP
-    packed: list[Row] = []
+    capacity = max_tokens - 2  # without CLS and SEP
+    captions: list[Caption] = []
+    pending: list[_TokenizedPhrase] = []
     used = 0
-    for phrase, tokens in rows:
-        if len(tokens) + 1 > room:
-            raise LabelingConfigError(f"the phrase {phrase[:60]!r}… makes {len(tokens)} tokens; at most {room - 1} fit")
-        if used + len(tokens) + 1 > room:
-            yield packed
-            packed, used = [], 0
-        packed.append((phrase, tokens))
-        used += len(tokens) + 1
-    if packed:
-        yield packed
+    for entry in _tokenize(tokenizer, phrases):
+        if entry.length > capacity:
+            raise LabelingConfigError(
+                f"the phrase {entry.phrase[:60]!r}… makes {len(entry.tokens)} tokens; at most {capacity - 1} fit"
+            )
+        if used + entry.length > capacity:
+            captions.append(_join(pending))
+            pending, used = [], 0
+        pending.append(entry)
+        used += entry.length
+    return [*captions, _join(pending)] if pending else captions
 
 
-def _join(rows: Sequence[Row]) -> Caption:
-    """Each phrase is closed by a full stop: without the last one the last phrase would not see itself."""
+def _tokenize(tokenizer: Any, phrases: Sequence[str]) -> list[_TokenizedPhrase]:
+    """Tokenizes each phrase, without tokens that would end it; one unknown token where none is left."""
+    tokenized = []
+    for phrase in phrases:
+        tokens = [t for t in tokenizer.encode(phrase, add_special_tokens=False) if t not in DELIMITERS]
+        tokenized.append(_TokenizedPhrase(phrase, tokens or [tokenizer.unk_token_id]))
+    return tokenized
+
+
+def _join(tokenized: Sequence[_TokenizedPhrase]) -> Caption:
+    """Joins phrases, each closed by a full stop: without the last one the last phrase could not attend to itself."""
     input_ids, spans = [CLS], []
-    for _, tokens in rows:
-        spans.append((len(input_ids), len(input_ids) + len(tokens)))
-        input_ids += [*tokens, STOP]
-    return Caption(tuple(phrase for phrase, _ in rows), (*input_ids, SEP), tuple(spans))
+    for entry in tokenized:
+        spans.append((len(input_ids), len(input_ids) + len(entry.tokens)))
+        input_ids += [*entry.tokens, STOP]
+    return Caption(tuple(entry.phrase for entry in tokenized), (*input_ids, SEP), tuple(spans))

@@ -1,11 +1,11 @@
-"""A hub id, a folder or an original `.pth` file -> model, tokenizer and picture format."""
+"""Loads a checkpoint: a hub id, a folder or an original `.pth` file -> model, tokenizer and image format."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -25,24 +25,34 @@ from backend.errors import CheckpointError
 
 ORIGINAL_TOKENIZER = "google-bert/bert-base-uncased"
 
-CLASSES = {
+MODEL_CLASSES = {  # by `model_type` in config.json
     "grounding-dino": GroundingDinoForObjectDetection,
     "mm-grounding-dino": MMGroundingDinoForObjectDetection,
 }
 
 
-def load_checkpoint(source: str) -> tuple[Any, Any, ImageFormat]:
-    """The model in float32, its tokenizer and the picture format it was trained with.
+class LoadedCheckpoint(NamedTuple):
+    """The arguments with which a `Detector` begins: model in float32, tokenizer, and the format of its images."""
+
+    model: Any
+    tokenizer: Any
+    image_format: ImageFormat
+
+
+def load_checkpoint(source: str) -> LoadedCheckpoint:
+    """Loads a checkpoint from a hub id, a folder or an original `.pth` file.
 
     Raises:
-        CheckpointError: nothing there, not of the Grounding DINO family, or damaged.
+        CheckpointError: there is no checkpoint, it is damaged, or it is not of the Grounding DINO family.
     """
     with _loading(source):
-        return load_model(source), AutoTokenizer.from_pretrained(_tokenizer_source(source)), _image_format(source)
+        model = load_model(source)
+        tokenizer = AutoTokenizer.from_pretrained(_tokenizer_source(source))
+        return LoadedCheckpoint(model, tokenizer, _image_format(source))
 
 
 def load_model(source: str) -> Any:
-    """The model alone, in float32, from a hub id, a folder or an original `.pth` file.
+    """Loads the model alone, in float32, from a hub id, a folder or an original `.pth` file.
 
     Raises:
         CheckpointError: as for `load_checkpoint`.
@@ -50,17 +60,17 @@ def load_model(source: str) -> Any:
     with _loading(source):
         if _is_original(source):
             return _convert_original(Path(source))
-        kind = AutoConfig.from_pretrained(source).model_type
-        if kind not in CLASSES:
-            raise CheckpointError(f"MODEL={source} is a {kind!r}; it must be one of {', '.join(CLASSES)}")
-        return CLASSES[kind].from_pretrained(source).float()
+        model_type = AutoConfig.from_pretrained(source).model_type
+        if model_type not in MODEL_CLASSES:
+            raise CheckpointError(f"MODEL={source} is a {model_type!r}; it must be one of {', '.join(MODEL_CLASSES)}")
+        return MODEL_CLASSES[model_type].from_pretrained(source).float()
 
 
 def load_weights_into(model: Any, path: Path) -> Any:
-    """The model with the tensors of a safetensors file in place of its own of the same names.
+    """Replaces the model's parameters with the tensors of the same names in a safetensors file; returns the model.
 
     Raises:
-        CheckpointError: the file does not fit the model.
+        CheckpointError: the file cannot be read or does not fit the model.
     """
     parameters = dict(model.named_parameters())
     try:
@@ -81,33 +91,35 @@ def _convert_original(path: Path) -> Any:
     model, info = GroundingDinoForObjectDetection.from_pretrained(
         None, config=infer_config(state), state_dict=convert_state_dict(state), output_loading_info=True
     )
-    wrong = sorted({*info["missing_keys"], *info["unexpected_keys"], *map(str, info["mismatched_keys"])})
-    if wrong:
-        raise CheckpointError(f"MODEL={path} does not fit the architecture: {len(wrong)} tensors, such as {wrong[0]}")
+    mismatches = sorted({*info["missing_keys"], *info["unexpected_keys"], *map(str, info["mismatched_keys"])})
+    if mismatches:
+        raise CheckpointError(
+            f"MODEL={path} does not fit the architecture: {len(mismatches)} tensors, such as {mismatches[0]}"
+        )
     return model.float()
 
 
 def _tokenizer_source(source: str) -> str:
-    """An original file brings no vocabulary: it may lie beside it, and is that of BERT otherwise."""
+    """Returns where to load the tokenizer from; an original file holds none, so from its folder or from BERT."""
     if not _is_original(source):
         return source
     folder = Path(source).parent
-    beside = any((folder / name).exists() for name in ("tokenizer.json", "vocab.txt"))
-    return str(folder) if beside else ORIGINAL_TOKENIZER
+    has_vocabulary = any((folder / name).exists() for name in ("tokenizer.json", "vocab.txt"))
+    return str(folder) if has_vocabulary else ORIGINAL_TOKENIZER
 
 
 def _image_format(source: str) -> ImageFormat:
     if _is_original(source):
         return ImageFormat()
-    wanted = GroundingDinoImageProcessorPil.from_pretrained(source)
-    edges = wanted.size
-    mean, std = tuple(wanted.image_mean), tuple(wanted.image_std)
+    processor = GroundingDinoImageProcessorPil.from_pretrained(source)
+    edges = processor.size
+    mean, std = tuple(processor.image_mean), tuple(processor.image_std)
     return ImageFormat(edges["shortest_edge"], edges["longest_edge"], mean, std)
 
 
 @contextlib.contextmanager
 def _loading(source: str) -> Iterator[None]:
-    """Keeps transformers from drawing bars and tables; makes one line that says what to do of whatever goes wrong."""
+    """Silences the progress bars and tables of transformers; turns any failure into one line that says what to do."""
     logging.disable_progress_bar()
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)

@@ -1,7 +1,7 @@
-"""The reference implementation's checkpoints (GroundingDINO_SwinT_OGC.pth, SwinB_cogcoor, fine-tunes) for transformers.
+"""Converts original checkpoints (GroundingDINO_SwinT_OGC.pth, SwinB_cogcoor, fine-tuned ones) for transformers.
 
-The configuration is read off the tensors' shapes; names follow the state dict of IDEA-Research/GroundingDINO. The
-result uses transformers' saved names, which every version of it translates on loading.
+Original names follow the state dict of IDEA-Research/GroundingDINO; the configuration is inferred from the shapes of
+the tensors. The result has the names that transformers saves, which each of its versions translates on loading.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,13 +18,13 @@ from transformers import BertConfig, GroundingDinoConfig, SwinConfig
 
 from backend.errors import CheckpointError
 
-ATTENTION_HEADS = 8  # cannot be read off a shape; all published models have eight
+ATTENTION_HEADS = 8  # no shape shows it; all published models have eight
 
-DROPPED = re.compile(r"bert\.pooler\.|bert\.embeddings\.position_ids$|.*relative_position_index$|label_enc\.")
+UNUSED_TENSORS = re.compile(r"bert\.pooler\.|bert\.embeddings\.position_ids$|.*relative_position_index$|label_enc\.")
 SWIN = "model.backbone.conv_encoder.model."
 
-# Tried in order on each name; every rule that fits is applied.
-RENAMED: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
+# Applied in this order to each name; several rules may match.
+RENAMING_RULES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"^bert\.", "model.text_backbone."),
     (r"^feat_map\.", "model.text_projection."),
     (r"^input_proj\.", "model.input_proj_vision."),
@@ -68,10 +67,10 @@ RENAMED: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """The tensors of a `.pth` file, under the key `model` or bare, without the prefix `module.`.
+    """Loads the tensors of a `.pth` file, at the top level or under the key `model`, without the prefix `module.`.
 
     Raises:
-        CheckpointError: the file is damaged, holds code instead of tensors alone, or is no Grounding DINO.
+        CheckpointError: the file is damaged, contains code, or is not an original Grounding DINO checkpoint.
     """
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -88,35 +87,37 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
 
 def convert_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Original names -> the names that transformers saves; joined attention weights are split in three."""
+    """Renames tensors from the original names to those that transformers saves; splits joined attention weights."""
     return {
         _rename(name): tensor
-        for original, whole in state.items()
-        if not DROPPED.match(original)
-        for name, tensor in _split(original, whole)
+        for original, joined in state.items()
+        if not UNUSED_TENSORS.match(original)
+        for name, tensor in _split_attention(original, joined)
     }
 
 
-def _split(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+def _split_attention(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Splits a tensor that holds query, key and value in three; yields any other as it is."""
     joined = re.search(r"in_proj_(weight|bias)$|qkv\.(weight|bias)$", name)
     if not joined:
         yield name, tensor
         return
     kind = joined[1] or joined[2]
-    for part, third in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
-        yield f"{name[: joined.start()]}{part}.{kind}", third.contiguous()
+    for projection, third in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
+        yield f"{name[: joined.start()]}{projection}.{kind}", third.contiguous()
 
 
 def _rename(name: str) -> str:
-    for pattern, replacement in RENAMED:
+    for pattern, replacement in RENAMING_RULES:
         name = re.sub(pattern, replacement, name)
     return name
 
 
 def infer_config(state: Mapping[str, Tensor]) -> GroundingDinoConfig:
-    """The configuration that fits the tensors' shapes."""
+    """Infers the model's configuration from the names and shapes of its original tensors."""
 
     def count(pattern: str) -> int:
+        """Counts numbered modules; the pattern captures the number."""
         return 1 + max(int(m[1]) for name in state if (m := re.match(pattern, name)))
 
     level_embed, offsets = state["transformer.level_embed"], "self_attn.sampling_offsets.bias"
@@ -139,7 +140,7 @@ def infer_config(state: Mapping[str, Tensor]) -> GroundingDinoConfig:
     )
 
 
-def _swin_config(state: Mapping[str, Tensor], count: Any) -> SwinConfig:
+def _swin_config(state: Mapping[str, Tensor], count: Callable[[str], int]) -> SwinConfig:
     stages = count(r"backbone\.0\.layers\.(\d+)\.")
     tables = [state[f"backbone.0.layers.{i}.blocks.0.attn.relative_position_bias_table"] for i in range(stages)]
     embed_dim = len(state["backbone.0.patch_embed.proj.weight"])
@@ -154,10 +155,10 @@ def _swin_config(state: Mapping[str, Tensor], count: Any) -> SwinConfig:
     )
 
 
-def _bert_config(state: Mapping[str, Tensor], count: Any) -> BertConfig:
-    words, width = state["bert.embeddings.word_embeddings.weight"].shape
+def _bert_config(state: Mapping[str, Tensor], count: Callable[[str], int]) -> BertConfig:
+    vocabulary_size, width = state["bert.embeddings.word_embeddings.weight"].shape
     return BertConfig(
-        vocab_size=words,
+        vocab_size=vocabulary_size,
         hidden_size=width,
         num_hidden_layers=count(r"bert\.encoder\.layer\.(\d+)\."),
         num_attention_heads=max(width // 64, 1),

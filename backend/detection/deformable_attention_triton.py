@@ -1,6 +1,6 @@
-"""Multi-scale deformable attention on a GPU: one Triton kernel from raw offsets and logits to what each query sees.
+"""Multi-scale deformable attention for a GPU: one Triton kernel from offsets and logits to the attention output.
 
-Nothing lies between in memory: the softmax, the bilinear weights and the weighted sum stay in registers.
+No intermediate result reaches memory: the softmax, the bilinear weights and the weighted sum stay in registers.
 """
 
 from __future__ import annotations
@@ -10,16 +10,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 16  # queries of one program
+BLOCK = 16  # queries per program
 
 
 def sample(
     values: Tensor, reference: Tensor, offsets: Tensor, logits: Tensor, shapes: Tensor, starts: Tensor
 ) -> Tensor:
-    """As `deformable_attention.sample_rows`, for any float type; the heads' width is a power of two."""
+    """Returns the weighted sums (batch, queries, d) of the values (batch, tokens, d) at each query's samples.
+
+    Equal to `deformable_attention.sample_rows` with `locate_samples`, which describes the other arguments. Accepts any
+    float type; the width of a head (d / heads) has to be a power of two.
+    """
     batch, tokens, width = values.shape
     _, queries, heads, levels, points, _ = offsets.shape
-    seen = torch.empty(batch, queries, width, dtype=values.dtype, device=values.device)
+    output = torch.empty(batch, queries, width, dtype=values.dtype, device=values.device)
     _sample[(triton.cdiv(queries, BLOCK), heads, batch)](
         values.contiguous(),
         reference.contiguous(),
@@ -27,7 +31,7 @@ def sample(
         logits.contiguous(),
         shapes,
         starts,
-        seen,
+        output,
         tokens,
         queries,
         HEADS=heads,
@@ -37,7 +41,7 @@ def sample(
         WIDTH=width // heads,
         BLOCK=BLOCK,
     )
-    return seen
+    return output
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -48,7 +52,7 @@ def _sample(  # type: ignore[no-untyped-def]
     logits,
     shapes,
     starts,
-    seen,
+    output,
     tokens,
     queries,
     HEADS: tl.constexpr,
@@ -58,39 +62,41 @@ def _sample(  # type: ignore[no-untyped-def]
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program: BLOCK queries, one head, one picture; everything lies in memory as `sample` has it."""
+    """Computes BLOCK queries of one head and one image; all tensors are contiguous, in the layout of `sample`."""
     query = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    head, picture = tl.program_id(1), tl.program_id(2)
-    real = query < queries
-    row = picture * queries + query
+    head, image = tl.program_id(1), tl.program_id(2)
+    is_query = query < queries  # the last block may reach beyond the last query
+    row = image * queries + query
     first_sample = (row * HEADS + head) * LEVELS * POINTS
-    column = tl.arange(0, WIDTH)
+    channel = tl.arange(0, WIDTH)
     sample_number = tl.arange(0, SAMPLES)[None, :]
-    present = sample_number < LEVELS * POINTS
-    scores = tl.load(logits + first_sample[:, None] + sample_number, mask=real[:, None] & present, other=0.0)
-    scores = tl.where(present, scores.to(tl.float32), float("-inf"))
+    is_sample = sample_number < LEVELS * POINTS
+    scores = tl.load(logits + first_sample[:, None] + sample_number, mask=is_query[:, None] & is_sample, other=0.0)
+    scores = tl.where(is_sample, scores.to(tl.float32), float("-inf"))
     highest = tl.max(scores, 1)
     total = tl.sum(tl.exp(scores - highest[:, None]), 1)
     sums = tl.zeros((BLOCK, WIDTH), tl.float32)
     for level in tl.static_range(LEVELS):
         height = tl.load(shapes + 2 * level).to(tl.int32)
         width = tl.load(shapes + 2 * level + 1).to(tl.int32)
-        table = values + ((picture * tokens + tl.load(starts + level)) * HEADS + head) * WIDTH
+        table = values + ((image * tokens + tl.load(starts + level)) * HEADS + head) * WIDTH
         centre = reference + (row * LEVELS + level) * 2
-        centre_x = tl.load(centre, mask=real, other=0.0) * width - 0.5
-        centre_y = tl.load(centre + 1, mask=real, other=0.0) * height - 0.5
+        centre_x = tl.load(centre, mask=is_query, other=0.0) * width - 0.5
+        centre_y = tl.load(centre + 1, mask=is_query, other=0.0) * height - 0.5
         for point in tl.static_range(POINTS):
-            place = first_sample + level * POINTS + point
-            share = tl.exp(tl.load(logits + place, mask=real, other=0.0).to(tl.float32) - highest) / total
-            x = centre_x + tl.load(offsets + 2 * place, mask=real, other=0.0).to(tl.float32)
-            y = centre_y + tl.load(offsets + 2 * place + 1, mask=real, other=0.0).to(tl.float32)
+            sample_index = first_sample + level * POINTS + point
+            attention = (
+                tl.exp(tl.load(logits + sample_index, mask=is_query, other=0.0).to(tl.float32) - highest) / total
+            )
+            x = centre_x + tl.load(offsets + 2 * sample_index, mask=is_query, other=0.0).to(tl.float32)
+            y = centre_y + tl.load(offsets + 2 * sample_index + 1, mask=is_query, other=0.0).to(tl.float32)
             left, top = tl.floor(x), tl.floor(y)
             for corner in tl.static_range(4):
-                across, down = left + corner % 2, top + corner // 2
-                inside = real & (across >= 0) & (across < width) & (down >= 0) & (down < height)
-                weight = tl.where(inside, share * (1 - tl.abs(x - across)) * (1 - tl.abs(y - down)), 0.0)
-                token = tl.where(inside, down * width + across, 0.0).to(tl.int32)
-                cells = table + token[:, None] * HEADS * WIDTH + column[None, :]
+                column, line = left + corner % 2, top + corner // 2
+                inside = is_query & (column >= 0) & (column < width) & (line >= 0) & (line < height)
+                weight = tl.where(inside, attention * (1 - tl.abs(x - column)) * (1 - tl.abs(y - line)), 0.0)
+                token = tl.where(inside, line * width + column, 0.0).to(tl.int32)
+                cells = table + token[:, None] * HEADS * WIDTH + channel[None, :]
                 sums += weight[:, None] * tl.load(cells, mask=inside[:, None], other=0.0).to(tl.float32)
-    out = seen + (row[:, None] * HEADS + head) * WIDTH + column[None, :]
-    tl.store(out, sums.to(seen.dtype.element_ty), mask=real[:, None])
+    output_cells = output + (row[:, None] * HEADS + head) * WIDTH + channel[None, :]
+    tl.store(output_cells, sums.to(output.dtype.element_ty), mask=is_query[:, None])

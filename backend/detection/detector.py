@@ -1,7 +1,7 @@
-"""Grounding DINO inference: preprocess, forward, postprocess.
+"""Grounding DINO inference: images and labels in, detections out.
 
 The score of a phrase is the mean of the sigmoids over its token span, as in the reference implementation's evaluation
-on COCO; the score of a label is the best of its phrases, and a box carries its best label.
+on COCO. The score of a label is that of its best phrase, and a box gets its best label.
 """
 
 from __future__ import annotations
@@ -10,37 +10,49 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from backend.boxes import Detection, clip, cxcywh_to_xyxy, non_max_suppression
+from backend.boxes import Detection, clip_box, cxcywh_to_xyxy, non_max_suppression
 from backend.detection.acceleration import accelerate
 from backend.detection.captions import Caption, build_captions
-from backend.detection.preprocess import ImageFormat, ModelInput, Size, prepare_image
+from backend.detection.device import with_index
+from backend.detection.preprocess import ImageFormat, ModelInput, Size, make_model_input
 from backend.errors import ImageError
 from backend.labelstudio.labeling_config import Label
 from backend.metrics import BATCH_IMAGES
 
 log = logging.getLogger(__name__)
 
-MAX_BATCH_SIZE = 16  # pictures; more keep an annotator waiting without being much faster each
-BATCH_SECONDS = 1.0  # that a batch may take, for the same reason
+MAX_BATCH_SIZE = 16  # images; in larger batches an annotator waits longer and an image is hardly faster
+MAX_BATCH_SECONDS = 1.0  # duration of one forward pass, for the same reason
+MAX_TIMED_PASSES = 3  # passes that find_batch_size measures
 
-NEGATIVE = "\0"  # the name of what is looked for only to be dropped; no label's
-DetectionsOrError = list[Detection] | ImageError  # what is in one picture, or why it could not be looked at
+DetectionsOrError = list[Detection] | ImageError  # of one image
+
+
+@dataclass(frozen=True)
+class NegativeLabel(Label):
+    """A negative phrase as a label: its boxes become `NegativeDetection`."""
+
+
+@dataclass(frozen=True)
+class NegativeDetection(Detection):
+    """A box that fits a negative phrase best: it takes part in non-maximum suppression and is then dropped."""
 
 
 def phrase_scores(logits: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
-    """Token logits (..., tokens) -> phrase scores (..., phrases) in 0..1."""
+    """Computes phrase scores (..., phrases) in 0..1 from token logits (..., tokens)."""
     probabilities = logits.sigmoid()
     return torch.stack([probabilities[..., start:end].mean(-1) for start, end in spans], dim=-1)
 
 
 class SharedBackbone(nn.Module):
-    """The picture backbone; all captions of one batch share what it computed for the first."""
+    """Wraps the image backbone so that all captions of a batch share one pass through it."""
 
     def __init__(self, backbone: Any) -> None:
         super().__init__()
@@ -49,20 +61,27 @@ class SharedBackbone(nn.Module):
         self._features: tuple[list[Any], list[Any]] = ([], [])
 
     def forward(self, pixel_values: Tensor, pixel_mask: Tensor) -> tuple[list[Any], list[Any]]:
-        """As the backbone; the same tensor object again costs nothing."""
+        """Returns what the backbone returns; computes it only if `pixel_values` is another tensor object."""
         if self._pixels is not pixel_values:
             self._pixels, self._features = pixel_values, self.backbone(pixel_values, pixel_mask)
-        return list(self._features[0]), list(self._features[1])  # the model appends to them
+        return list(self._features[0]), list(self._features[1])  # copies: the model appends to them
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """Frees the features of the last batch."""
         self._pixels, self._features = None, ([], [])
 
 
 class Detector:
-    """A model that answers for pictures of any shape and labels of any number; not thread-safe, but for `prepare`.
+    """Grounding DINO on one device, for images of any size and any number of labels.
 
-    It takes the model over: some of its parts are replaced by faster ones that cannot be trained or saved.
+    Not thread-safe, except for `prepare_image`. Takes the model over: some of its modules are replaced by faster ones
+    that can be neither trained nor saved.
+
+    Attributes:
+        device: where the model runs; a GPU always has its index.
+        precision: of the parts that tolerate a reduced one; set to float32 at the first NaN.
+        batch_size: maximum number of images in one forward pass.
+        on_forward: called before each forward pass.
     """
 
     def __init__(
@@ -73,159 +92,181 @@ class Detector:
         device: str = "cpu",
         precision: torch.dtype = torch.float32,
     ) -> None:
-        self.model = model.to(device).eval()
+        self.device = with_index(device)
+        self.model = model.to(self.device).eval()
         self.tokenizer = tokenizer
         self.image_format = image_format
-        self.device = torch.device(device)
         if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)  # where Triton and pinned memory go
+            torch.cuda.set_device(self.device)  # Triton and pinned memory use the current device
         self.precision = precision
-        self.batch_size = MAX_BATCH_SIZE  # pictures in one forward pass, at most
-        self.on_forward: Callable[[], object] = lambda: None  # called before every forward pass
+        self.batch_size = MAX_BATCH_SIZE
+        self.on_forward: Callable[[], object] = lambda: None
         accelerate(self.model)
         self.backbone = SharedBackbone(model.model.backbone)
         self.model.model.backbone = self.backbone
         self._strides = _strides(model.config)
 
     def find_batch_size(self) -> int:
-        """How many pictures a batch may hold: what takes a second and fits in memory. Also warms the model up."""
+        """Finds the largest batch that fits in memory and takes about a second at most; also warms the model up.
+
+        It is measured on a blank image with one short phrase; larger images may need smaller batches.
+        """
         labels, blank = [Label("object", ("object",), 0.5)], Image.new("RGB", (400, 300))
+        self.detect([blank], labels)  # not timed: the first pass loads libraries and compiles kernels
         seconds: list[float] = []
-        while sum(seconds) < BATCH_SECONDS and len(seconds) < 3:  # the first also sets up what is set up lazily
+        while sum(seconds) < MAX_BATCH_SECONDS and len(seconds) < MAX_TIMED_PASSES:
             start = time.perf_counter()
             self.detect([blank], labels)
             seconds.append(time.perf_counter() - start)
-        size = max(min(int(BATCH_SECONDS / min(seconds)), MAX_BATCH_SIZE), 1)
-        while self.device.type != "cpu" and not self._fits([self.prepare(blank)] * size):
-            size //= 2
+        size = max(min(int(MAX_BATCH_SECONDS / min(seconds)), MAX_BATCH_SIZE), 1)
+        if self.device.type == "cpu":
+            return size
+        model_input, caption = self.prepare_image(blank), self._build_captions(["object"])[0]
+        while size > 1:
+            try:
+                self._forward(self._stack_pixels([model_input] * size), caption)
+                break
+            except torch.OutOfMemoryError:
+                size //= 2
+            finally:
+                self._free_memory()
         return size
 
-    def _fits(self, batch: Sequence[ModelInput]) -> bool:
-        try:
-            self._forward(self._stacked(batch), self._captions(["object"])[0])
-        except torch.OutOfMemoryError:
-            return len(batch) == 1
-        finally:
-            self._free()
-        return True
+    def prepare_image(self, image: Image.Image, size: Size | None = None) -> ModelInput:
+        """Preprocesses an RGB image.
 
-    def prepare(self, image: Image.Image, size: Size | None = None) -> ModelInput:
-        """An RGB picture as the model reads it; `size` is the original's, where `image` is a reduced copy."""
-        return prepare_image(image, size or image.size, self.image_format, self._strides, self.model.config.num_queries)
+        Args:
+            image: the original or a reduced copy of it.
+            size: width and height of the original in pixels, if `image` is a reduced copy.
+        """
+        min_tokens = self.model.config.num_queries
+        return make_model_input(image, size or image.size, self.image_format, self._strides, min_tokens)
 
     def detect(
         self,
         images: Sequence[Image.Image],
         labels: Sequence[Label],
-        negatives: Sequence[str] = (),
+        negative_phrases: Sequence[str] = (),
         nms_iou: float = 1.0,
     ) -> list[list[Detection]]:
-        """As `detect_inputs`, for RGB pictures of any size.
+        """Detects objects on RGB images of any size; arguments and order as for `detect_inputs`.
 
         Raises:
-            ImageError: a picture needs more memory than there is.
-            LabelingConfigError: a phrase is longer than the model reads.
+            ImageError: an image does not fit in memory.
+            LabelingConfigError: a phrase is longer than a caption may be.
         """
-        found = self.detect_inputs([self.prepare(image) for image in images], labels, negatives, nms_iou)
-        for error in found:
-            if isinstance(error, ImageError):
-                raise error
-        return found  # type: ignore[return-value]
+        inputs = [self.prepare_image(image) for image in images]
+        all_detections: list[list[Detection]] = []
+        for detections in self.detect_inputs(inputs, labels, negative_phrases, nms_iou):
+            if isinstance(detections, ImageError):
+                raise detections
+            all_detections.append(detections)
+        return all_detections
 
     def detect_inputs(
         self,
-        pictures: Sequence[ModelInput],
+        inputs: Sequence[ModelInput],
         labels: Sequence[Label],
-        negatives: Sequence[str] = (),
+        negative_phrases: Sequence[str] = (),
         nms_iou: float = 1.0,
     ) -> list[DetectionsOrError]:
-        """Boxes of `labels` in each picture, best first, one label a box, scores at or above the label's threshold.
+        """Detects objects on prepared images.
 
         Args:
-            pictures: only those of equal size share a batch: padding changes scores.
-            labels: what to look for; a phrase that two labels share counts for the first.
-            negatives: phrases that attract false boxes; a box that fits one of them best is dropped.
-            nms_iou: of boxes whose IoU is above it only the best stays, whatever their labels.
+            inputs: prepared images. Only equal-sized ones share a batch, because padding would change scores.
+            labels: what to detect; a phrase that two labels share counts for the first.
+            negative_phrases: phrases that attract false boxes; a box that fits one of them best is dropped.
+            nms_iou: maximum IoU of two boxes of an image, whatever their labels; of two that overlap more, the better
+                stays. 1 keeps all.
 
         Returns:
-            For each picture its boxes in pixels of the original, or why it could not be looked at.
+            For each image its detections, best first, with boxes in pixels of the original, one label per box and
+            scores at or above the label's threshold; or an error if the image does not fit in memory.
 
         Raises:
-            LabelingConfigError: a phrase is longer than the model reads.
+            LabelingConfigError: a phrase is longer than a caption may be.
         """
-        lowest = min((label.threshold for label in labels), default=1.0)
-        asked = [*labels, *(Label(NEGATIVE, (phrase,), lowest) for phrase in negatives)]
-        owners = {phrase: label for label in reversed(asked) for phrase in label.phrases}
-        captions = self._captions(list(dict.fromkeys(phrase for label in asked for phrase in label.phrases)))
-        found: list[DetectionsOrError] = [[] for _ in pictures]
-        for indices in _equal_sized(pictures, self.batch_size):
-            answers = self._detect_batch([pictures[i] for i in indices], captions, owners)
-            for i, answer in zip(indices, answers, strict=True):
-                found[i] = answer if isinstance(answer, ImageError) else _best(answer, nms_iou)
-        return found
+        min_threshold = min((label.threshold for label in labels), default=1.0)
+        negatives = [NegativeLabel(phrase, (phrase,), min_threshold) for phrase in negative_phrases]
+        label_by_phrase: dict[str, Label] = {}
+        for label in (*labels, *negatives):
+            for phrase in label.phrases:
+                label_by_phrase.setdefault(phrase, label)
+        captions = self._build_captions(list(label_by_phrase))
+        results: dict[int, DetectionsOrError] = {}
+        for indices in _group_by_size(inputs, self.batch_size):
+            batch = {index: inputs[index] for index in indices}
+            results.update(self._detect_batch(batch, captions, label_by_phrase))
+        return [_suppress(results[index], nms_iou) for index in range(len(inputs))]
 
-    def _captions(self, phrases: Sequence[str]) -> list[Caption]:
+    def _build_captions(self, phrases: Sequence[str]) -> list[Caption]:
         return build_captions(self.tokenizer, phrases, self.model.config.max_text_len)
 
     def _detect_batch(
-        self, batch: Sequence[ModelInput], captions: Sequence[Caption], owners: Mapping[str, Label]
-    ) -> list[DetectionsOrError]:
-        """All boxes of each picture; where memory runs out, of half the batch after the other."""
+        self, batch: Mapping[int, ModelInput], captions: Sequence[Caption], label_by_phrase: Mapping[str, Label]
+    ) -> Mapping[int, DetectionsOrError]:
+        """Detects on equal-sized images by their index; if memory runs out, on each half of them in turn."""
         try:
-            return list(self._detect_together(batch, captions, owners))
+            return self._detect_together(batch, captions, label_by_phrase)
         except torch.OutOfMemoryError:
-            self._free()
+            self._free_memory()
         if len(batch) == 1:
-            return [ImageError(f"the picture needs more memory than {self.device} has; give it another DEVICE")]
-        log.warning("%s is out of memory with %d pictures; going on with half of them", self.device, len(batch))
-        half = len(batch) // 2
-        return [f for part in (batch[:half], batch[half:]) for f in self._detect_batch(part, captions, owners)]
+            error = ImageError(f"the image needs more memory than {self.device} has; give it another DEVICE")
+            return dict.fromkeys(batch, error)
+        log.warning("%s is out of memory with a batch of %d images; retrying with half", self.device, len(batch))
+        indices, half = list(batch), len(batch) // 2
+        results: dict[int, DetectionsOrError] = {}
+        for half_indices in (indices[:half], indices[half:]):
+            half_batch = {index: batch[index] for index in half_indices}
+            results.update(self._detect_batch(half_batch, captions, label_by_phrase))
+        return results
 
     def _detect_together(
-        self, batch: Sequence[ModelInput], captions: Sequence[Caption], owners: Mapping[str, Label]
-    ) -> list[list[Detection]]:
-        pixel_values = self._stacked(batch)
+        self, batch: Mapping[int, ModelInput], captions: Sequence[Caption], label_by_phrase: Mapping[str, Label]
+    ) -> dict[int, list[Detection]]:
+        """Runs one forward pass per caption over equal-sized images; returns the detections by index."""
+        pixel_values = self._stack_pixels(list(batch.values()))
         BATCH_IMAGES.observe(len(batch))
-        found: list[list[Detection]] = [[] for _ in batch]
+        detections: dict[int, list[Detection]] = {index: [] for index in batch}
         for caption in captions:
             logits, boxes_cxcywh = self._forward(pixel_values, caption)
             scores, best = phrase_scores(logits, caption.spans).max(-1)
-            labels = [owners[phrase] for phrase in caption.phrases]
-            for i, prepared in enumerate(batch):
-                found[i] += _detections(scores[i], best[i], boxes_cxcywh[i], prepared, labels)
-        self.backbone.forget()
-        return found
+            labels = [label_by_phrase[phrase] for phrase in caption.phrases]
+            for row, (index, model_input) in enumerate(batch.items()):
+                detections[index] += _to_detections(scores[row], best[row], boxes_cxcywh[row], model_input, labels)
+        self.backbone.clear()
+        return detections
 
-    def _stacked(self, batch: Sequence[ModelInput]) -> Tensor:
-        """Pixel values (pictures, 3, height, width) on the device."""
-        stacked = torch.stack([prepared.pixels for prepared in batch])
+    def _stack_pixels(self, batch: Sequence[ModelInput]) -> Tensor:
+        """Returns pixel values (images, 3, height, width) on the device."""
+        pixel_values = torch.stack([model_input.pixels for model_input in batch])
         if self.device.type == "cuda":
-            stacked = stacked.pin_memory()  # copied while the processor goes on
-        return stacked.to(self.device, non_blocking=True)
+            pixel_values = pixel_values.pin_memory()  # so that the copy is asynchronous
+        return pixel_values.to(self.device, non_blocking=True)
 
-    def _free(self) -> None:
-        self.backbone.forget()
+    def _free_memory(self) -> None:
+        self.backbone.clear()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     @torch.inference_mode()
     def _forward(self, pixel_values: Tensor, caption: Caption) -> tuple[Tensor, Tensor]:
-        """Token logits (pictures, queries, tokens) and boxes_cxcywh (pictures, queries, 4) in 0..1, on the CPU."""
+        """Returns token logits (images, queries, tokens) and boxes_cxcywh (images, queries, 4) in 0..1, on the CPU."""
         self.on_forward()
         input_ids = torch.tensor([caption.input_ids] * len(pixel_values), device=self.device)
         with torch.autocast(self.device.type, self.precision, enabled=self.precision is not torch.float32):
             output = self.model(pixel_values=pixel_values, input_ids=input_ids)
-        logits, boxes = output.logits.float().cpu(), output.pred_boxes.float().cpu()
-        if self.precision is not torch.float32 and (logits.isnan().any() or boxes.isnan().any()):
-            log.warning("this checkpoint leaves the range of %s; going on in float32", self.precision)
+        logits, boxes_cxcywh = output.logits.float().cpu(), output.pred_boxes.float().cpu()
+        if self.precision is not torch.float32 and (logits.isnan().any() or boxes_cxcywh.isnan().any()):
+            log.warning("this checkpoint gives NaN in %s; falling back to float32", self.precision)
             self.precision = torch.float32
-            self.backbone.forget()
+            self.backbone.clear()
             return self._forward(pixel_values, caption)
-        return logits, boxes
+        return logits, boxes_cxcywh
 
 
 def _strides(config: Any) -> list[int]:
-    """Pixels of a resized picture per feature token and axis, for each feature level."""
+    """Returns the pixels of a resized image per feature token and axis, for each feature level."""
     backbone = config.backbone_config
     strides = [backbone.patch_size * 2 ** (stage - 1) for stage in backbone.out_indices]
     while len(strides) < config.num_feature_levels:
@@ -233,26 +274,39 @@ def _strides(config: Any) -> list[int]:
     return strides
 
 
-def _equal_sized(pictures: Sequence[ModelInput], most: int) -> Iterator[list[int]]:
-    """Places of pictures that are equally large as the model reads them, up to `most` at a time."""
+def _group_by_size(inputs: Sequence[ModelInput], max_batch_size: int) -> Iterator[list[int]]:
+    """Yields the indices of inputs that are equally large after preprocessing, up to `max_batch_size` at a time."""
     groups: dict[torch.Size, list[int]] = defaultdict(list)
-    for i, prepared in enumerate(pictures):
-        groups[prepared.pixels.shape].append(i)
-    for places in groups.values():
-        yield from (places[i : i + most] for i in range(0, len(places), most))
+    for index, model_input in enumerate(inputs):
+        groups[model_input.pixels.shape].append(index)
+    for indices in groups.values():
+        yield from (indices[i : i + max_batch_size] for i in range(0, len(indices), max_batch_size))
 
 
-def _best(detections: Sequence[Detection], nms_iou: float) -> list[Detection]:
-    return [detection for detection in non_max_suppression(detections, nms_iou) if detection.label != NEGATIVE]
+def _suppress(detections: DetectionsOrError, nms_iou: float) -> DetectionsOrError:
+    """Applies non-maximum suppression to the detections of one image, then drops the negative ones."""
+    if isinstance(detections, ImageError):
+        return detections
+    return [d for d in non_max_suppression(detections, nms_iou) if not isinstance(d, NegativeDetection)]
 
 
-def _detections(
-    scores: Tensor, best: Tensor, boxes_cxcywh: Tensor, prepared: ModelInput, labels: Sequence[Label]
+def _to_detections(
+    scores: Tensor, best: Tensor, boxes_cxcywh: Tensor, model_input: ModelInput, labels: Sequence[Label]
 ) -> list[Detection]:
-    """One picture's queries: scores and best phrases (queries,), boxes (queries, 4); one label for each phrase."""
+    """Converts the queries of one image and one caption to detections at or above their label's threshold.
+
+    Args:
+        scores: (queries,), of the best phrase.
+        best: (queries,), index of the best phrase.
+        boxes_cxcywh: (queries, 4), relative to the padded image.
+        model_input: the image.
+        labels: one for each phrase of the caption.
+    """
     thresholds = torch.tensor([label.threshold for label in labels])
-    return [
-        Detection(clip(*cxcywh_to_xyxy(boxes_cxcywh[i].tolist(), *prepared.frame), *prepared.size), score, label.name)
-        for i in (scores >= thresholds[best]).nonzero().flatten().tolist()
-        for score, label in [(scores[i].item(), labels[int(best[i])])]
-    ]
+    detections: list[Detection] = []
+    for query in (scores >= thresholds[best]).nonzero().flatten().tolist():
+        box_xyxy = cxcywh_to_xyxy(boxes_cxcywh[query].tolist(), *model_input.padded_size)
+        label = labels[int(best[query])]
+        kind = NegativeDetection if isinstance(label, NegativeLabel) else Detection
+        detections.append(kind(clip_box(*box_xyxy, *model_input.size), scores[query].item(), label.name))
+    return detections

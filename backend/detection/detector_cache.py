@@ -1,4 +1,4 @@
-"""The detectors of one worker: the checkpoint as it came, and those of learned versions that were used last."""
+"""The detectors of one worker: one for the base checkpoint, and those of recently used fine-tuned versions."""
 
 from __future__ import annotations
 
@@ -15,41 +15,54 @@ from backend.settings import Settings
 
 log = logging.getLogger(__name__)
 
-MAX_VERSIONS_LOADED = 2  # in memory beside the checkpoint as it came
+MAX_VERSIONS_LOADED = 2  # fine-tuned versions in memory, beside the base checkpoint
 
 
 class DetectorCache:
-    """Makes detectors as the settings say; not thread-safe."""
+    """Loads detectors on demand and keeps the most recently used ones in memory; not thread-safe.
+
+    Attributes:
+        base: the detector of the base checkpoint, always loaded.
+    """
 
     def __init__(self, settings: Settings) -> None:
-        """Raises CheckpointError where the model cannot be loaded."""
-        self._settings = settings
-        self._source = find_checkpoint(settings.model).source
-        self.plain = Detector(*load_checkpoint(self._source), choose_device(settings), choose_precision(settings))
-        self._learned: OrderedDict[tuple[str, ...], Detector] = OrderedDict()
-
-    def get(self, learned: Sequence[str] | None) -> Detector:
-        """The detector of a version, as project and id; none is the checkpoint as it came.
+        """Loads the base checkpoint.
 
         Raises:
-            CheckpointError: there is no such version, or it is damaged.
+            CheckpointError: it cannot be loaded.
+            SettingsError: DEVICE cannot be used.
         """
-        if not learned:
-            return self.plain
-        key = tuple(learned)
-        if key not in self._learned:
-            while len(self._learned) >= MAX_VERSIONS_LOADED:  # before the next is loaded: memory may not hold one more
-                self._learned.popitem(last=False)
-            self._learned[key] = self._load(*key)
-        self._learned.move_to_end(key)
-        return self._learned[key]
+        self._settings = settings
+        self._source = find_checkpoint(settings.model).source
+        self.base = Detector(*load_checkpoint(self._source), choose_device(settings), choose_precision(settings))
+        self._fine_tuned: OrderedDict[tuple[str, str], Detector] = OrderedDict()
 
-    def _load(self, project: str, version: str) -> Detector:
-        log.info("taking up version %s of project %s", version, project)
+    def get(self, version: Sequence[str] | None) -> Detector:
+        """Returns the detector of a fine-tuned version, or of the base checkpoint if there is none.
+
+        Args:
+            version: project and version id.
+
+        Raises:
+            CheckpointError: the version does not exist, or its files are damaged.
+        """
+        if not version:
+            return self.base
+        project, version_id = version
+        key = (project, version_id)
+        if key not in self._fine_tuned:
+            while len(self._fine_tuned) >= MAX_VERSIONS_LOADED:  # before loading: memory may not hold one more
+                self._fine_tuned.popitem(last=False)
+            self._fine_tuned[key] = self._load(project, version_id)
+        self._fine_tuned.move_to_end(key)
+        return self._fine_tuned[key]
+
+    def _load(self, project: str, version_id: str) -> Detector:
+        log.info("project %s: loading fine-tuned version %s", project, version_id)
         versions = VersionStore(self._settings.model_dir, project)
-        versions.get(version)  # refuses what is damaged
-        model = load_weights_into(load_model(self._source), versions.weights_path(version))
-        plain = self.plain
-        detector = Detector(model, plain.tokenizer, plain.image_format, str(plain.device), plain.precision)
-        detector.batch_size, detector.on_forward = plain.batch_size, plain.on_forward
+        versions.get(version_id)  # raises where the files are damaged
+        model = load_weights_into(load_model(self._source), versions.get_weights_path(version_id))
+        base = self.base
+        detector = Detector(model, base.tokenizer, base.image_format, str(base.device), base.precision)
+        detector.batch_size, detector.on_forward = base.batch_size, base.on_forward
         return detector

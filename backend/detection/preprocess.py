@@ -1,4 +1,4 @@
-"""A picture as the model reads it: resized, normalised, and padded where it is too narrow."""
+"""An RGB image -> the pixel tensor that the model reads: resized, normalised, and padded where it is too narrow."""
 
 from __future__ import annotations
 
@@ -15,7 +15,14 @@ Size = tuple[int, int]  # width and height in pixels
 
 @dataclass(frozen=True)
 class ImageFormat:
-    """How a checkpoint wants its pictures: edges in pixels, mean and deviation per RGB channel in 0..1."""
+    """The input format that a checkpoint was trained with.
+
+    Attributes:
+        shortest_edge: length in pixels to which the shorter edge is resized.
+        longest_edge: maximum length in pixels of the longer edge.
+        mean: per RGB channel, in 0..1.
+        std: standard deviation per RGB channel, in 0..1.
+    """
 
     shortest_edge: int = 800
     longest_edge: int = 1333
@@ -23,14 +30,14 @@ class ImageFormat:
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
 
     def size(self, width: int, height: int) -> Size:
-        """Width and height after resizing, rounded as transformers rounds: ratio kept, no edge above the longest."""
+        """Returns width and height after resizing with the aspect ratio kept, rounded as transformers rounds."""
         small, large = min(width, height), max(width, height)
         short = min(self.shortest_edge, self.longest_edge * small / large)
         edges = max(round(short), 1), max(int(short * large / small), 1)
         return edges if width <= height else edges[::-1]
 
     def preprocess(self, image: Image.Image) -> Tensor:
-        """An RGB picture -> float32 (3, height, width), resized and normalised."""
+        """Resizes and normalises an RGB image; returns float32 (3, height, width)."""
         resized = image.resize(self.size(*image.size), Image.Resampling.BILINEAR)
         pixels = torch.from_numpy(np.array(resized, dtype=np.float32)).permute(2, 0, 1) / 255
         return (pixels - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.std)[:, None, None]
@@ -38,29 +45,41 @@ class ImageFormat:
 
 @dataclass(frozen=True)
 class ModelInput:
-    """A picture ready for the model.
+    """An image ready for the model.
 
-    `frame` is the width and height that the padded picture would have in pixels of the original, `size` the original's.
+    Attributes:
+        pixels: float32 (3, height, width), normalised and padded with zeros at the right and at the bottom.
+        padded_size: width and height of the padded image, measured in pixels of the original. The model's boxes are
+            relative to it; equal to `size` where nothing is padded.
+        size: width and height of the original in pixels.
     """
 
     pixels: Tensor
-    frame: tuple[float, float]
+    padded_size: tuple[float, float]
     size: Size
 
 
-def prepare_image(
-    image: Image.Image, size: Size, image_format: ImageFormat, strides: Sequence[int], least_tokens: int
+def make_model_input(
+    image: Image.Image, size: Size, image_format: ImageFormat, strides: Sequence[int], min_tokens: int
 ) -> ModelInput:
-    """An RGB picture, a copy of one of `size`, with as many feature tokens as the model picks its queries from."""
+    """Preprocesses an RGB image and pads it until the model has enough feature tokens to select its queries from.
+
+    Args:
+        image: the original or a reduced copy of it.
+        size: width and height of the original in pixels.
+        image_format: the checkpoint's.
+        strides: pixels of the resized image per feature token and axis, for each feature level.
+        min_tokens: feature tokens of all levels that the model needs: its number of queries.
+    """
     pixels = image_format.preprocess(image)
     height, width = pixels.shape[1:]
-    padded_width, padded_height = _padded(width, height, strides, least_tokens)
+    padded_width, padded_height = _padded_size(width, height, strides, min_tokens)
     padded = nn.functional.pad(pixels, (0, padded_width - width, 0, padded_height - height))
     return ModelInput(padded, (size[0] * padded_width / width, size[1] * padded_height / height), size)
 
 
-def _padded(width: int, height: int, strides: Sequence[int], least_tokens: int) -> Size:
-    """The short edge grown until the levels, one stride each, have enough tokens."""
-    while sum(-(-width // s) * -(-height // s) for s in strides) < least_tokens:
+def _padded_size(width: int, height: int, strides: Sequence[int], min_tokens: int) -> Size:
+    """Extends the shorter edge until all feature levels together have enough tokens."""
+    while sum(-(-width // s) * -(-height // s) for s in strides) < min_tokens:
         width, height = (width + strides[0], height) if width < height else (width, height + strides[0])
     return width, height

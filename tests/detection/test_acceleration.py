@@ -1,9 +1,10 @@
-"""The fast parts give the numbers of the parts that they stand in for."""
+"""The faster modules give the numbers of those that they replace."""
 
 import copy
 import platform
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -33,9 +34,9 @@ def test_folded_fusion(padded: bool) -> None:
         masks["text_attention_mask"][1, 5:] = True
     with torch.inference_mode():
         (expected_vision, _), (expected_text, _) = attention(vision, text, **masks)
-        (found_vision, _), (found_text, _) = FoldedFusion(attention)(vision, text, **masks)
-    assert (found_vision - expected_vision).abs().max() < 1e-5
-    assert (found_text - expected_text).abs().max() < 1e-5
+        (actual_vision, _), (actual_text, _) = FoldedFusion(attention)(vision, text, **masks)
+    assert (actual_vision - expected_vision).abs().max() < 1e-5
+    assert (actual_text - expected_text).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -46,8 +47,8 @@ def test_fused_attention(masked: bool) -> None:
     mask = torch.zeros(2, 8, 30, 9).masked_fill(torch.rand(2, 8, 30, 9) < 0.3, -1e9) if masked else None
     with torch.inference_mode():
         (expected,) = attention(queries, keys, values, mask)
-        found, _ = FusedAttention(attention)(queries, keys, values, mask)
-    assert (found - expected).abs().max() < 1e-5
+        actual, _ = FusedAttention(attention)(queries, keys, values, mask)
+    assert (actual - expected).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("activation", ["none", "relu", "gelu"])
@@ -65,40 +66,40 @@ def test_the_whole_model_gives_the_same_detections() -> None:
     stock = load_model(str(DEMO_CHECKPOINT)).eval()
     fast = copy.deepcopy(stock)
     accelerate_on_cpu(fast)
-    kinds = [type(module) for module in fast.modules()]
-    assert kinds.count(FoldedFusion) == 2
-    assert kinds.count(GatheredAttention) == 5
-    assert kinds.count(FusedAttention) == 6
-    assert kinds.count(PackedLinear) > 30
+    count = Counter(type(module) for module in fast.modules())
+    assert count[FoldedFusion] == 2
+    assert count[GatheredAttention] == 5
+    assert count[FusedAttention] == 6
+    assert count[PackedLinear] > 30
     torch.manual_seed(0)
     caption = build_caption(build_tokenizer(), ["red circle", "blue object", "star"])
     inputs = {"pixel_values": torch.randn(2, 3, 96, 128), "input_ids": torch.tensor([caption.input_ids] * 2)}
     with torch.inference_mode():
-        expected, found = stock(**inputs), fast(**inputs)
-    assert (expected.logits.sigmoid() - found.logits.sigmoid()).abs().max() < 1e-4
-    assert (expected.pred_boxes - found.pred_boxes).abs().max() < 1e-4
+        expected, actual = stock(**inputs), fast(**inputs)
+    assert (expected.logits.sigmoid() - actual.logits.sigmoid()).abs().max() < 1e-4
+    assert (expected.pred_boxes - actual.pred_boxes).abs().max() < 1e-4
 
 
-FAULTS = """
+PAGE_FAULTS = """
 import resource, torch
 from backend.detection.acceleration import keep_freed_memory
 
-def faults():
+def count_faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.zeros(64, 1024, 1024)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-faults()
-lost = faults()
+count_faults()
+default = count_faults()
 keep_freed_memory()
-for _ in range(15):  # until blocks of the size, with room for their alignment, have settled
-    faults()
-print(lost, faults())
+for _ in range(15):  # until blocks of this size, alignment included, are reused
+    count_faults()
+print(default, count_faults())
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is a matter of glibc")
-def test_kept_memory_comes_back_without_page_faults() -> None:
-    done = subprocess.run([sys.executable, "-c", FAULTS], cwd=ROOT, capture_output=True, text=True, check=True)
-    lost, kept = map(int, done.stdout.split())
-    assert kept < 100 < lost
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has mallopt")
+def test_kept_memory_is_reused_without_page_faults() -> None:
+    done = subprocess.run([sys.executable, "-c", PAGE_FAULTS], cwd=ROOT, capture_output=True, text=True, check=True)
+    default, kept = map(int, done.stdout.split())
+    assert kept < 100 < default

@@ -1,4 +1,4 @@
-"""An original checkpoint, converted, gives the reference's numbers; tests/data/original_parity says how."""
+"""A converted original checkpoint gives the reference's numbers; tests/data/original_parity describes the data."""
 
 import copy
 import json
@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 from transformers import GroundingDinoForObjectDetection
 
-from backend.detection.acceleration import accelerate_on_cpu
+from backend.detection.acceleration import FoldedFusion, FusedAttention, PackedLinear, accelerate_on_cpu
 from backend.detection.checkpoints import load_model
 from backend.detection.convert_original import read_state_dict
+from backend.detection.deformable_attention import GatheredAttention, SlicedLayer
 from backend.detection.detector import phrase_scores
 from backend.detection.preprocess import ImageFormat
 from backend.errors import CheckpointError
@@ -30,7 +31,7 @@ BRANCH = re.compile(r"(linear2|fc2|output\.dense|out_proj|output_proj|attn\.proj
 
 
 def generate(name: str, shape: list[int], prefix: str) -> np.ndarray:
-    """A parameter made from its name alone, by the fixture's rule."""
+    """Generates a parameter from its name alone; the rule is in the README of the data."""
     f = np.float32
     name = re.sub(r"^(transformer\.decoder\.)?bbox_embed\.\d+\.", "bbox_embed.0.", name)
     rng = np.random.RandomState(zlib.crc32((prefix + name).encode()))
@@ -57,7 +58,7 @@ def generate(name: str, shape: list[int], prefix: str) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def pth(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint in the published form: key `model`, names behind `module.`."""
+    """Writes a checkpoint in the published form: under the key `model`, names with the prefix `module.`."""
     parameters = json.loads((DATA / "parameters.json").read_text())
     state = {
         f"module.{name}": torch.from_numpy(np.ascontiguousarray(generate(name, shape, INPUT["seed_prefix"])))
@@ -77,11 +78,13 @@ def stock(pth: Path) -> GroundingDinoForObjectDetection:
 
 
 @pytest.fixture(scope="module", params=["stock", "fast"])
-def found(stock: GroundingDinoForObjectDetection, request: pytest.FixtureRequest) -> dict[str, np.ndarray]:
+def actual(stock: GroundingDinoForObjectDetection, request: pytest.FixtureRequest) -> dict[str, np.ndarray]:
     model = stock
     if request.param == "fast":
         model = copy.deepcopy(stock)
         accelerate_on_cpu(model)
+        replaced = {type(module) for module in model.modules()}
+        assert {FoldedFusion, FusedAttention, GatheredAttention, PackedLinear, SlicedLayer} <= replaced
     image = Image.open(DATA / INPUT["image"]).convert("RGB")
     with torch.inference_mode():
         output = model(
@@ -103,37 +106,37 @@ def expected() -> dict[str, np.ndarray]:
         return dict(arrays)
 
 
-def test_encoder_states_are_the_references(found: dict, expected: dict) -> None:
-    assert np.abs(found["encoder_text"] - expected["encoder_text"]).max() <= 1e-3
+def test_encoder_states_equal_the_references(actual: dict, expected: dict) -> None:
+    assert np.abs(actual["encoder_text"] - expected["encoder_text"]).max() <= 1e-3
     rows = expected["encoder_vision_rows"]
-    assert np.abs(found["encoder_vision"][rows] - expected["encoder_vision"]).max() <= 1e-3
+    assert np.abs(actual["encoder_vision"][rows] - expected["encoder_vision"]).max() <= 1e-3
 
 
-def test_sorted_scores_are_the_references(found: dict, expected: dict) -> None:
-    difference = np.sort(found["label_scores"], axis=0) - np.sort(expected["label_scores"], axis=0)
+def test_sorted_scores_equal_the_references(actual: dict, expected: dict) -> None:
+    difference = np.sort(actual["label_scores"], axis=0) - np.sort(expected["label_scores"], axis=0)
     assert np.abs(difference).max() <= 1e-4
 
 
-def test_every_detection_of_the_reference_is_found(found: dict, expected: dict) -> None:
+def test_every_detection_of_the_reference_is_found(actual: dict, expected: dict) -> None:
     theirs = np.hstack([expected["pred_boxes"], expected["label_scores"]])
-    ours = np.hstack([found["pred_boxes"], found["label_scores"]])
-    for i, row in enumerate(theirs):  # near ties may swap neighbours
+    ours = np.hstack([actual["pred_boxes"], actual["label_scores"]])
+    for i, row in enumerate(theirs):  # near ties may change places with their neighbours
         assert np.abs(ours[max(i - 5, 0) : i + 6] - row).max(axis=1).min() <= 1e-4
 
 
-def test_certain_queries_are_the_references_by_index(found: dict, expected: dict) -> None:
+def test_stable_queries_equal_the_references_by_index(actual: dict, expected: dict) -> None:
     stable = expected["stable"]
     for name, tolerance in [("pred_boxes", 1e-4), ("label_scores", 1e-4), ("pred_logits", 1e-3)]:
-        assert np.abs(found[name][stable] - expected[name][stable]).max() <= tolerance
+        assert np.abs(actual[name][stable] - expected[name][stable]).max() <= tolerance
 
 
-class Evil:
+class CodeInPickle:
     def __reduce__(self) -> tuple:
         return (print, ("pwned",))
 
 
 def test_a_pickle_with_code_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    torch.save({"model": Evil()}, tmp_path / "evil.pth")
+    torch.save({"model": CodeInPickle()}, tmp_path / "evil.pth")
     with pytest.raises(CheckpointError, match="holds more than tensors"):
         read_state_dict(tmp_path / "evil.pth")
     assert "pwned" not in capsys.readouterr().out
@@ -154,7 +157,7 @@ def test_another_architecture_is_refused(tmp_path: Path) -> None:
 
 
 def swin_b_name_and_shape(name: str, shape: list[int]) -> tuple[str, list[int]]:
-    """As SwinB_cogcoor has it: a third wider, windows of 12, 384 pixels."""
+    """Returns a tensor's name and shape in SwinB_cogcoor: a third wider, windows of 12, 384 pixels."""
     if not name.startswith(("backbone.0.", "input_proj.")):
         return name, shape
     if name.endswith("relative_position_bias_table"):
@@ -164,14 +167,14 @@ def swin_b_name_and_shape(name: str, shape: list[int]) -> tuple[str, list[int]]:
     return name, [size if i in kept else narrow.get(size, size) for i, size in enumerate(shape)]
 
 
-def test_swin_b_is_read_off_its_shapes(tmp_path: Path) -> None:
+def test_swin_b_is_inferred_from_its_shapes(tmp_path: Path) -> None:
     parameters = json.loads((DATA / "parameters.json").read_text())
     state = {}
     for name, shape in (swin_b_name_and_shape(*row) for row in parameters):
         blocks = range(18) if name.startswith("backbone.0.layers.2.blocks.0.") else [None]
         for block in blocks:
             full = name if block is None else name.replace("blocks.0.", f"blocks.{block}.", 1)
-            state[full] = torch.zeros(1).expand(shape)  # one number on disk
+            state[full] = torch.zeros(1).expand(shape)  # a single number on disk
     torch.save({"model": state}, tmp_path / "swinb.pth")
     swin = load_model(str(tmp_path / "swinb.pth")).config.backbone_config
     assert (swin.embed_dim, swin.window_size, swin.depths) == (128, 12, [2, 2, 18, 2])

@@ -1,4 +1,4 @@
-"""What holds for the bundled checkpoint holds at the published sizes too: random weights, through the fast parts."""
+"""Models of the published sizes, with random weights and the faster modules, behave as the bundled one does."""
 
 import copy
 from typing import Any
@@ -15,8 +15,10 @@ from transformers import (
 )
 
 from backend.boxes import iou
+from backend.detection.acceleration import FoldedFusion, FusedAttention, PackedLinear
 from backend.detection.captions import build_caption, build_captions
 from backend.detection.checkpoints import load_checkpoint
+from backend.detection.deformable_attention import GatheredAttention, SlicedLayer
 from backend.detection.detector import Detector, phrase_scores
 from backend.detection.preprocess import ImageFormat
 from backend.labelstudio.labeling_config import Label
@@ -28,14 +30,14 @@ pytestmark = [
 ]
 
 SWIN_B = {"embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32], "window_size": 12, "image_size": 384}
-SMALL = ImageFormat(shortest_edge=320, longest_edge=427)  # a second instead of ten
+SMALL = ImageFormat(shortest_edge=320, longest_edge=427)  # a pass takes one second instead of ten
 PHRASES = ["red circle", "blue square", "green star", "ring"]
 
 
 def randomized(model: Any) -> Any:
     torch.manual_seed(0)
     for weight in model.parameters():
-        if weight.dim() == 1:  # what starts at zero or one would hide differences
+        if weight.dim() == 1:  # initial zeros and ones would hide differences
             weight.data += 0.1 * torch.randn_like(weight)
     return model.eval()
 
@@ -44,23 +46,31 @@ def swin_b(kind: Any) -> Any:
     return kind(backbone_config=SwinConfig(**SWIN_B, out_indices=[2, 3, 4]))
 
 
+def assert_accelerated(model: Any) -> None:
+    """Fails unless the faster modules for the CPU are in place; they are left out of small models."""
+    replaced = {type(module) for module in model.modules()}
+    assert {FoldedFusion, FusedAttention, GatheredAttention, PackedLinear, SlicedLayer} <= replaced
+
+
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    return load_checkpoint(str(DEMO_CHECKPOINT))[1]
+    return load_checkpoint(str(DEMO_CHECKPOINT)).tokenizer
 
 
 @pytest.fixture(scope="module")
 def detector(tokenizer: Any) -> Detector:
     torch.manual_seed(0)
-    return Detector(randomized(GroundingDinoForObjectDetection(GroundingDinoConfig())), tokenizer, SMALL)
+    detector = Detector(randomized(GroundingDinoForObjectDetection(GroundingDinoConfig())), tokenizer, SMALL)
+    assert_accelerated(detector.model)
+    return detector
 
 
-def scores(detector: Detector, phrases: list[str], pictures: int = 1, seed: int = 1) -> torch.Tensor:
-    """(pictures, queries, phrases), sorted over the queries; the phrases in the order of PHRASES."""
-    pixels = torch.randn(pictures, 3, 320, 427, generator=torch.Generator().manual_seed(seed))
+def scores(detector: Detector, phrases: list[str], images: int = 1, seed: int = 1) -> torch.Tensor:
+    """Returns scores (images, queries, phrases), sorted over the queries; the phrases in the order of PHRASES."""
+    pixels = torch.randn(images, 3, 320, 427, generator=torch.Generator().manual_seed(seed))
     caption = build_caption(detector.tokenizer, phrases)
-    found = phrase_scores(detector._forward(pixels, caption)[0], caption.spans)
-    return found[..., [phrases.index(phrase) for phrase in PHRASES]].sort(1).values
+    all_scores = phrase_scores(detector._forward(pixels, caption)[0], caption.spans)
+    return all_scores[..., [phrases.index(phrase) for phrase in PHRASES]].sort(1).values
 
 
 def test_label_order_changes_nothing(detector: Detector) -> None:
@@ -68,21 +78,21 @@ def test_label_order_changes_nothing(detector: Detector) -> None:
 
 
 def test_a_batch_equals_one_by_one(detector: Detector) -> None:
-    together = scores(detector, PHRASES, pictures=2)
-    assert (together[:1] - together[1:]).abs().max() > 1e-4  # two different pictures
+    together = scores(detector, PHRASES, images=2)
+    assert (together[:1] - together[1:]).abs().max() > 1e-4  # two different images
     pixels = torch.randn(2, 3, 320, 427, generator=torch.Generator().manual_seed(1))
     caption = build_caption(detector.tokenizer, PHRASES)
     alone = [phrase_scores(detector._forward(pixels[i : i + 1], caption)[0], caption.spans) for i in (0, 1)]
     assert (torch.cat(alone).sort(1).values - together).abs().max() < 1e-4
 
 
-def test_splitting_a_caption_keeps_every_box_that_both_see(detector: Detector, monkeypatch: pytest.MonkeyPatch) -> None:
-    picture = Image.effect_noise((427, 320), 100).convert("RGB")
+def test_splitting_a_caption_keeps_every_box_of_its_halves(detector: Detector, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = Image.effect_noise((427, 320), 100).convert("RGB")
     labels = [Label(phrase, (phrase,), 0.0) for phrase in PHRASES]
-    halves = [d for part in (labels[:2], labels[2:]) for d in detector.detect([picture], part)[0]]
+    halves = [d for half in (labels[:2], labels[2:]) for d in detector.detect([image], half)[0]]
     monkeypatch.setattr(detector.model.config, "max_text_len", 8)
     assert len(build_captions(detector.tokenizer, PHRASES, 8)) == 2
-    split = detector.detect([picture], labels, nms_iou=0.7)[0]
+    split = detector.detect([image], labels, nms_iou=0.7)[0]
     assert 0 < len(split) < len(halves) == 1800
     for box in sorted(halves, key=lambda d: -d.score)[:200]:
         assert any(kept.score >= box.score - 1e-4 and iou(kept.box_xyxy, box.box_xyxy) > 0.69 for kept in split)
@@ -99,13 +109,14 @@ def test_splitting_a_caption_keeps_every_box_that_both_see(detector: Detector, m
 def test_other_architectures_give_the_numbers_of_transformers(build: Any, tokenizer: Any) -> None:
     stock = randomized(build())
     fast = Detector(copy.deepcopy(stock), tokenizer, SMALL).model
+    assert_accelerated(fast)
     caption = build_caption(tokenizer, PHRASES)
     inputs = {"pixel_values": torch.randn(1, 3, 224, 320), "input_ids": torch.tensor([caption.input_ids])}
     with torch.inference_mode():
-        expected, found = stock(**inputs), fast(**inputs)
-    difference = expected.encoder_last_hidden_state_vision - found.encoder_last_hidden_state_vision
+        expected, actual = stock(**inputs), fast(**inputs)
+    difference = expected.encoder_last_hidden_state_vision - actual.encoder_last_hidden_state_vision
     assert difference.abs().max() < 1e-4
     length = len(caption.input_ids)
-    sorted_scores = [output.logits[..., :length].sigmoid().sort(1).values for output in (expected, found)]
+    sorted_scores = [output.logits[..., :length].sigmoid().sort(1).values for output in (expected, actual)]
     difference = (sorted_scores[0] - sorted_scores[1]).abs()
-    assert difference.flatten().quantile(0.99) < 1e-4  # near ties: a few of the 900 queries may be others
+    assert difference.flatten().quantile(0.99) < 1e-4  # near ties: a few of the 900 queries may differ
