@@ -1,7 +1,8 @@
-"""`make bench`: transformers as it comes (float32, eager) against our detector, in turn in one process.
+"""`make bench`: compares unmodified transformers (float32, eager) with our detector, alternating in one process.
 
-Real size with random weights on pictures of 1066x800, and the bundled checkpoint at its own size: seconds (median),
-ratios, largest differences; on the CPU, with one thread, also where the time goes, and the peak memory of a process.
+Models are the bundled checkpoint at its own image size, and one of real size with random weights on images of 1066x800.
+Prints median seconds, ratios and the largest differences; on the CPU, which runs with one thread, also the time of each
+stage and the peak memory of a process.
 """
 
 import argparse
@@ -38,36 +39,36 @@ from backend.registry.checkpoint import DEMO_CHECKPOINT
 PHRASES = [f"{colour} {shape}" for colour in ("red", "green", "blue") for shape in ("circle", "square")]
 
 
-def random_real_size() -> GroundingDinoForObjectDetection:
+def make_real_size_model() -> GroundingDinoForObjectDetection:
     torch.manual_seed(0)
     model = GroundingDinoForObjectDetection(GroundingDinoConfig()).eval()
     for weight in model.parameters():
-        if weight.dim() == 1:  # what starts at zero or one would hide differences
+        if weight.dim() == 1:  # initial zeros and ones would hide differences
             weight.data += 0.1 * torch.randn_like(weight)
     return model
 
 
 @dataclass
 class Side:
-    """One of those compared: how it runs, and what came out."""
+    """One of the implementations compared, with its timings and its last outputs."""
 
     name: str
     forward: Callable[[Tensor], tuple[Tensor, Tensor]]  # pixel values -> logits, encoder states
-    keeps_memory: bool
+    keep_memory: bool
     seconds: list[float] = field(default_factory=list)
     outputs: tuple[Tensor, Tensor] = (Tensor(), Tensor())
 
     def run(self, pixels: Tensor) -> float:
-        keep_freed_memory(self.keeps_memory)
+        keep_freed_memory(self.keep_memory)
         clock = time.perf_counter if pixels.is_cuda else time.process_time
-        pixels = pixels.clone()  # the same tensor again would be answered from SharedBackbone
+        pixels = pixels.clone()  # SharedBackbone would reuse its features for the same tensor
         start = clock()
         logits, states = self.forward(pixels)
-        self.outputs = logits.float().cpu(), states.float().cpu()  # waits for a GPU
+        self.outputs = logits.float().cpu(), states.float().cpu()  # also waits for the GPU
         return clock() - start
 
 
-def stock_forward(model: Any, caption: Caption) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+def make_stock_forward(model: Any, caption: Caption) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     @torch.inference_mode()
     def forward(pixels: Tensor) -> tuple[Tensor, Tensor]:
         ids = torch.tensor([caption.input_ids] * len(pixels), device=pixels.device)
@@ -77,7 +78,7 @@ def stock_forward(model: Any, caption: Caption) -> Callable[[Tensor], tuple[Tens
     return forward
 
 
-def our_forward(detector: Detector, caption: Caption) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+def make_our_forward(detector: Detector, caption: Caption) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     states: list[Tensor] = []
     detector.model.model.encoder.register_forward_hook(lambda *args: states.append(args[2].last_hidden_state_vision))
 
@@ -90,25 +91,25 @@ def our_forward(detector: Detector, caption: Caption) -> Callable[[Tensor], tupl
 def compare(
     name: str, model: torch.nn.Module, tokenizer: object, shape: tuple[int, ...], runs: int, device: str
 ) -> None:
-    """Rows of the table; the first side, transformers as it comes, is what the others are compared with."""
+    """Prints rows of the table; the others are compared with the first side, unmodified transformers."""
     caption = build_caption(tokenizer, PHRASES)
     precision = torch.float16 if device == "cuda" else torch.float32
-    stock = stock_forward(copy.deepcopy(model).to(device), caption)
-    ours = our_forward(Detector(copy.deepcopy(model), tokenizer, ImageFormat(), device, precision), caption)
+    stock = make_stock_forward(copy.deepcopy(model).to(device), caption)
+    ours = make_our_forward(Detector(copy.deepcopy(model), tokenizer, ImageFormat(), device, precision), caption)
     sides = [Side("transformers", stock, False), Side("ours", ours, True)]
     if device == "cpu":
         sides.insert(1, Side("transformers, memory kept", stock, True))
     pixels = torch.randn(shape, device=device)
-    for number in range(runs + 1):
+    for run in range(runs + 1):
         for side in sides:
             seconds = side.run(pixels)
-            if number:
+            if run > 0:  # the first run warms up
                 side.seconds.append(seconds)
     for side in sides:
-        print(f"| {name} | {side.name} | {_row(sides[0], side)} |", flush=True)
+        print(f"| {name} | {side.name} | {format_row(sides[0], side)} |", flush=True)
 
 
-def _row(stock: Side, side: Side) -> str:
+def format_row(stock: Side, side: Side) -> str:
     ratios = [a / b for a, b in zip(stock.seconds, side.seconds, strict=True)]
     states = (stock.outputs[1] - side.outputs[1]).abs().max()
     scores = (stock.outputs[0].sigmoid().sort(1).values - side.outputs[0].sigmoid().sort(1).values).abs().max()
@@ -118,15 +119,15 @@ def _row(stock: Side, side: Side) -> str:
     )
 
 
-def timed(times: dict[str, float], name: str, function: Callable, *arguments: object) -> object:
+def add_time(times: dict[str, float], name: str, function: Callable, *arguments: object) -> Any:
     start = time.perf_counter()
     result = function(*arguments)
     times[name] += time.perf_counter() - start
     return result
 
 
-def shares(detector: Detector, body: bytes) -> None:
-    """Seconds of each stage for one JPEG, from its bytes to Detections."""
+def print_stages(detector: Detector, body: bytes) -> None:
+    """Prints the seconds of each stage for one JPEG, from its bytes to detections."""
     times: dict[str, float] = defaultdict(float)
     starts: dict[str, float] = {}
     model = detector.model.model
@@ -138,61 +139,61 @@ def shares(detector: Detector, body: bytes) -> None:
         )
     labels = [Label(phrase, (phrase,), 0.3) for phrase in PHRASES]
     loader = ImageLoader(ImageFetcher(LabelStudioClient("", ""), 10**9), 10**9, detector.image_format.size)
-    detector.detect([loader._decode(body, "").image], labels)  # warm
+    detector.detect([loader._decode(body, "").image], labels)  # warms up
     times.clear()
     total: dict[str, float] = defaultdict(float)
-    picture = timed(times, "decode", loader._decode, body, "")
-    timed(times, "resize", detector.image_format.preprocess, picture.image)
-    prepared = detector.prepare(picture.image, picture.size)
-    timed(total, "detect", lambda: detector.detect_inputs([prepared], labels))
+    loaded = add_time(times, "decode", loader._decode, body, "")
+    add_time(times, "resize", detector.image_format.preprocess, loaded.image)
+    model_input = detector.prepare_image(loaded.image, loaded.size)
+    add_time(total, "detect", lambda: detector.detect_inputs([model_input], labels))
     times["rest"] = total["detect"] - sum(times[name] for name in times if name not in ("decode", "resize"))
     whole = total["detect"] + times["decode"] + times["resize"]
     print(", ".join(f"{name} {seconds:.3f} s ({100 * seconds / whole:.1f}%)" for name, seconds in times.items()))
 
 
-def photograph() -> bytes:
-    """A 12-megapixel JPEG."""
+def draw_photograph() -> bytes:
+    """Draws a 12-megapixel JPEG."""
     buffer = io.BytesIO()
     draw_scene(np.random.default_rng(0), 4032, 3024).image.save(buffer, "JPEG", quality=90)
     return buffer.getvalue()
 
 
-def peak() -> None:
-    _, tokenizer, _ = load_checkpoint(str(DEMO_CHECKPOINT))
+def print_peak_memory() -> None:
+    tokenizer = load_checkpoint(str(DEMO_CHECKPOINT)).tokenizer
     keep_freed_memory()
-    detector = Detector(random_real_size(), tokenizer, ImageFormat())
+    detector = Detector(make_real_size_model(), tokenizer, ImageFormat())
     detector.detect([Image.new("RGB", (1066, 800))], [Label("a", ("red circle",), 0.3)])
     # getrusage would count the parent's peak too
     high_water = Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]
-    print(f"peak memory of one picture at real size: {int(high_water) / 1e6:.2f} GB")
+    print(f"peak memory of one image at real size: {int(high_water) / 1e6:.2f} GB")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peak", action="store_true", help="only the peak memory")
+    parser.add_argument("--peak", action="store_true", help="print only the peak memory")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="(default: %(default)s)")
-    parser.add_argument("--runs", type=int, default=3, help="counted runs of each (default: %(default)s)")
+    parser.add_argument("--runs", type=int, default=3, help="timed runs of each side (default: %(default)s)")
     arguments = parser.parse_args()
     if arguments.peak:
-        peak()
+        print_peak_memory()
         return
     torch.set_num_threads(1)
     model, tokenizer, image_format = load_checkpoint(str(DEMO_CHECKPOINT))
-    print("| model and picture | side | s, median | transformers / this | encoder differs | probability differs |")
+    print("| model and images | side | s, median | transformers / this | encoder differs | probability differs |")
     print("|---|---|---|---|---|---|")
     runs, device, batches = arguments.runs, arguments.device, (1,) if arguments.device == "cpu" else (1, 8, 16)
     for batch in batches:
         compare(f"bundled, {batch} of 128x96", model.eval(), tokenizer, (batch, 3, 96, 128), 5 * runs, device)
-    real = random_real_size()
+    real = make_real_size_model()
     for batch in batches:
         compare(f"real size, {batch} of 1066x800", real, tokenizer, (batch, 3, 800, 1066), runs, device)
     if device != "cpu":
         return
     keep_freed_memory()
     print("a 12-megapixel JPEG at real size: ", end="")
-    shares(Detector(real, tokenizer, ImageFormat()), photograph())
+    print_stages(Detector(real, tokenizer, ImageFormat()), draw_photograph())
     print("the same with the bundled checkpoint: ", end="")
-    shares(Detector(model, tokenizer, image_format), photograph())
+    print_stages(Detector(model, tokenizer, image_format), draw_photograph())
     subprocess.run([sys.executable, "-m", "tests.bench.detector", "--peak"], check=True)
 
 
