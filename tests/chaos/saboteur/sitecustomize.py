@@ -12,7 +12,7 @@ if b"worker" in Path("/proc/self/cmdline").read_bytes().split(b"\0"):
     sys.path.insert(0, str(Path(__file__).parents[3]))
     from backend.detection.detector import Detector
 
-    harmless = Detector._stacked
+    harmless = Detector._stack_pixels
 
     def stacked(self, batch):
         for picture in batch:
@@ -24,4 +24,4 @@ if b"worker" in Path("/proc/self/cmdline").read_bytes().split(b"\0"):
                 time.sleep(0.5)
         return harmless(self, batch)
 
-    Detector._stacked = stacked
+    Detector._stack_pixels = stacked
