@@ -5,7 +5,7 @@ from backend.settings import Settings
 from backend.web.app import create_app
 from model import GroundingDINO
 
-settings = Settings.from_env()
+settings = Settings()
 set_up_logging(settings)
 GroundingDINO(settings=settings).prepare()
 app = create_app(GroundingDINO, settings)

@@ -57,7 +57,7 @@ class GroundingDINO:
         """
         number, _, created_at = (project_id or "").partition(".")
         self.project_id = number
-        self.settings = settings or resolve_redis_url(Settings.from_env())
+        self.settings = settings or resolve_redis_url(Settings())
         self._project_model = ProjectModel(
             self.settings, label_config or "", number, int(created_at) if created_at.isdigit() else None
         )

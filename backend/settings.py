@@ -1,135 +1,161 @@
-"""All settings, typed and frozen; the environment is read in one function, never at import."""
+"""All settings: one field each, read from the environment variable that has the field's name in capitals."""
 
 from __future__ import annotations
 
-import dataclasses
-import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from backend.errors import SettingsError
 
-PRECISIONS = ("auto", "float16", "bfloat16", "float32")
-TRAIN = ("thresholds", "encoder", "head", "all")
-SECRET = re.compile(r"[A-Za-z0-9_-]{16,}")
-LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
-LOG_FORMATS = ("text", "json")
-SHOW_PICTURES = ("auto", "true", "false")
+Precision = Literal["auto", "float16", "bfloat16", "float32"]
+Train = Literal["thresholds", "encoder", "head", "all"]
+LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
+LogFormat = Literal["text", "json"]
+ShowPictures = Literal["auto", "true", "false"]
+
+PATH_SECRET = re.compile(r"[A-Za-z0-9_-]{16,}")
+REDIS_SCHEMES = ("redis://", "rediss://", "unix://")
 
 
-def _setting(
-    default: Any,
-    text: str,
-    unit: str = "",
-    minimum: float | None = None,
-    secret: bool = False,
-    choices: tuple[str, ...] = (),
-) -> Any:
-    metadata = {"text": text, "unit": unit, "minimum": minimum, "choices": choices}
-    return dataclasses.field(default=default, repr=not secret, metadata=metadata)
+def _setting(default: Any, text: str, unit: str = "", **constraints: Any) -> Any:
+    """Makes a field; `text` and `unit` are its help in the command line and its row in the README."""
+    return Field(default, description=text, json_schema_extra={"unit": unit}, **constraints)
 
 
-@dataclass(frozen=True)
-class Settings:
-    """One field a setting; the environment variable is the field's name in capitals."""
+def _one_of(choices: Any) -> str:
+    return f"one of {', '.join(get_args(choices))}"
+
+
+class Settings(BaseSettings):
+    """The settings of a process: keyword arguments first, then the environment; an empty variable counts as not set.
+
+    Raises:
+        SettingsError: a value is not of its type or out of range; the text names the variable.
+    """
+
+    model_config = SettingsConfigDict(frozen=True, extra="forbid", env_ignore_empty=True, protected_namespaces=())
 
     model: str = _setting("IDEA-Research/grounding-dino-tiny", "hub id, folder, original `.pth` file, or `demo`")
-    model_dir: Path = _setting(Path("data"), "folder for our data: learned versions, the private Redis' file")
-    device: str = _setting("auto", "torch device of the workers, or several with commas; `auto`: all GPUs, or the CPU")
-    workers: int = _setting(0, "predict workers that `serve` starts; 0: one for each device", minimum=0)
-    redis_url: str = _setting("", "the queue's Redis; empty: a private one is started", secret=True)
-    label_studio_url: str = _setting("", "where this machine reaches Label Studio; needed for uploaded pictures")
-    label_studio_api_key: str = _setting("", "legacy token or personal access token of Label Studio", secret=True)
-    basic_auth_user: str = _setting("", "user that callers must give; empty: no login asked")
-    basic_auth_pass: str = _setting("", "password that callers must give", secret=True)
-    path_secret: str = _setting("", "the backend is then reached below `/s/<secret>` only", secret=True)
-    box_threshold: float = _setting(0.3, "lowest score of a box, where the labeling config says nothing", "0 to 1", 0)
-    nms_iou: float = _setting(0.7, "of boxes that overlap more, only the best stays; 1 keeps all", "IoU, 0 to 1", 0)
-    train: str = _setting(
-        "encoder", f"what training changes, one of {', '.join(TRAIN)}; `head`: all but the backbones", choices=TRAIN
+    model_dir: Path = _setting(Path("data"), "data directory: trained versions and the bundled Redis's files")
+    device: str = _setting(
+        "auto", "torch device of the workers, or several, comma-separated; `auto`: all GPUs, or the CPU"
     )
-    precision: str = _setting("auto", f"one of {', '.join(PRECISIONS)}; `auto` is float16 on a GPU", choices=PRECISIONS)
-    batch_size: int = _setting(0, "pictures in a job and a forward pass; 0: what takes a second and fits", minimum=0)
-    predict_deadline: int = _setting(90, "time after which /predict answers with what is finished", "seconds", 1)
-    push_above: int = _setting(50, "tasks in a request above which predictions are pushed, with a key", minimum=0)
-    preannotate_on_import: bool = _setting(False, "`true`: tasks are predicted as they are imported, with a key")
-    forward_timeout: int = _setting(120, "time after which a forward pass counts as hung", "seconds", 1)
-    allowed_image_hosts: str = _setting("", "hosts or networks at private addresses with pictures, with commas")
+    workers: int = _setting(0, "predict workers that `serve` starts; 0: one per device", ge=0)
+    redis_url: str = _setting("", "the queue's Redis; empty: the bundled one is started", repr=False)
+    label_studio_url: str = _setting("", "where this machine reaches Label Studio; needed for uploaded images")
+    label_studio_api_key: str = _setting("", "legacy token or personal access token of Label Studio", repr=False)
+    basic_auth_user: str = _setting("", "user of basic auth; empty: no login")
+    basic_auth_pass: str = _setting("", "password of basic auth", repr=False)
+    path_secret: str = _setting("", "serve everything under `/s/<secret>` only", repr=False)
+    box_threshold: float = _setting(
+        0.3, "lowest score of a box, where the labeling config names none", "0 to 1", ge=0, le=1, allow_inf_nan=False
+    )
+    nms_iou: float = _setting(
+        0.7, "of boxes that overlap more, only the best is kept; 1 keeps all", "IoU, 0 to 1", ge=0, le=1,
+        allow_inf_nan=False,
+    )  # fmt: skip
+    train: Train = _setting("encoder", f"what training changes, {_one_of(Train)}; `head`: all but the backbones")
+    precision: Precision = _setting("auto", f"{_one_of(Precision)}; `auto` is float16 on a GPU")
+    batch_size: int = _setting(
+        0, "images per job and forward pass; 0: largest batch that fits in memory and takes at most one second", ge=0
+    )
+    predict_deadline: int = _setting(90, "time after which /predict answers with what is finished", "seconds", ge=1)
+    push_above: int = _setting(50, "tasks of a request above which predictions are pushed, with a key", ge=0)
+    preannotate_on_import: bool = _setting(False, "`true`: predict tasks as they are imported, with a key")
+    forward_timeout: int = _setting(120, "time after which a forward pass counts as hung", "seconds", ge=1)
+    allowed_image_hosts: str = _setting("", "comma-separated private hosts or networks that images may be fetched from")
     local_files_document_root: str = _setting("", "Label Studio's folder of local files, where it is mounted here too")
-    max_image_pixels: int = _setting(100_000_000, "largest picture", "pixels", 1)
-    max_image_bytes: int = _setting(50_000_000, "largest picture file", "bytes", 1)
-    port: int = _setting(9090, "port of the web front", minimum=1)
-    log_level: str = _setting("INFO", f"one of {', '.join(LOG_LEVELS)}", choices=LOG_LEVELS)
-    log_format: str = _setting("text", f"one of {', '.join(LOG_FORMATS)}", choices=LOG_FORMATS)
-    show_pictures: str = _setting(
+    max_image_pixels: int = _setting(100_000_000, "largest image", "pixels", ge=1)
+    max_image_bytes: int = _setting(50_000_000, "largest image file", "bytes", ge=1)
+    port: int = _setting(9090, "port of the web front", ge=1, le=65535)
+    log_level: LogLevel = _setting("INFO", _one_of(LogLevel))
+    log_format: LogFormat = _setting("text", _one_of(LogFormat))
+    show_pictures: ShowPictures = _setting(
         "auto",
-        f"whether the status page shows the last pictures, one of {', '.join(SHOW_PICTURES)}; "
-        "`auto`: behind a login or a secret path, and of `demo`",
-        choices=SHOW_PICTURES,
+        f"whether the status page shows the last images, {_one_of(ShowPictures)}; "
+        "`auto`: behind a login or a secret path, and for `demo`",
     )
 
-    @classmethod
-    def from_env(cls, env: Mapping[str, str] = os.environ) -> Settings:
-        """Settings from environment variables; an empty variable counts as not set.
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise SettingsError(_describe(error)) from None
 
-        Raises:
-            SettingsError: a value is not of its type or out of range; the text names the variable.
-        """
-        given = {f.name: env[f.name.upper()] for f in dataclasses.fields(cls) if env.get(f.name.upper())}
-        return cls(**{name: _convert(cls, name, text) for name, text in given.items()})
+    @field_validator("redis_url")
+    @classmethod
+    def _check_redis_url(cls, redis_url: str) -> str:
+        if redis_url and not redis_url.startswith(REDIS_SCHEMES):
+            raise ValueError("REDIS_URL must begin with redis://, rediss:// or unix://")
+        return redis_url
+
+    @field_validator("path_secret")
+    @classmethod
+    def _check_path_secret(cls, path_secret: str) -> str:
+        if path_secret and not PATH_SECRET.fullmatch(path_secret):
+            raise ValueError("PATH_SECRET must be at least 16 letters, digits, '-' and '_'")
+        return path_secret
+
+    @model_validator(mode="after")
+    def _check_basic_auth(self) -> Settings:
+        if bool(self.basic_auth_user) != bool(self.basic_auth_pass):
+            raise ValueError("set both BASIC_AUTH_USER and BASIC_AUTH_PASS, or neither")
+        return self
+
+    def replace(self, **changes: Any) -> Settings:
+        """Returns these settings with other values for some of them."""
+        return Settings(**{**self.model_dump(), **changes})
 
     def to_env(self) -> dict[str, str]:
-        """The environment from which a child process reads these same settings."""
-        return {f.name.upper(): str(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        """Returns the environment from which a child process reads these same settings."""
+        return {name.upper(): str(value) for name, value in self.model_dump().items()}
 
     @property
     def may_show_images(self) -> bool:
-        """Whether the status page shows pictures: without a door anybody could look at them."""
+        """Whether the status page shows images: not where anybody could look at them."""
         if self.show_pictures == "auto":
             return bool(self.basic_auth_user or self.path_secret or self.model == "demo")
         return self.show_pictures == "true"
 
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            minimum = field.metadata["minimum"]
-            if minimum is not None and not getattr(self, field.name) >= minimum:
-                raise SettingsError(f"{field.name.upper()} must be at least {minimum}")
-            choices = field.metadata["choices"]
-            if choices and getattr(self, field.name) not in choices:
-                raise SettingsError(f"{field.name.upper()} must be one of {', '.join(choices)}")
-        if not (self.box_threshold <= 1 and self.nms_iou <= 1):
-            raise SettingsError("BOX_THRESHOLD and NMS_IOU must be at most 1")
-        if not self.port < 65536:
-            raise SettingsError("PORT must be below 65536")
-        if self.redis_url and not self.redis_url.startswith(("redis://", "rediss://", "unix://")):
-            raise SettingsError("REDIS_URL must begin with redis://, rediss:// or unix://")
-        if self.path_secret and not SECRET.fullmatch(self.path_secret):
-            raise SettingsError("PATH_SECRET must be at least 16 letters, digits, '-' and '_'")
-        if bool(self.basic_auth_user) != bool(self.basic_auth_pass):
-            raise SettingsError("set both BASIC_AUTH_USER and BASIC_AUTH_PASS, or neither")
+
+KINDS = {"int_parsing": "a whole number", "float_parsing": "a number", "finite_number": "a number",
+         "bool_parsing": "true or false"}  # fmt: skip
 
 
-def _convert(cls: type[Settings], name: str, text: str) -> Any:
-    kind = type(getattr(cls, name))  # the class attribute is the default
-    if kind is bool:
-        if text.lower() not in ("true", "false"):
-            raise SettingsError(f"{name.upper()} must be true or false, not {text!r}")
-        return text.lower() == "true"
-    try:
-        return kind(text) if kind is not type(Path()) else Path(text)
-    except ValueError:
-        wanted = "a whole number" if kind is int else "a number"
-        raise SettingsError(f"{name.upper()} must be {wanted}, not {text!r}") from None
+def _describe(error: ValidationError) -> str:
+    """Describes the first wrong setting: its variable and what it must be; never the value of a text, or a secret."""
+    first = error.errors(include_url=False)[0]
+    variable, kind = str(first["loc"][0]).upper() if first["loc"] else "", first["type"]
+    context = first.get("ctx", {})
+    if kind in KINDS:
+        return f"{variable} must be {KINDS[kind]}, not {first['input']!r}"
+    if kind == "greater_than_equal":
+        return f"{variable} must be at least {context['ge']:g}"
+    if kind == "less_than_equal":
+        return f"{variable} must be at most {context['le']:g}"
+    if kind == "literal_error":
+        return f"{variable} must be one of {context['expected'].replace(chr(39), '').replace(' or ', ', ')}"
+    if kind == "value_error":
+        return str(context["error"])
+    return f"{variable}: {first['msg']}"
+
+
+def describe_setting(name: str) -> str:
+    """Returns the help text of a setting, with its unit."""
+    field = Settings.model_fields[name]
+    extra = field.json_schema_extra
+    unit = extra["unit"] if isinstance(extra, dict) else ""
+    return f"{field.description} ({unit})" if unit else str(field.description)
 
 
 def settings_table() -> str:
-    """All settings as the Markdown table that the README shows."""
+    """Returns all settings as the Markdown table of the README."""
     rows = ["| variable | default | meaning |", "|---|---|---|"]
-    for field in dataclasses.fields(Settings):
-        unit = f" ({field.metadata['unit']})" if field.metadata["unit"] else ""
+    for name, field in Settings.model_fields.items():
         default = f"`{field.default}`" if field.default != "" else ""
-        rows.append(f"| `{field.name.upper()}` | {default} | {field.metadata['text']}{unit} |")
+        rows.append(f"| `{name.upper()}` | {default} | {describe_setting(name)} |")
     return "\n".join(rows) + "\n"

@@ -5,7 +5,6 @@ import os
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as a worker does: the tests run several processes on few cores
 
 import contextlib
-import dataclasses
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -17,14 +16,14 @@ from redis import Redis
 from backend.queue import private_redis
 from backend.queue.redis import connect
 from backend.settings import Settings
-from tests.servers import Served
+from tests.servers import ServeProcess
 
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """No setting of the developer's shell reaches a test."""
-    for field in dataclasses.fields(Settings):
-        monkeypatch.delenv(field.name.upper(), raising=False)
+    for name in Settings.model_fields:
+        monkeypatch.delenv(name.upper(), raising=False)
 
 
 @contextlib.contextmanager
@@ -56,9 +55,9 @@ def connection(redis_url: str) -> Iterator[Redis]:
 
 
 @pytest.fixture(scope="session")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeProcess]:
     """`python -m backend serve` with the bundled checkpoint, ready."""
-    server = Served(tmp_path_factory.mktemp("served"))
+    server = ServeProcess(tmp_path_factory.mktemp("served"))
     server.started = time.monotonic()
     try:
         server.wait_until_ready()
@@ -68,12 +67,12 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 
 @pytest.fixture
-def start_server(tmp_path: Path) -> Iterator[Callable[..., Served]]:
+def start_server(tmp_path: Path) -> Iterator[Callable[..., ServeProcess]]:
     """Starts servers of a test's own, with settings given by name; whatever is left of them ends with the test."""
-    started: list[Served] = []
+    started: list[ServeProcess] = []
 
-    def start(**env: str) -> Served:
-        started.append(Served(tmp_path, **env))
+    def start(**env: str) -> ServeProcess:
+        started.append(ServeProcess(tmp_path, **env))
         return started[-1]
 
     yield start

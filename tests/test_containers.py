@@ -1,6 +1,5 @@
 """The image, the compose files and the manifests say what the code says. No Docker engine is asked."""
 
-import dataclasses
 import itertools
 import json
 import os
@@ -22,9 +21,9 @@ from backend.queue.private_redis import command as redis_command
 from backend.settings import Settings
 from backend.web.app import create_app
 from model import GroundingDINO
-from tests.servers import ROOT, http_server, reply
+from tests.servers import ROOT, http_server, send_reply
 
-FIELDS = {field.name.upper() for field in dataclasses.fields(Settings)}
+FIELDS = {name.upper() for name in Settings.model_fields}
 PORT = Settings().port
 # of Python, of torch, of the hub
 THIRD_PARTY = {
@@ -142,7 +141,7 @@ def test_the_health_check_asks_the_health_route(status: int, code: int) -> None:
 
     def answer(handler: BaseHTTPRequestHandler) -> None:
         asked.append(handler.path)
-        reply(handler, b"{}", status)
+        send_reply(handler, b"{}", status)
 
     check = json.loads(_arguments("HEALTHCHECK")[0].split(" CMD ")[1])
     with http_server(answer) as url:

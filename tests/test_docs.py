@@ -1,6 +1,5 @@
 """The documents say what the code says."""
 
-import dataclasses
 import re
 import subprocess
 import sys
@@ -31,9 +30,9 @@ def test_every_setting_is_an_option_with_default_and_unit() -> None:
         [sys.executable, "-m", "backend", "serve", "--help"], cwd=ROOT, capture_output=True, text=True
     )
     text = " ".join(done.stdout.split())
-    for field in dataclasses.fields(Settings):
-        assert f"--{field.name.replace('_', '-')}" in text
-        assert f"variable: {field.name.upper()}" in text
+    for name in Settings.model_fields:
+        assert f"--{name.replace('_', '-')}" in text
+        assert f"variable: {name.upper()}" in text
 
 
 def test_an_option_wins_over_its_variable() -> None:

@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -6,23 +7,38 @@ from backend.cli.supervisor import _devices
 from backend.errors import SettingsError
 from backend.settings import Settings
 
-
-def test_every_setting_has_a_default() -> None:
-    assert Settings.from_env({}) == Settings()
+ReadSettings = Callable[[dict[str, str]], Settings]
 
 
-def test_values_are_typed() -> None:
-    settings = Settings.from_env({"PORT": "80", "BOX_THRESHOLD": "0.5", "MODEL_DIR": "/x", "MODEL": "demo"})
+@pytest.fixture
+def read_settings(monkeypatch: pytest.MonkeyPatch) -> ReadSettings:
+    """Reads the settings from an environment with these variables."""
+
+    def read(variables: dict[str, str]) -> Settings:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        return Settings()
+
+    return read
+
+
+def test_every_setting_has_a_default(read_settings: ReadSettings) -> None:
+    settings = read_settings({})
+    assert all(getattr(settings, name) == field.default for name, field in Settings.model_fields.items())
+
+
+def test_values_are_typed(read_settings: ReadSettings) -> None:
+    settings = read_settings({"PORT": "80", "BOX_THRESHOLD": "0.5", "MODEL_DIR": "/x", "MODEL": "demo"})
     assert (settings.port, settings.box_threshold, settings.model_dir) == (80, 0.5, Path("/x"))
 
 
-def test_an_empty_variable_counts_as_not_set() -> None:
-    assert Settings.from_env({"PORT": ""}).port == 9090
+def test_an_empty_variable_counts_as_not_set(read_settings: ReadSettings) -> None:
+    assert read_settings({"PORT": ""}).port == 9090
 
 
-def test_a_child_process_reads_the_same() -> None:
+def test_a_child_process_reads_the_same(read_settings: ReadSettings) -> None:
     settings = Settings(port=1, box_threshold=0.25, label_studio_api_key="k", model_dir=Path("/a b"))
-    assert Settings.from_env(settings.to_env()) == settings
+    assert read_settings(settings.to_env()) == settings
 
 
 @pytest.mark.parametrize(
@@ -38,11 +54,30 @@ def test_a_child_process_reads_the_same() -> None:
         ("LOG_FORMAT", "xml"),
         ("SHOW_PICTURES", "yes"),
         ("BASIC_AUTH_USER", "me"),
+        ("PREANNOTATE_ON_IMPORT", "perhaps"),
+        ("REDIS_URL", "localhost:6379"),
     ],
 )
-def test_a_wrong_value_names_its_variable(name: str, value: str) -> None:
+def test_a_wrong_value_names_its_variable(read_settings: ReadSettings, name: str, value: str) -> None:
     with pytest.raises(SettingsError, match=name):
-        Settings.from_env({name: value})
+        read_settings({name: value})
+
+
+def test_a_setting_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(SettingsError, match="PROT"):
+        Settings(prot=80)
+
+
+def test_a_replaced_value_is_checked() -> None:
+    assert Settings(port=80).replace(port=81).port == 81
+    with pytest.raises(SettingsError, match="PORT must be at least 1"):
+        Settings().replace(port=0)
+
+
+def test_a_wrong_secret_is_not_shown() -> None:
+    with pytest.raises(SettingsError) as raised:
+        Settings(path_secret="s3cret")
+    assert "s3cret" not in str(raised.value)
 
 
 def test_secrets_are_not_shown() -> None:

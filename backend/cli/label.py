@@ -56,7 +56,7 @@ def label(settings: Settings, words: Sequence[str], label_config: str, wanted: L
     files = find_images(words)
     if wanted.sample:
         files = sorted(random.Random(0).sample(files, min(wanted.sample, len(files))), key=lambda file: file.key)
-        settings = dataclasses.replace(settings, box_threshold=SAMPLE_MIN_SCORE)
+        settings = settings.replace(box_threshold=SAMPLE_MIN_SCORE)
         wanted = dataclasses.replace(wanted, out=wanted.out / SAMPLE_FOLDER, force=True)
     _clear(wanted)
     with _workers_of(settings) as running:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 import sys
@@ -26,7 +25,7 @@ from backend.queue.live_workers import make_worker_name
 from backend.queue.private_redis import resolve_redis_url
 from backend.queue.redis import connect
 from backend.queue.training_queue import TrainingQueue
-from backend.settings import Settings
+from backend.settings import Settings, describe_setting
 from backend.training.training_worker import run as serve_fit
 
 # Turns that one of torch's threads waits for the others before it sleeps. The default is without end: two busy
@@ -38,18 +37,16 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 def settings_options(command: Command) -> Command:
     """One option for each setting; the command gets those that were given as keyword arguments."""
-    for field in reversed(dataclasses.fields(Settings)):
-        unit = f" ({field.metadata['unit']})" if field.metadata["unit"] else ""
+    for name, field in reversed(Settings.model_fields.items()):
         default = f"; default: {field.default}" if field.default != "" else ""
-        help_text = f"{field.metadata['text']}{unit}{default}; variable: {field.name.upper()}"
-        command = click.option(f"--{field.name.replace('_', '-')}", metavar="VALUE", help=help_text)(command)
+        help_text = f"{describe_setting(name)}{default}; variable: {name.upper()}"
+        command = click.option(f"--{name.replace('_', '-')}", metavar="VALUE", help=help_text)(command)
     return command
 
 
 def _settings(options: dict[str, str | None]) -> Settings:
     """The environment, with what was given on the command line on top."""
-    given = {name.upper(): value for name, value in options.items() if value is not None}
-    settings = Settings.from_env({**os.environ, **given})
+    settings = Settings(**{name: value for name, value in options.items() if value})
     set_up_logging(settings)
     return settings
 

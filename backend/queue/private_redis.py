@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import re
 import shutil
@@ -35,7 +34,7 @@ def resolve_redis_url(settings: Settings) -> Settings:
         url = (settings.model_dir / URL_FILE).read_text()
     except OSError:
         raise SettingsError(f"set REDIS_URL; no server runs in MODEL_DIR={settings.model_dir} either") from None
-    return dataclasses.replace(settings, redis_url=url)
+    return settings.replace(redis_url=url)
 
 
 def find_server() -> str:
