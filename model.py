@@ -249,7 +249,7 @@ class GroundingDINO:
     def set_extra_params(self, extra_params: Any) -> None:
         """Does nothing; part of label-studio-ml's interface. The settings and the labeling config say it all."""
 
-    def ready_workers(self) -> int:
+    def count_ready_workers(self) -> int:
         """Counts the live workers whose model is loaded.
 
         Raises:
