@@ -7,7 +7,7 @@ import io
 import threading
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from PIL import Image
 
@@ -16,7 +16,8 @@ SAMPLE_INTERVAL = 2.0  # seconds between two samples
 MAX_KEY_LENGTH = 200  # characters; a longer address is kept as its hash
 
 
-class Thumbnail(NamedTuple):
+@dataclass(frozen=True)
+class Thumbnail:
     """A small copy of the image whose address is at `image_index` of those given to `pop`."""
 
     image_index: int
