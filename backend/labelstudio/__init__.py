@@ -1,4 +1,4 @@
-"""Label Studio's side of the wire: its REST API, labeling configs, tasks, and regions.
+"""Everything that follows Label Studio's formats: its REST API, labeling configs, tasks and regions.
 
 Begin with `labeling_config.py`: a `Plan` is what everything else works with.
 
