@@ -19,8 +19,8 @@ from rq.job import Job
 from backend.delivery.imported_projects import record_import
 from backend.delivery.outbox import Delivery, Outbox
 from backend.errors import BackendError, BadRequest, NotReady, QueueUnavailable
-from backend.monitoring.feedback import AnnotationEvent, AnnotationLog
-from backend.monitoring.project_stats import count_outcomes, get_predicted, list_model_versions
+from backend.monitoring.feedback import AnnotationEvent, AnnotationLog, count_outcomes, get_predicted
+from backend.monitoring.project_stats import list_model_versions
 from backend.queue.messages import Answer, Chunk, Prediction, TaskError
 from backend.queue.predict_queue import PredictQueue
 from backend.queue.private_redis import resolve_redis_url
@@ -236,7 +236,7 @@ class GroundingDINO:
         """
         try:
             return [
-                {**row, "annotations": len(AnnotationLog(self._connection, row["project"]).annotations())}
+                {**row, "annotations": len(AnnotationLog(self._connection, row["project"]).get_annotations())}
                 for row in TrainingQueue(self._connection).list_progress()
             ]
         except QueueUnavailable:

@@ -1,6 +1,6 @@
-"""What happened last, kept in Redis for the status page: failures, pictures, their number by the minute, bulk work.
+"""Recent activity for the status page: failed tasks, sample images, tasks per minute, and the progress of commands.
 
-None of it is needed for the work itself: where Redis does not take it, it is left out.
+Predictions do not depend on it: writers ignore a Redis that does not answer, readers raise RedisError.
 """
 
 from __future__ import annotations
@@ -19,86 +19,125 @@ from backend.labelstudio.regions import Region, read_label, read_percent_box
 from backend.queue.messages import Answer, ChunkTask, TaskError
 from backend.queue.redis import get_indexed, set_indexed
 
-FAILURES_KEY, MAX_FAILURES = "gdino:recent:failures", 50  # list of JSON, the last first
-PICTURES_KEY, MAX_IMAGES = "gdino:recent:pictures", 12  # likewise
-RATE_KEY, MINUTES = "gdino:recent:rate:", 60  # + minute since the epoch -> tasks answered in it
-BULK_KEY, BULK_TTL = "gdino:recent:bulk:", 600  # + name -> JSON; s, longer than an import or a chunk may take
+FAILURES_KEY = "gdino:recent:failures"  # list of JSON, newest first: time, project, task, code, detail; never expires
+MAX_FAILURES = 50  # entries of FAILURES_KEY
+
+IMAGES_KEY = "gdino:recent:pictures"  # list of JSON, newest first: `record_image`; never expires
+MAX_IMAGES = 12  # entries of IMAGES_KEY, about 20 kB each
+
+TASK_COUNT_KEY = "gdino:recent:rate:"  # + minute since the epoch -> integer: tasks answered in that minute
+TASK_COUNT_MINUTES = 60  # minutes that the status page shows
+TASK_COUNT_TTL = (TASK_COUNT_MINUTES + 2) * 60  # s, so at most 62 keys
+
+BULK_KEY = "gdino:recent:bulk:"  # + name of a command -> JSON: what, since, before, time, done, failed, of; indexed
+BULK_TTL = 600  # s without a report; longer than an import or a chunk takes
 
 
-def record_image(connection: Redis, jpeg: bytes, regions: Sequence[Region], **about: Any) -> None:
-    """Keeps a picture with its boxes: label, score, and x, y, width, height in percent."""
+def record_image(
+    connection: Redis, jpeg: bytes, regions: Sequence[Region], *, project: str, task: object, model_version: str
+) -> None:
+    """Records a thumbnail with its boxes; the oldest one beyond `MAX_IMAGES` is dropped.
+
+    Args:
+        connection: to Redis.
+        jpeg: the thumbnail's file.
+        regions: of the prediction; their boxes are in percent of the image, so they fit the thumbnail too.
+        project: the project's number; empty where there is none.
+        task: the task's id.
+        model_version: that made the prediction.
+    """
     boxes = [
         {"label": read_label(region), "score": region["score"], **read_percent_box(region)}
         for region in regions
         if read_label(region)
     ]
-    row = {"time": time.time(), "jpeg": base64.b64encode(jpeg).decode(), "boxes": boxes, **about}
+    entry = {
+        "time": time.time(),
+        "jpeg": base64.b64encode(jpeg).decode(),
+        "boxes": boxes,
+        "project": project,
+        "task": task,
+        "model_version": model_version,
+    }
     with contextlib.suppress(RedisError), connection.pipeline() as pipeline:
-        pipeline.lpush(PICTURES_KEY, json.dumps(row))
-        pipeline.ltrim(PICTURES_KEY, 0, MAX_IMAGES - 1)
+        pipeline.lpush(IMAGES_KEY, json.dumps(entry))
+        pipeline.ltrim(IMAGES_KEY, 0, MAX_IMAGES - 1)
         pipeline.execute()
 
 
 def record_answers(connection: Redis, project: str, tasks: Sequence[ChunkTask], answers: Sequence[Answer]) -> None:
-    """Counts a chunk's tasks, and keeps the last of those that failed."""
-    failed = [
+    """Counts the tasks of a chunk in the current minute and records those that failed.
+
+    Args:
+        connection: to Redis.
+        project: the project's number; empty where there is none.
+        tasks: of the chunk.
+        answers: one for each task, in order.
+    """
+    failures = [
         {"time": time.time(), "project": project, "task": task.id, **answer.error.model_dump()}
         for task, answer in zip(tasks, answers, strict=True)
         if isinstance(answer, TaskError)
     ]
-    minute = f"{RATE_KEY}{int(time.time() // 60)}"
+    minute_key = f"{TASK_COUNT_KEY}{int(time.time() // 60)}"
     with contextlib.suppress(RedisError), connection.pipeline() as pipeline:
-        pipeline.incrby(minute, len(answers))
-        pipeline.expire(minute, (MINUTES + 2) * 60)
-        for row in failed[-MAX_FAILURES:]:
-            pipeline.lpush(FAILURES_KEY, json.dumps(row))
+        pipeline.incrby(minute_key, len(answers))
+        pipeline.expire(minute_key, TASK_COUNT_TTL)
+        for failure in failures[-MAX_FAILURES:]:
+            pipeline.lpush(FAILURES_KEY, json.dumps(failure))
         pipeline.ltrim(FAILURES_KEY, 0, MAX_FAILURES - 1)
         pipeline.execute()
 
 
 class BulkProgress:
-    """A command's progress, as the status page shows it."""
+    """The progress of a running command, as the status page shows it."""
 
-    def __init__(self, connection: Redis, name: str, what: str) -> None:
-        """`what` is what people read; a command of the same `name` takes its place."""
+    def __init__(self, connection: Redis, name: str, title: str) -> None:
+        """Prepares the report; nothing is written yet.
+
+        Args:
+            connection: to Redis.
+            name: of the command; a later command of the same name takes its place on the page.
+            title: the text that people read.
+        """
         self._connection, self._name = connection, name
-        self._row: dict[str, Any] = {"what": what, "since": time.time()}
-        self._last = 0.0
+        self._entry: dict[str, Any] = {"what": title, "since": time.time()}
+        self._reported_at = 0.0  # of `time.monotonic`
 
-    def report(self, done: int, failed: int, of: int) -> None:
-        """Says how far it is, at most once a second."""
-        if time.monotonic() - self._last < 1 and done < of:
+    def report(self, done: int, failed: int, total: int) -> None:
+        """Records the number of done, failed and all items; at most once a second, but always the last one."""
+        if time.monotonic() - self._reported_at < 1 and done < total:
             return
-        self._last = time.monotonic()
-        self._row.setdefault("before", done)  # another run did them
-        row = {**self._row, "time": time.time(), "done": done, "failed": failed, "of": of}
+        self._reported_at = time.monotonic()
+        self._entry.setdefault("before", done)  # done by an earlier run: they say nothing about the speed of this one
+        entry = {**self._entry, "time": time.time(), "done": done, "failed": failed, "of": total}
         with contextlib.suppress(RedisError):
-            set_indexed(self._connection, BULK_KEY, self._name, json.dumps(row), BULK_TTL)
+            set_indexed(self._connection, BULK_KEY, self._name, json.dumps(entry), BULK_TTL)
 
     def close(self) -> None:
-        """It is over."""
+        """Removes the command from the status page."""
         with contextlib.suppress(RedisError):
             self._connection.delete(BULK_KEY + self._name)
 
 
 def list_failures(connection: Redis) -> list[dict[str, Any]]:
-    """The last ones, the last first; raises RedisError."""
-    return [json.loads(row) for row in connection.lrange(FAILURES_KEY, 0, -1)]
+    """Lists the last failed tasks, newest first; raises RedisError."""
+    return [json.loads(entry) for entry in connection.lrange(FAILURES_KEY, 0, -1)]
 
 
 def list_images(connection: Redis) -> list[dict[str, Any]]:
-    """The last ones, the last first; raises RedisError."""
-    return [json.loads(row) for row in connection.lrange(PICTURES_KEY, 0, -1)]
+    """Lists the last thumbnails with their boxes, newest first; raises RedisError."""
+    return [json.loads(entry) for entry in connection.lrange(IMAGES_KEY, 0, -1)]
 
 
 def list_tasks_per_minute(connection: Redis) -> list[int]:
-    """Tasks answered in each of the last 60 minutes, the present one last; raises RedisError."""
+    """Lists the tasks answered in each of the last 60 minutes, the current minute last; raises RedisError."""
     now = int(time.time() // 60)
-    counts = connection.mget([f"{RATE_KEY}{minute}" for minute in range(now - MINUTES + 1, now + 1)])
-    return [int(count or 0) for count in counts]
+    minutes = range(now - TASK_COUNT_MINUTES + 1, now + 1)
+    return [int(count or 0) for count in connection.mget([f"{TASK_COUNT_KEY}{minute}" for minute in minutes])]
 
 
 def list_bulk_progress(connection: Redis) -> list[dict[str, Any]]:
-    """Commands at work, the oldest first; raises RedisError."""
-    rows = [json.loads(row) for row in get_indexed(connection, BULK_KEY).values()]
-    return sorted(rows, key=lambda row: float(row["since"]))
+    """Lists the running commands, the first started first; raises RedisError."""
+    entries = [json.loads(entry) for entry in get_indexed(connection, BULK_KEY).values()]
+    return sorted(entries, key=lambda entry: float(entry["since"]))

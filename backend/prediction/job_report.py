@@ -18,7 +18,7 @@ from backend.labelstudio.targets import ImageTarget
 from backend.logs import REQUEST_ID
 from backend.metrics import FAILURES, STAGE_SECONDS, count_boxes
 from backend.monitoring.activity import record_answers, record_image
-from backend.monitoring.project_stats import record_predicted
+from backend.monitoring.feedback import record_predicted
 from backend.queue.messages import Answer, ChunkTask, TaskError
 
 log = logging.getLogger(__name__)
@@ -59,10 +59,16 @@ class JobReport:
             return
         key = keys[thumbnail.image_index]
         result = results[key]
-        details = {"project": self.project, "task": task_ids[key], "model_version": model_version}
         with _suppress_and_log():
             regions = result if isinstance(result, list) else []
-            record_image(self._job.connection, thumbnail.jpeg, regions, **details)
+            record_image(
+                self._job.connection,
+                thumbnail.jpeg,
+                regions,
+                project=self.project,
+                task=task_ids[key],
+                model_version=model_version,
+            )
 
     def finish(self, tasks: Sequence[ChunkTask], answers: Sequence[Answer]) -> None:
         """Counts the answers and logs the chunk."""

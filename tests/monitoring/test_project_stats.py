@@ -1,66 +1,40 @@
-from typing import Any
-
 import pytest
+from redis import Redis
 
-from backend.monitoring.project_stats import MAX_LABELS, count_outcomes
+from backend.labelstudio.labeling_config import read_plan
+from backend.monitoring.project_stats import (
+    get_created_at,
+    get_label_config,
+    get_project_summaries,
+    get_shown_model_versions,
+    list_model_versions,
+    save_summary,
+)
+from tests.scenes import make_labeling_config, make_scenes
 
-
-def region(label: str, **more: Any) -> dict[str, Any]:
-    return {"value": {"x": 1, "y": 1, "width": 5, "height": 5, "rectanglelabels": [label]}, **more}
-
-
-def test_boxes_are_kept_changed_deleted_or_drawn() -> None:
-    result = [
-        region("car", origin="prediction", score=0.9),
-        region("car", origin="prediction-changed", score=0.8),
-        region("car", origin="manual"),
-        region("dog", origin="manual"),
-    ]
-    assert count_outcomes({"result": result}, {"car": 4, "cat": 1}) == {
-        "car": [1, 1, 2, 1],
-        "cat": [0, 0, 1, 0],
-        "dog": [0, 0, 0, 1],
-    }
+CONFIG = make_labeling_config(make_scenes(1))
 
 
-def test_what_label_studio_copies_from_a_prediction_is_kept() -> None:
-    copied = {"result": [region("car", score=0.9)], "parent_prediction": 5}
-    assert count_outcomes(copied, {"car": 1}) == {"car": [1, 0, 0, 0]}
-    assert count_outcomes({**copied, "parent_prediction": None}, {}) == {"car": [0, 0, 0, 1]}
+def test_a_saved_summary_is_read_back(connection: Redis) -> None:
+    plan = read_plan(CONFIG, 0.3, 0.7)
+    save_summary(connection, "7", "demo-1", plan, CONFIG, 1795334225)
+    (summary,) = get_project_summaries(connection)
+    assert [row["label"] for row in summary["labels"]] == [label.name for label in plan.controls[0].labels]
+    assert (summary["project"], summary["version"], summary["of"]) == ("7", "demo-1", len(summary["labels"]))
+    assert get_created_at(connection, "7") == 1795334225
+    assert get_label_config(connection, "7") == CONFIG
 
 
-def test_a_rectangle_with_labels_beside_counts_once() -> None:
-    box = {"x": 1, "y": 1, "width": 5, "height": 5}
-    both = [
-        {"id": "a", "origin": "prediction", "value": box},
-        {"id": "a", "origin": "prediction", "value": {**box, "labels": ["car"]}},
-    ]
-    assert count_outcomes({"result": both}, {"car": 1}) == {"car": [1, 0, 0, 0]}
+def test_nothing_is_known_of_a_project_that_was_never_set_up(connection: Redis) -> None:
+    assert get_project_summaries(connection) == list_model_versions(connection) == []
+    assert get_shown_model_versions(connection) == {}
+    assert (get_created_at(connection, "7"), get_label_config(connection, "7")) == (None, "")
 
 
-def test_a_skipped_task_says_nothing() -> None:
-    assert count_outcomes({"result": [], "was_cancelled": True}, {"car": 3}) == {}
-
-
-ODD = [
-    None,
-    3,
-    {},
-    {"value": None},
-    {"value": 3},
-    *({"value": {"rectanglelabels": odd}} for odd in ([], {"a": 1}, 3, "a")),
-]
-
-
-@pytest.mark.parametrize("result", [None, "x", ODD])
-def test_odd_annotations_count_nothing(result: Any) -> None:
-    assert count_outcomes({"result": result}, {}) == {}
-
-
-def test_a_label_that_is_no_text_does_no_harm() -> None:
-    (label,) = count_outcomes({"result": [region("\ud800")]}, {})
-    label.encode()
-
-
-def test_labels_of_one_annotation_are_bounded() -> None:
-    assert len(count_outcomes({"result": [region(f"label {n}") for n in range(1000)]}, {})) == MAX_LABELS
+def test_the_oldest_summaries_make_room(connection: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("backend.monitoring.project_stats.MAX_PROJECTS", 2)
+    for project in ("1", "2", "3", "1"):
+        save_summary(connection, project, f"version of {project}", None, "")
+    assert [row["project"] for row in get_project_summaries(connection)] == ["1", "3"]
+    assert get_shown_model_versions(connection) == {"1": "version of 1", "3": "version of 3"}
+    assert list_model_versions(connection) == ["version of 1", "version of 3"]
