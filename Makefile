@@ -11,10 +11,10 @@ help:  ## Show this help
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
 
 demo: install  ## Serve the bundled checkpoint on PORT (default 9090), with all processes
-	@MODEL=demo PORT=$(PORT) $(BIN)/python -m backend serve
+	@exec env MODEL=demo PORT=$(PORT) $(BIN)/python -m backend serve  # exec: SIGTERM to make reaches the server
 
 serve: install  ## Serve MODEL on PORT, with all processes
-	@PORT=$(PORT) $(BIN)/python -m backend serve
+	@exec env PORT=$(PORT) $(BIN)/python -m backend serve
 
 install: $(VENV)/installed
 install-dev: $(VENV)/installed-dev

@@ -66,17 +66,22 @@ class ServeProcess:
 
     def list_descendants(self) -> list[int]:
         """Returns the process ids of all its children and their descendants."""
-        rows = subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True).stdout.split("\n")[1:]
-        parents = {int(row.split()[0]): int(row.split()[1]) for row in rows if row.strip()}
-        tree = [self.process.pid]
-        for parent in tree:
-            tree += [pid for pid, ppid in parents.items() if ppid == parent]
-        return tree[1:]
+        return list_descendants(self.process.pid)
 
     def stop(self, seconds: float = 10) -> int:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         return self.process.wait(seconds)
+
+
+def list_descendants(pid: int) -> list[int]:
+    """Returns the process ids of a process's children and their descendants."""
+    rows = subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True).stdout.split("\n")[1:]
+    parents = {int(row.split()[0]): int(row.split()[1]) for row in rows if row.strip()}
+    tree = [pid]
+    for parent in tree:
+        tree += [child for child, ppid in parents.items() if ppid == parent]
+    return tree[1:]
 
 
 def is_running(pid: int) -> bool:

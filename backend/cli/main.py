@@ -13,12 +13,13 @@ from typing import Any, TypeVar
 import click
 
 from backend import __version__
+from backend.cli.process import EXIT_UNUSABLE
 from backend.cli.supervisor import build_gunicorn_command, stop_on_signals
 from backend.cli.supervisor import serve as run_everything
 from backend.cli.versions import add_commands, follow, report
 from backend.delivery.import_watcher import ImportWatcher
 from backend.delivery.pusher import Pusher
-from backend.errors import BackendError, SettingsError
+from backend.errors import BackendError, CheckpointError, SettingsError
 from backend.labelstudio.client import LabelStudioClient
 from backend.logs import set_up_logging
 from backend.queue.live_workers import make_worker_name
@@ -61,7 +62,7 @@ def cli() -> None:
 @settings_options
 def serve(**options: str | None) -> None:
     """Run everything: web front, workers and, without REDIS_URL, a private Redis."""
-    run_everything(_settings(options))
+    sys.exit(run_everything(_settings(options)))
 
 
 @cli.command()
@@ -92,7 +93,7 @@ def worker(queue: str, **options: str | None) -> None:
             os.execv(sys.executable, [sys.executable, "-m", "backend", *sys.argv[1:]])  # noqa: S606
     except BackendError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        code = 2
+        code = EXIT_UNUSABLE if isinstance(error, (SettingsError, CheckpointError)) else 1
     logging.shutdown()
     os._exit(code)  # Python would wait for a download that hangs
 

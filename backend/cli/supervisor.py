@@ -2,98 +2,42 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
-import ctypes
-import dataclasses
 import fcntl
 import os
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 
+from redis.exceptions import RedisError
+
+from backend.cli.process import ROOT, ManagedProcess, ProcessGroup
 from backend.cli.welcome import welcome
 from backend.errors import SettingsError
 from backend.queue import private_redis
+from backend.queue.live_workers import remove_stale_heartbeats
+from backend.queue.redis import connect
 from backend.registry.checkpoint import find_checkpoint
 from backend.settings import Settings
 
-ROOT = Path(__file__).parent.parent.parent
 SOCKET_ROOT = "/tmp"  # noqa: S108 - a socket's path may have 108 bytes, and TMPDIR may be long; the folder is private
 CONFIGURED_REDIS_TIMEOUT = 10  # s; it may be starting beside us
-MAX_RESTART_DELAY = 30  # s before a part that keeps crashing is started again
-STABLE_AFTER = 60  # s after which a crash counts as the first
 NVIDIA = Path("/proc/driver/nvidia/gpus")
-SHUTDOWN_TIMEOUT = 2  # s between SIGTERM and SIGKILL
-PR_SET_PDEATHSIG = 1  # prctl(2)
-LIBC = ctypes.CDLL(None)  # bound here: between fork and exec nothing may be loaded
-
-
-class ManagedProcess:
-    """One process of the group; started again when it ends, after a pause that grows while it keeps ending at once."""
-
-    def __init__(self, name: str, command: list[str], env: dict[str, str]) -> None:
-        self.name, self._command, self._env = name, command, env
-        self._crashes, self._started, self._start_at = 0, 0.0, 0.0
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        """Starts the process; it gets SIGTERM should this one die without a word."""
-        self._started = time.monotonic()
-        self.process = subprocess.Popen(
-            self._command, env=self._env, cwd=ROOT, stdin=subprocess.DEVNULL, start_new_session=True,
-            preexec_fn=_end_with_parent,
-        )  # fmt: skip
-
-    def has_ended(self) -> bool:
-        """Whether the process was started and is gone."""
-        return self.process is not None and self.process.poll() is not None
-
-    def tend(self) -> None:
-        """Notices that the process has ended, and starts it again when its pause is over."""
-        if self.process and self.has_ended():
-            _end_session(self.process)
-            self._crashes = 0 if time.monotonic() - self._started > STABLE_AFTER else self._crashes
-            pause = min(2**self._crashes - 1, MAX_RESTART_DELAY)
-            echo(f"{self.name} ended with {self.process.returncode}; starting it again in {pause} s")
-            self._crashes, self._start_at, self.process = self._crashes + 1, time.monotonic() + pause, None
-        if not self.process and time.monotonic() >= self._start_at:
-            self.start()
-
-    def stop(self, deadline: float) -> None:
-        """SIGTERM, and SIGKILL to whatever of its session is left at `deadline`."""
-        if not self.process:
-            return
-        self.process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(max(deadline - time.monotonic(), 0))
-        _end_session(self.process)
-        self.process.wait()
-
-
-def _end_session(process: subprocess.Popen[bytes]) -> None:
-    """Ends what the process started itself: an orphan of gunicorn would hold the port."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-
-
-def _end_with_parent() -> None:
-    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def echo(text: str) -> None:
-    """A line for the person at the terminal."""
+    """Prints a line for the person at the terminal."""
     print(text, flush=True)
 
 
-def serve(settings: Settings) -> None:
-    """Runs everything until SIGTERM or Ctrl-C.
+def serve(settings: Settings) -> int:
+    """Runs everything until SIGTERM or Ctrl-C; returns the exit status.
 
     Raises:
         SettingsError: the port is taken, MODEL_DIR cannot be written, or Redis does not answer.
@@ -101,106 +45,110 @@ def serve(settings: Settings) -> None:
     """
     stop = stop_on_signals()
     _check_port(settings.port)
-    find_checkpoint(settings.model)
-    with _own_folder(settings.model_dir), tempfile.TemporaryDirectory(prefix="gdino-", dir=SOCKET_ROOT) as private:
-        redis, settings = _private_redis(settings, Path(private), stop)
-        try:
-            _supervise(settings, redis, stop)
-        finally:
-            for part in redis:
-                part.stop(time.monotonic() + SHUTDOWN_TIMEOUT)
-            (settings.model_dir / private_redis.URL_FILE).unlink(missing_ok=True)
+    with _run_group(settings, stop) as (group, running):
+        env = {**os.environ, **running.to_env()}
+        processes = [_make_process("web front", ["web"], env), *_make_workers(running, env)]
+        if running.label_studio_url and running.label_studio_api_key:
+            processes.append(_make_process("pusher", ["push"], env))
+            last_device = {**env, "DEVICE": list_devices(running.device)[-1]}  # of several GPUs the least busy one
+            processes.append(_make_process("training worker", ["worker", "--queue", "fit"], last_device))
+        group.add_stage(*processes)
+        threading.Thread(target=welcome, args=(running, echo, stop), daemon=True).start()
+        status = group.supervise(stop)
+        stop.set()
+        echo("stopping")
+    return status
 
 
 @contextlib.contextmanager
 def temporary_workers(settings: Settings) -> Iterator[Settings]:
-    """Workers, and a Redis where none is configured, for as long as this lasts; the settings that lead to them.
+    """Runs workers, and a Redis where none is configured, for as long as the context lasts.
+
+    Yields:
+        The settings that lead to them.
 
     Raises:
         SettingsError: MODEL_DIR is in use or cannot be written, or Redis does not start.
         CheckpointError: there is no such MODEL.
+        SystemExit: the workers cannot work at all; they have said why.
     """
-    stop = threading.Event()
-    find_checkpoint(settings.model)
-    with _own_folder(settings.model_dir), tempfile.TemporaryDirectory(prefix="gdino-", dir=SOCKET_ROOT) as private:
-        redis, settings = _private_redis(settings, Path(private), stop)
-        parts = [*redis, *_workers(settings, {**os.environ, **settings.to_env()})]
-        tending = threading.Thread(target=_tend, args=(parts, stop), daemon=True)
-        tending.start()
+    stop, statuses = threading.Event(), [0]
+    with _run_group(settings, stop) as (group, running):
+        group.add_stage(*_make_workers(running, {**os.environ, **running.to_env()}))
+
+        def supervise() -> None:
+            statuses[0] = group.supervise(stop)
+            if statuses[0]:
+                _thread.interrupt_main()  # it waits for answers that nobody will give
+
+        thread = threading.Thread(target=supervise, daemon=True)
+        thread.start()
         try:
-            yield settings
+            yield running
+        except KeyboardInterrupt:
+            if statuses[0]:
+                raise SystemExit(statuses[0]) from None
+            raise
         finally:
             stop.set()
-            tending.join()
-            for part in reversed(parts):
-                part.stop(time.monotonic() + SHUTDOWN_TIMEOUT)
+            thread.join()
+
+
+@contextlib.contextmanager
+def _run_group(settings: Settings, stop: threading.Event) -> Iterator[tuple[ProcessGroup, Settings]]:
+    """Locks MODEL_DIR and starts Redis where none is configured; stops all processes at the end."""
+    find_checkpoint(settings.model)
+    with (
+        lock_data_dir(settings.model_dir),
+        tempfile.TemporaryDirectory(prefix="gdino-", dir=SOCKET_ROOT) as socket_dir,
+        ProcessGroup() as group,
+    ):
+        if settings.redis_url:
+            private_redis.wait_until_ready(settings.redis_url, CONFIGURED_REDIS_TIMEOUT, stop.is_set)
+        else:
+            settings = _start_private_redis(group, settings, Path(socket_dir), stop)
+        with contextlib.suppress(RedisError):  # it may have gone again, or we are told to stop
+            remove_stale_heartbeats(connect(settings.redis_url))
+        try:
+            yield group, settings
+        finally:
             (settings.model_dir / private_redis.URL_FILE).unlink(missing_ok=True)
 
 
-def _tend(parts: list[ManagedProcess], stop: threading.Event) -> None:
-    while not stop.is_set():
-        for part in parts:
-            part.tend()
-        stop.wait(0.2)
+def _start_private_redis(group: ProcessGroup, settings: Settings, socket_dir: Path, stop: threading.Event) -> Settings:
+    """Starts the private Redis and returns the settings that lead to it."""
+    path, data_dir = socket_dir / "redis.sock", settings.model_dir / "redis"
+    command = private_redis.command(private_redis.find_server(), path, data_dir.resolve())
+    server = ManagedProcess("private Redis", command, {}, echo)
+    group.add_stage(server)
+    server.start()
+    url = private_redis.url(path)
+    private_redis.wait_until_ready(url, given_up=lambda: stop.is_set() or server.has_exited())
+    if server.has_exited() and not stop.is_set():
+        raise SettingsError(f"the private Redis exited at once; {data_dir / 'redis.log'} says why")
+    (settings.model_dir / private_redis.URL_FILE).write_text(url)
+    return settings.replace(redis_url=url)
 
 
-def _workers(settings: Settings, env: dict[str, str]) -> list[ManagedProcess]:
-    devices = _devices(settings.device)
-    names = range(settings.workers or len(devices))
-    return [_part(f"worker {n + 1}", ["worker"], {**env, "DEVICE": devices[n % len(devices)]}) for n in names]
+def _make_workers(settings: Settings, env: Mapping[str, str]) -> list[ManagedProcess]:
+    devices = list_devices(settings.device)
+    return [
+        _make_process(f"worker {n + 1}", ["worker"], {**env, "DEVICE": devices[n % len(devices)]})
+        for n in range(settings.workers or len(devices))
+    ]
 
 
-def _supervise(settings: Settings, redis: list[ManagedProcess], stop: threading.Event) -> None:
-    env = {**os.environ, **settings.to_env()}
-    parts = [_part("web front", ["web"], env), *_workers(settings, env)]
-    if settings.label_studio_url and settings.label_studio_api_key:
-        parts.append(_part("pusher", ["push"], env))
-        last = {**env, "DEVICE": _devices(settings.device)[-1]}  # of several GPUs the one that is asked last
-        parts.append(_part("fit worker", ["worker", "--queue", "fit"], last))
-    greeting = threading.Thread(target=welcome, args=(settings, echo, stop), daemon=True)
-    greeting.start()
-    _tend([*redis, *parts], stop)
-    echo("stopping")
-    deadline = time.monotonic() + SHUTDOWN_TIMEOUT
-    for part in parts:
-        if part.process:
-            part.process.terminate()
-    for part in parts:
-        part.stop(deadline)
+def _make_process(name: str, arguments: list[str], env: Mapping[str, str]) -> ManagedProcess:
+    return ManagedProcess(name, [sys.executable, "-m", "backend", *arguments], env, echo)
 
 
-def _devices(device: str) -> list[str]:
-    """One for each worker; counted without torch, which would be a gigabyte of memory here."""
+def list_devices(device: str) -> list[str]:
+    """Lists the devices of a DEVICE setting; counts GPUs without torch, which would be a gigabyte of memory here."""
     if device not in ("auto", "cuda"):
         return [name.strip() for name in device.split(",")]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = visible.split(",") if visible is not None else list(NVIDIA.glob("*"))
     return [f"cuda:{number}" for number in range(len(gpus))] if len(gpus) > 1 else [device]
-
-
-def _part(name: str, arguments: list[str], env: dict[str, str]) -> ManagedProcess:
-    return ManagedProcess(name, [sys.executable, "-m", "backend", *arguments], env)
-
-
-def _private_redis(settings: Settings, private: Path, stop: threading.Event) -> tuple[list[ManagedProcess], Settings]:
-    """The private server, running, and the settings that lead to it; no server where one is configured."""
-    if settings.redis_url:
-        private_redis.wait_until_ready(settings.redis_url, CONFIGURED_REDIS_TIMEOUT, stop.is_set)
-        return [], settings
-    path, folder = private / "redis.sock", settings.model_dir / "redis"
-    part = ManagedProcess(
-        "private Redis", private_redis.command(private_redis.find_server(), path, folder.resolve()), {}
-    )
-    part.start()
-    try:
-        private_redis.wait_until_ready(private_redis.url(path), given_up=lambda: stop.is_set() or part.has_ended())
-        if part.has_ended() and not stop.is_set():
-            raise SettingsError(f"the private Redis ended at once; {folder / 'redis.log'} says why")
-    except SettingsError:
-        part.stop(time.monotonic())
-        raise
-    (settings.model_dir / private_redis.URL_FILE).write_text(private_redis.url(path))
-    return [part], dataclasses.replace(settings, redis_url=private_redis.url(path))
 
 
 def _check_port(port: int) -> None:
@@ -213,8 +161,12 @@ def _check_port(port: int) -> None:
 
 
 @contextlib.contextmanager
-def _own_folder(folder: Path) -> Iterator[None]:
-    """Makes MODEL_DIR and keeps a second `serve` out of it: two servers would write one Redis file."""
+def lock_data_dir(folder: Path) -> Iterator[None]:
+    """Makes MODEL_DIR and keeps a second server out of it: two would write one Redis file.
+
+    Raises:
+        SettingsError: the folder cannot be written, or is in use.
+    """
     try:
         (folder / "redis").mkdir(parents=True, exist_ok=True)
         lock = (folder / "lock").open("w")
@@ -231,7 +183,7 @@ def _own_folder(folder: Path) -> Iterator[None]:
 
 
 def stop_on_signals() -> threading.Event:
-    """An event that SIGTERM and Ctrl-C set."""
+    """Returns an event that SIGTERM and Ctrl-C set."""
     stop = threading.Event()
 
     def on_signal(number: int, frame: FrameType | None) -> None:
@@ -243,7 +195,7 @@ def stop_on_signals() -> threading.Event:
 
 
 def build_gunicorn_command(settings: Settings) -> list[str]:
-    """The web front as a command: one process, to keep its memory small, and a thread for each waiting request."""
+    """Builds the web front's command: one process, to keep its memory small, and a thread for each waiting request."""
     options = {
         "bind": f"0.0.0.0:{settings.port}",
         "worker-class": "gthread",
@@ -252,5 +204,5 @@ def build_gunicorn_command(settings: Settings) -> list[str]:
         "pythonpath": str(ROOT),
         "log-level": settings.log_level.lower() if settings.log_level != "INFO" else "warning",
     }
-    words = [word for key, value in options.items() for word in (f"--{key}", value)]
-    return [sys.executable, "-m", "gunicorn", "_wsgi:app", "--no-control-socket", *words]
+    arguments = [word for name, value in options.items() for word in (f"--{name}", value)]
+    return [sys.executable, "-m", "gunicorn", "_wsgi:app", "--no-control-socket", *arguments]

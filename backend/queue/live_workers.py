@@ -81,8 +81,12 @@ def _is_running(info: WorkerInfo) -> bool:
 
 
 def _read_process_start(pid: int) -> int | None:
-    """Reads when a process was started, which tells it from an earlier one of the same number (proc(5))."""
+    """Reads when a process was started, which tells it from an earlier one of the same number (proc(5)).
+
+    None for a zombie, which nothing may ever reap in a container, and where the system has no /proc.
+    """
     try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if fields[0] == "Z" else int(fields[19])
     except (OSError, ValueError, IndexError):
         return None

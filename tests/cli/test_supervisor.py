@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 import requests
 
+from backend.queue.live_workers import READY_KEY, get_live_workers
 from backend.queue.predict_queue import PredictQueue
 from backend.queue.redis import connect
 from tests.chunks import make_chunk
 from tests.scenes import make_labeling_config, make_scenes, to_data_uri
-from tests.servers import ROOT, ServeProcess, find_free_port, is_running, wait_for
+from tests.servers import ROOT, ServeProcess, find_free_port, is_running, list_descendants, wait_for
 
 MB = 1024 * 1024
 
@@ -59,7 +60,7 @@ def test_the_welcome_tells_what_matters(served: ServeProcess) -> None:
         assert part in text
 
 
-def processes(served: ServeProcess, word: bytes) -> list[int]:
+def find_processes(served: ServeProcess, word: bytes) -> list[int]:
     """Children whose command line holds `word`."""
     return [pid for pid in served.list_descendants() if word in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")]
 
@@ -73,14 +74,14 @@ def test_crashed_parts_are_started_again_and_nothing_is_left_behind(start_server
     served.wait_until_ready()
     socket_path = Path((served.model_dir / "redis.url").read_text().removeprefix("unix://"))
 
-    (worker,) = processes(served, b"worker")
+    (worker,) = find_processes(served, b"worker")
     os.kill(worker, signal.SIGKILL)
     tasks = [{"id": 1, "data": {"image": to_data_uri(make_scenes(1)[0].image)}}]
     body = {"tasks": tasks, "label_config": make_labeling_config(make_scenes(1))}
     answer = requests.post(f"{served.url}/predict", json=body, timeout=95)
     assert "result" in answer.json()["results"][0]
 
-    front = processes(served, b"gunicorn")[0]
+    front = find_processes(served, b"gunicorn")[0]
     os.kill(front, signal.SIGKILL)
     wait_for(lambda: not is_running(front) and requests.get(f"{served.url}/health", timeout=1).ok, 30, "a new front")
 
@@ -179,7 +180,7 @@ def test_a_redis_that_cannot_start_says_so_at_once(tmp_path: Path) -> None:
     (appended / "appendonly.aof.manifest").write_text("not a manifest")
     start = time.monotonic()
     done = serve_and_fail(PORT=str(find_free_port()), MODEL_DIR=str(tmp_path / "data"))
-    assert (done.returncode, "the private Redis ended at once" in done.stderr) == (2, True)
+    assert (done.returncode, "the private Redis exited at once" in done.stderr) == (2, True)
     assert time.monotonic() - start < 10
 
 
@@ -193,7 +194,7 @@ def test_a_killed_redis_is_started_again_with_what_it_held(start_server: Callabl
         pid for pid in served.list_descendants() if b"valkey-server" in Path(f"/proc/{pid}/cmdline").read_bytes()
     ]
     os.kill(redis, signal.SIGKILL)
-    wait_for(lambda: "private Redis ended with -9" in served.read_log(), 10, "notice")
+    wait_for(lambda: "private Redis exited with -9" in served.read_log(), 10, "notice")
     served.wait_until_ready()
     assert connection.get("kept") == b"yes"
     body = {
@@ -201,3 +202,52 @@ def test_a_killed_redis_is_started_again_with_what_it_held(start_server: Callabl
         "label_config": make_labeling_config(make_scenes(1)),
     }
     wait_for(lambda: "result" in requests.post(f"{served.url}/predict", json=body, timeout=95).json()["results"][0], 30)
+
+
+def test_sigterm_to_make_ends_everything(tmp_path: Path) -> None:
+    port, log = find_free_port(), tmp_path / "log"
+    if not (ROOT / ".venv" / "installed").exists():
+        pytest.skip("make would install into .venv first")
+    env = {**os.environ, "PORT": str(port), "MODEL_DIR": str(tmp_path / "data")}
+    with log.open("wb") as output:
+        make = subprocess.Popen(["make", "demo"], cwd=ROOT, env=env, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        wait_for(lambda: requests.get(f"http://127.0.0.1:{port}/health", timeout=1).ok, 60, "health")
+        descendants = list_descendants(make.pid)
+        assert len(descendants) >= 4, log.read_text()  # supervisor, Redis, front, worker
+        make.terminate()
+        make.wait(10)
+        wait_for(lambda: not any(map(is_running, descendants)), 5, "the end of all processes")
+    finally:
+        for pid in list_descendants(make.pid):
+            os.kill(pid, signal.SIGKILL)
+        make.kill()
+
+
+def test_killed_workers_do_not_make_the_next_start_ready(start_server: Callable[..., ServeProcess]) -> None:
+    first = start_server()
+    first.wait_until_ready()
+    time.sleep(1.5)  # Redis writes its file every second
+    for pid in [first.process.pid, *first.list_descendants()]:
+        os.kill(pid, signal.SIGKILL)
+    first.process.wait()
+    again = start_server()
+    workers: list[int] = []
+
+    def is_ready() -> bool:
+        workers[:] = find_processes(again, b"worker")
+        return requests.get(f"{again.url}/ready", timeout=1).ok
+
+    wait_for(is_ready, 60, "ready")
+    connection = connect((again.model_dir / "redis.url").read_text())
+    live = get_live_workers(connection, READY_KEY)
+    assert {info.pid for info in live.values()} == set(workers)
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_first_start(tmp_path: Path) -> None:
+    model = tmp_path / "x.pth"
+    model.write_text("not a checkpoint")
+    done = serve_and_fail(MODEL=str(model), PORT=str(find_free_port()), MODEL_DIR=str(tmp_path / "data"))
+    assert done.returncode == 2
+    assert done.stderr.count("error:") == 1
+    assert f"error: MODEL={model} is damaged or not a checkpoint" in done.stderr

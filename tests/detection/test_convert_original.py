@@ -187,3 +187,11 @@ def test_an_original_of_another_width_is_refused(pth: Path, tmp_path: Path) -> N
     torch.save(state, tmp_path / "narrow.pth")
     with pytest.raises(CheckpointError, match=r"narrow\.pth"):
         load_model(str(tmp_path / "narrow.pth"))
+
+
+@pytest.mark.parametrize("content", [b"", b"hi\n", b"# a text file\n" * 50, b"PK\x03\x04broken"])
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "x.pth"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"x\.pth is damaged or not a checkpoint"):
+        read_state_dict(path)
