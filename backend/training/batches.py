@@ -1,123 +1,134 @@
-"""Training batches."""
+"""Training batches: images of equal size, each with a random caption and its target."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from backend.detection.captions import build_caption, build_captions
+from backend.detection.captions import Caption, build_caption, build_captions
 from backend.detection.preprocess import ModelInput
 from backend.training.dataset import Example
-from backend.training.loss import Batch, Target
+from backend.training.loss import Batch, Target, boxes_to_cxcywh
 
-REHEARSAL_RATIO = 3  # examples of what is known for each of the annotators' in a round
+REHEARSAL_RATIO = 3  # pseudo-labeled examples of an epoch for each annotated one
 
 
 class ImageProvider(Protocol):
-    """Pictures by address, as the model reads them."""
+    """Model inputs by URI."""
 
-    def get(self, uri: str) -> ModelInput:
-        """One of them."""
+    def load_input(self, uri: str) -> ModelInput:
+        """Loads an image as the model reads it."""
 
-    def shape(self, uri: str) -> tuple[int, ...]:
-        """Channels, height and width of one of them."""
+    def get_shape(self, uri: str) -> tuple[int, ...]:
+        """Returns channels, height and width of that input, without loading it."""
 
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """What is trained on: examples of annotators, and those that the model made of what it knows."""
+    """The examples to train on: those of annotators, and those that the base model labeled itself (`rehearsal`)."""
 
     examples: Sequence[Example]
-    known: Sequence[Example]
-    pictures: ImageProvider
+    pseudo_labeled: Sequence[Example]
+    images: ImageProvider
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How long and how hard; a round looks at every example of the annotators once, within the limits."""
+    """How to train and how long. An epoch has each annotated example once, but for its limits on samples."""
 
-    train: str = "encoder"  # a key of FROZEN
-    rounds: int = 30
-    least_looks: int = 100
-    most_looks: int = 500
-    warm_up: int = 25  # batches
+    train: str = "encoder"  # a key of FROZEN_PREFIXES
+    epochs: int = 30
+    min_samples_per_epoch: int = 100  # annotated ones; fewer examples are repeated
+    max_samples_per_epoch: int = 500  # likewise; of more examples each epoch has a random choice
+    warm_up_steps: int = 25
     batch_size: int = 4
     learning_rate: float = 1e-4
-    patience: int = 6  # rounds without a better score, after which it ends
+    patience: int = 6  # epochs without a better score before training stops
     seed: int = 0
 
 
 def draw_batches(
-    lesson: TrainingSet, tokenizer: Any, recipe: TrainConfig, rng: np.random.Generator, most_tokens: int
+    training_set: TrainingSet, tokenizer: Any, config: TrainConfig, rng: np.random.Generator, max_tokens: int
 ) -> Iterator[Batch]:
-    """A round of batches in random order: pictures of equal size, each with its own caption."""
-    waiting: dict[tuple[int, ...], list[Example]] = defaultdict(list)
-    for example in _in_order(lesson, recipe, rng):
-        group = waiting[lesson.pictures.shape(example.view.uri)]
+    """Yields the batches of an epoch in random order, at most `max_tokens` tokens a caption."""
+    groups: dict[tuple[int, ...], list[Example]] = defaultdict(list)  # by the shape of their images
+
+    def make_batch(group: Sequence[Example]) -> Batch:
+        pixels, captions, targets = [], [], []
+        for example in group:
+            image = training_set.images.load_input(example.target.uri)
+            caption, target = sample_caption(example, image, tokenizer, rng, max_tokens)
+            pixels.append(image.pixels)
+            captions.append(caption)
+            targets.append(target)
+        return Batch(torch.stack(pixels), captions, targets)
+
+    for example in _sample_epoch(training_set, config, rng):
+        group = groups[training_set.images.get_shape(example.target.uri)]
         group.append(example)
-        if len(group) == recipe.batch_size:
-            yield _batch(group, lesson.pictures, tokenizer, rng, most_tokens)
+        if len(group) == config.batch_size:
+            yield make_batch(group)
             group.clear()
-    for group in waiting.values():
+    for group in groups.values():
         if group:
-            yield _batch(group, lesson.pictures, tokenizer, rng, most_tokens)
+            yield make_batch(group)
 
 
-def _in_order(lesson: TrainingSet, recipe: TrainConfig, rng: np.random.Generator) -> list[Example]:
-    """The examples of a round, those of annotators and those of the rehearsal among each other."""
-    times = max(math.ceil(recipe.least_looks / max(len(lesson.examples), 1)), 1)
-    own = [int(i) for _ in range(times) for i in rng.permutation(len(lesson.examples))][: recipe.most_looks]
-    known = rng.permutation(len(lesson.known))[: REHEARSAL_RATIO * len(own)]
-    looks = [*(lesson.examples[i] for i in own), *(lesson.known[int(i)] for i in known)]
-    return [looks[int(i)] for i in rng.permutation(len(looks))]
+def _sample_epoch(training_set: TrainingSet, config: TrainConfig, rng: np.random.Generator) -> list[Example]:
+    """Draws the examples of an epoch, annotated and pseudo-labeled ones shuffled together."""
+    repeats = max(math.ceil(config.min_samples_per_epoch / max(len(training_set.examples), 1)), 1)
+    annotated = [int(i) for _ in range(repeats) for i in rng.permutation(len(training_set.examples))]
+    annotated = annotated[: config.max_samples_per_epoch]
+    pseudo_labeled = rng.permutation(len(training_set.pseudo_labeled))[: REHEARSAL_RATIO * len(annotated)]
+    samples = [
+        *(training_set.examples[i] for i in annotated),
+        *(training_set.pseudo_labeled[int(i)] for i in pseudo_labeled),
+    ]
+    return [samples[int(i)] for i in rng.permutation(len(samples))]
 
 
-def _batch(
-    group: Sequence[Example], pictures: ImageProvider, tokenizer: Any, rng: np.random.Generator, most_tokens: int
-) -> Batch:
-    captions, targets, pixels = [], [], []
-    for example in group:
-        picture = pictures.get(example.view.uri)
-        phrases = draw_phrases(example, rng)
-        caption = build_captions(tokenizer, list(phrases.values()), most_tokens)[0]  # those of true boxes come first
-        caption = build_caption(tokenizer, [caption.phrases[int(i)] for i in rng.permutation(len(caption.phrases))])
-        captions.append(caption)
-        targets.append(_target(example, picture, phrases, caption.phrases))
-        pixels.append(picture.pixels)
-    return Batch(torch.stack(pixels), captions, targets)
+def sample_caption(
+    example: Example, image: ModelInput, tokenizer: Any, rng: np.random.Generator, max_tokens: int
+) -> tuple[Caption, Target]:
+    """Draws a caption for an example, and makes the target that goes with it.
 
+    The caption has one phrase of each label, in random order: a second phrase of the same label would be taught to find
+    nothing. Phrases of labels with boxes come first into the caption; those of the other labels and the negative
+    phrases, in random order, take the room that is left. Boxes whose phrase finds no room are not in the target. A
+    phrase that two labels with boxes share stands for the first of them.
 
-def draw_phrases(example: Example, rng: np.random.Generator) -> Mapping[str, str]:
-    """For each label one of its phrases, labels with boxes first, the others in random order, negatives among them.
+    Example: the labels are cat ("cat", "kitten"), dog ("dog") and cow ("cow"), a negative phrase is "statue", and the
+    image shows one cat. With room for three phrases, a caption is "statue. kitten. cow.", and its target is the box of
+    the cat with the phrase 1.
 
-    A label's other phrases are left out: beside the chosen one they would be taught to find nothing.
+    Args:
+        example: an image and its boxes.
+        image: the same image, as the model reads it.
+        tokenizer: of the model.
+        rng: decides on the phrases and their order.
+        max_tokens: of the caption.
     """
-    asked = example.view.query
-    chosen = {label.name: label.phrases[int(rng.integers(len(label.phrases)))] for label in asked.labels}
-    present = list(dict.fromkeys(label for _, label in example.truth))
-    absent = [*(name for name in chosen if name not in present), *(f"\0{phrase}" for phrase in asked.negatives)]
-    names = [*present, *(absent[int(i)] for i in rng.permutation(len(absent)))]
-    owners: dict[str, str] = {}
-    for name in names:  # a phrase that two labels share counts for one
-        owners.setdefault(chosen.get(name, name[1:]), name)
-    return {name: phrase for phrase, name in owners.items()}
+    query = example.target.query
+    phrase_by_label = {label.name: label.phrases[int(rng.integers(len(label.phrases)))] for label in query.labels}
+    labels_with_boxes = dict.fromkeys(label for _, label in example.truth)
+    label_by_phrase: dict[str, str] = {}
+    for label in labels_with_boxes:
+        label_by_phrase.setdefault(phrase_by_label[label], label)
+    others = [phrase for label, phrase in phrase_by_label.items() if label not in labels_with_boxes]
+    others += query.negative_phrases
+    candidates = dict.fromkeys([*label_by_phrase, *(others[int(i)] for i in rng.permutation(len(others)))])
+    fitting = build_captions(tokenizer, list(candidates), max_tokens)[0].phrases
+    caption = build_caption(tokenizer, [fitting[int(i)] for i in rng.permutation(len(fitting))])
 
-
-def _target(example: Example, picture: ModelInput, phrases: Mapping[str, str], order: Sequence[str]) -> Target:
-    places = {phrase: i for i, phrase in enumerate(order)}
-    rows = [(box, places[phrases[label]]) for box, label in example.truth if phrases.get(label) in places]
-    share = [picture.size[0] / picture.frame[0], picture.size[1] / picture.frame[1]]
-    corners = torch.tensor([box for box, _ in rows]).reshape(-1, 4) * torch.tensor([*share, *share])
-    boxes = torch.cat([(corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]], -1)
-    return Target(boxes, torch.tensor([place for _, place in rows], dtype=torch.long))
-
-
-def _to(batch: Batch, device: torch.device) -> Batch:
-    targets = [Target(t.boxes_cxcywh.to(device), t.phrases.to(device)) for t in batch.targets]
-    return Batch(batch.pixel_values.to(device), batch.captions, targets)
+    index_by_label = {label_by_phrase[p]: i for i, p in enumerate(caption.phrases) if p in label_by_phrase}
+    boxes = [(box, index_by_label[label]) for box, label in example.truth if label in index_by_label]
+    scale_x, scale_y = (image.size[axis] / image.padded_size[axis] for axis in (0, 1))
+    boxes_xyxy = torch.tensor([box for box, _ in boxes]).reshape(-1, 4)
+    boxes_xyxy = boxes_xyxy * torch.tensor([scale_x, scale_y, scale_x, scale_y])
+    return caption, Target(boxes_to_cxcywh(boxes_xyxy), torch.tensor([i for _, i in boxes], dtype=torch.long))

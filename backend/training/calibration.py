@@ -1,60 +1,67 @@
-"""Score thresholds that suit the truth best."""
+"""Calibration: the score threshold of each label that agrees best with annotators."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from backend.training.evaluation import Predictions, Truth, _graded
+from backend.training.evaluation import Predictions, Thresholds, Truth, match
 
-PRIOR_WEIGHT = 10  # decisions of annotators that weigh as much as the threshold that was there before
-
-
-MIN_SCORE = 0.05  # lowest score of the detections that a threshold is chosen from, and lowest threshold
+PRIOR_WEIGHT = 10  # decisions of annotators that weigh as much as the current threshold
+MIN_SCORE = 0.05  # lowest threshold, and lowest score of the detections to choose one from
 
 
-def calibrate(found: Predictions, truth: Truth, thresholds: Mapping[str, float]) -> dict[str, float]:
-    """For each label the threshold of the best F1, drawn toward the present one while there is little to judge by.
+def calibrate(predictions: Predictions, truth: Truth, thresholds: Thresholds) -> dict[str, float]:
+    """Chooses the threshold with the best F1 for each label, drawn towards the current one while there is little data.
 
     Args:
-        found: detections with scores down to `FLOOR`.
-        truth: of the same pictures.
-        thresholds: the present ones; a label without examples keeps its own.
+        predictions: by image, with scores down to `MIN_SCORE`.
+        truth: of the same images.
+        thresholds: the current ones.
+
+    Returns:
+        A threshold for each label of `thresholds`; a label without true boxes keeps its own.
     """
-    graded: dict[str, list[tuple[float, bool]]] = {label: [] for label in thresholds}
-    boxes = dict.fromkeys(thresholds, 0)
-    for f, t in zip(found, truth, strict=True):
-        for detection, right in _graded(f, t):
-            graded.setdefault(detection.label, []).append((detection.score, right))
-        for _, label in t:
-            boxes[label] = boxes.get(label, 0) + 1
-    return {label: _calibrated(graded[label], boxes[label], now) for label, now in thresholds.items()}
+    graded: dict[str, list[tuple[float, bool]]] = {label: [] for label in thresholds}  # scores, and if correct
+    box_counts = dict.fromkeys(thresholds, 0)
+    for detections, boxes in zip(predictions, truth, strict=True):
+        for detection, is_correct in match(detections, boxes):
+            graded.setdefault(detection.label, []).append((detection.score, is_correct))
+        for _, label in boxes:
+            box_counts[label] = box_counts.get(label, 0) + 1
+    calibrated = {}
+    for label, current in thresholds.items():
+        calibrated[label] = current
+        if box_counts[label]:
+            best = _find_best_threshold(sorted(graded[label], reverse=True), box_counts[label], current)
+            decisions = sum(score >= min(best, current) for score, _ in graded[label])
+            mean = (decisions * best + PRIOR_WEIGHT * current) / (decisions + PRIOR_WEIGHT)
+            calibrated[label] = round(mean, 3)
+    return calibrated
 
 
-def _calibrated(graded: Sequence[tuple[float, bool]], boxes: int, now: float) -> float:
-    if not boxes:
-        return now
-    best = _best_threshold(sorted(graded, reverse=True), boxes, now)
-    decisions = sum(score >= min(best, now) for score, _ in graded)
-    return round((decisions * best + PRIOR_WEIGHT * now) / (decisions + PRIOR_WEIGHT), 3)
+def _find_best_threshold(graded: Sequence[tuple[float, bool]], box_count: int, current: float) -> float:
+    """Returns the threshold of the best F1, halfway between two scores; the current one if no other is better.
+
+    Args:
+        graded: scores, best first, each with whether the detection is correct.
+        box_count: number of true boxes.
+        current: the current threshold.
+    """
+    candidates, correct = [], 0  # F1, closeness to the current threshold, threshold
+    for kept, (score, is_correct) in enumerate(graded, 1):
+        correct += is_correct
+        next_score = graded[kept][0] if kept < len(graded) else MIN_SCORE
+        if next_score < score:
+            threshold = (score + next_score) / 2
+            candidates.append((2 * correct / (kept + box_count), -abs(threshold - current), threshold))
+    kept = sum(score >= current for score, _ in graded)
+    current_f1 = 2 * sum(is_correct for score, is_correct in graded if score >= current) / (kept + box_count)
+    best_f1, _, best = max(candidates, default=(0.0, 0.0, current))
+    return max(best, MIN_SCORE) if best_f1 > current_f1 else current
 
 
-def _best_threshold(graded: Sequence[tuple[float, bool]], boxes: int, now: float) -> float:
-    """Halfway between the scores that the best cut lies between; the present one where no cut is better."""
-    cuts, hits = [], 0
-    for kept, (score, right) in enumerate(graded, 1):
-        hits += right
-        below = graded[kept][0] if kept < len(graded) else MIN_SCORE
-        if below < score:
-            threshold = (score + below) / 2
-            cuts.append((2 * hits / (kept + boxes), -abs(threshold - now), threshold))
-    kept = sum(score >= now for score, _ in graded)
-    present = 2 * sum(right for score, right in graded if score >= now) / (kept + boxes)
-    best = max(cuts, default=(0.0, 0.0, now))
-    return max(best[2], MIN_SCORE) if best[0] > present else now
-
-
-def cross_calibrated(found: Predictions, truth: Truth, thresholds: Mapping[str, float]) -> list[Mapping[str, float]]:
-    """For each picture the thresholds that the other half of the pictures chose: a fair judge of choosing them."""
-    halves = [range(start, len(found), 2) for start in (0, 1)]
-    chosen = [calibrate([found[i] for i in half], [truth[i] for i in half], thresholds) for half in halves]
-    return [chosen[1 - i % 2] for i in range(len(found))]
+def cross_calibrate(predictions: Predictions, truth: Truth, thresholds: Thresholds) -> list[Thresholds]:
+    """Returns for each image the thresholds that the other half of the images chose, to evaluate calibration fairly."""
+    halves = [range(start, len(predictions), 2) for start in (0, 1)]
+    chosen = [calibrate([predictions[i] for i in half], [truth[i] for i in half], thresholds) for half in halves]
+    return [chosen[1 - i % 2] for i in range(len(predictions))]

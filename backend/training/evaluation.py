@@ -1,25 +1,29 @@
-"""Figures of detections against the truth, and the thresholds that suit it best.
+"""Metrics of detections against the true boxes.
 
-Truth is what annotators left: boxes (xyxy in pixels) with their labels, one list a picture.
+True boxes are those that annotators left: xyxy in pixels, each with its label, one list per image.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from backend.boxes import Box, Detection, iou
+from backend.boxes import Detection, iou
+from backend.training.dataset import LabeledBox
 
-Truth = Sequence[Sequence[tuple[Box, str]]]
-Predictions = Sequence[Sequence[Detection]]
+MIN_IOU = 0.5  # of a correct detection with its true box
+
+Predictions = Sequence[Sequence[Detection]]  # by image
+Truth = Sequence[Sequence[LabeledBox]]  # by image
+Thresholds = Mapping[str, float]  # by label
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """AP at IoU 0.5 over all boxes; precision and recall at the threshold asked for. All in 0..1."""
+    """AP at IoU 0.5, labels pooled; precision and recall at a threshold; number of true boxes. All ratios in 0..1."""
 
     ap50: float
     precision: float
@@ -28,93 +32,103 @@ class Metrics:
 
     @property
     def f1(self) -> float:
-        """The harmonic mean of precision and recall."""
+        """Returns the harmonic mean of precision and recall."""
         total = self.precision + self.recall
         return 2 * self.precision * self.recall / total if total else 0.0
 
 
-def evaluate(found: Predictions, truth: Truth, threshold: float = 0.3) -> Metrics:
-    """Scores detections against the true boxes of the same pictures.
+def evaluate(predictions: Predictions, truth: Truth, threshold: float = 0.3) -> Metrics:
+    """Computes the metrics of predictions, at one threshold for all labels.
 
-    A detection is right if its label is and its IoU with a true box, not yet taken by a better one, is at least 0.5.
-    AP is the area under the precision envelope, all labels pooled.
+    A detection is correct if a true box with its label has an IoU of at least 0.5 with it, and no better detection has
+    that box. AP is the area under the precision envelope over recall, all labels pooled.
     """
-    thresholds = {detection.label: threshold for f in found for detection in f}
-    return EvalResult(found, truth, [thresholds] * len(found)).metrics()
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """All detections, best first: whether right, whether above the threshold, and of which picture."""
-
-    right: Any
-    kept: Any
-    picture: Any
-    boxes: Any  # by picture
-
-    @property
-    def pictures(self) -> int:
-        return len(self.boxes)
-
-    def figures(self, weights: Any) -> tuple[Any, Any, Any]:
-        """AP50, precision and recall, each (draws,), of pictures that count `weights` (draws, pictures) times."""
-        each = weights[:, self.picture]
-        boxes = np.maximum(weights @ self.boxes, 1e-9)
-        hits, all_found = np.cumsum(each * self.right, 1), np.cumsum(each, 1)
-        precisions, recalls = hits / np.maximum(all_found, 1e-9), hits / boxes[:, None]
-        envelope = np.maximum.accumulate(precisions[:, ::-1], 1)[:, ::-1]
-        ap50 = (np.diff(recalls, axis=1, prepend=0) * envelope).sum(1)
-        right, kept = (each * self.right * self.kept).sum(1), (each * self.kept).sum(1)
-        return ap50, right / np.maximum(kept, 1e-9), right / boxes
-
-
-def _rows(found: Predictions, truth: Truth, thresholds: Sequence[Mapping[str, float]]) -> _Rows:
-    graded = sorted(
-        (
-            (detection.score, right, detection.score >= thresholds[picture].get(detection.label, 1.0), picture)
-            for picture, (f, t) in enumerate(zip(found, truth, strict=True))
-            for detection, right in _graded(f, t)
-        ),
-        key=lambda row: row[:2],
-        reverse=True,
-    )
-    columns = np.array(graded, dtype=float).reshape(-1, 4)
-    boxes = np.array([len(t) for t in truth], dtype=float)
-    return _Rows(columns[:, 1], columns[:, 2], columns[:, 3].astype(int), boxes)
-
-
-def _graded(found: Sequence[Detection], truth: Sequence[tuple[Box, str]]) -> list[tuple[Detection, bool]]:
-    """One picture's detections, each with whether it is right."""
-    free, graded = list(truth), []
-    for detection in sorted(found, key=lambda d: -d.score):
-        rivals = [(iou(box, detection.box_xyxy), box) for box, label in free if label == detection.label]
-        best, box = max(rivals, default=(0.0, None))
-        if box is not None and best >= 0.5:
-            free.remove((box, detection.label))
-        graded.append((detection, best >= 0.5))
-    return graded
-
-
-# -- thresholds -------------------------------------------------------------------------------------------------------
-
-
-# -- is it better? ----------------------------------------------------------------------------------------------------
+    thresholds = {detection.label: threshold for detections in predictions for detection in detections}
+    return EvalResult(predictions, truth, [thresholds] * len(predictions)).metrics()
 
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Detections, the truth of their pictures, and the thresholds of each picture."""
+    """Predictions, true boxes and thresholds, each by image."""
 
-    found: Predictions
+    predictions: Predictions
     truth: Truth
-    thresholds: Sequence[Mapping[str, float]]
-
-    def rows(self) -> _Rows:
-        """All detections, best first."""
-        return _rows(self.found, self.truth, self.thresholds)
+    thresholds: Sequence[Thresholds]
 
     def metrics(self) -> Metrics:
-        """The figures over all pictures."""
-        rows = self.rows()
-        (ap50,), (precision,), (recall,) = rows.figures(np.ones((1, rows.pictures)))
-        return Metrics(float(ap50), float(precision), float(recall), int(rows.boxes.sum()))
+        """Computes the metrics over all images."""
+        matched = self.match_all()
+        (ap50,), (precision,), (recall,) = matched.weighted_metrics(np.ones((1, len(matched.boxes_per_image))))
+        return Metrics(float(ap50), float(precision), float(recall), int(matched.boxes_per_image.sum()))
+
+    def match_all(self) -> MatchedDetections:
+        """Matches all detections to the true boxes."""
+        rows = sorted(
+            (
+                (detection.score, is_correct, detection.score >= thresholds.get(detection.label, 1.0), image)
+                for image, (detections, boxes, thresholds) in enumerate(
+                    zip(self.predictions, self.truth, self.thresholds, strict=True)
+                )
+                for detection, is_correct in match(detections, boxes)
+            ),
+            key=lambda row: row[:2],
+            reverse=True,
+        )
+        columns = np.array(rows, dtype=float).reshape(-1, 4)
+        boxes_per_image = np.array([len(boxes) for boxes in self.truth], dtype=float)
+        return MatchedDetections(columns[:, 1], columns[:, 2], columns[:, 3].astype(int), boxes_per_image)
+
+
+@dataclass(frozen=True)
+class MatchedDetections:
+    """The detections of all images, best first, as arrays (detections,).
+
+    Attributes:
+        is_correct: 1.0 or 0.0.
+        is_kept: 1.0 at or above the threshold, else 0.0.
+        image: index of the image.
+        boxes_per_image: number of true boxes (images,).
+    """
+
+    is_correct: Any
+    is_kept: Any
+    image: Any
+    boxes_per_image: Any
+
+    def weighted_metrics(self, weights: Any) -> tuple[Any, Any, Any]:
+        """Computes the metrics of several samples of the images, as a bootstrap draws them.
+
+        Args:
+            weights: (samples, images), how often each image is in the sample.
+
+        Returns:
+            AP50, precision and recall, each (samples,).
+        """
+        counts = weights[:, self.image]
+        box_count = np.maximum(weights @ self.boxes_per_image, 1e-9)
+        correct, detected = np.cumsum(counts * self.is_correct, 1), np.cumsum(counts, 1)
+        precisions, recalls = correct / np.maximum(detected, 1e-9), correct / box_count[:, None]
+        envelope = np.maximum.accumulate(precisions[:, ::-1], 1)[:, ::-1]
+        ap50 = (np.diff(recalls, axis=1, prepend=0) * envelope).sum(1)
+        kept_correct, kept = (counts * self.is_correct * self.is_kept).sum(1), (counts * self.is_kept).sum(1)
+        return ap50, kept_correct / np.maximum(kept, 1e-9), kept_correct / box_count
+
+
+class Match(NamedTuple):
+    """A detection, and whether it is correct."""
+
+    detection: Detection
+    is_correct: bool
+
+
+def match(detections: Sequence[Detection], truth: Sequence[LabeledBox]) -> list[Match]:
+    """Matches the detections of one image to its true boxes greedily, best score first."""
+    free, matches = list(truth), []
+    for detection in sorted(detections, key=lambda d: -d.score):
+        overlaps = [(iou(box, detection.box_xyxy), box) for box, label in free if label == detection.label]
+        best_iou, box = max(overlaps, default=(0.0, None))
+        is_correct = box is not None and best_iou >= MIN_IOU
+        if box is not None and is_correct:
+            free.remove((box, detection.label))
+        matches.append(Match(detection, is_correct))
+    return matches

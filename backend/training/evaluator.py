@@ -1,4 +1,4 @@
-"""Examples that a detector is judged by: what it finds, against what annotators left, and the thresholds that suit."""
+"""An evaluator: examples on which detectors are compared and thresholds are calibrated."""
 
 from __future__ import annotations
 
@@ -7,94 +7,105 @@ import functools
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from backend.boxes import Box, Detection
+from backend.boxes import Detection
 from backend.detection.detector import Detector
+from backend.labelstudio.targets import DetectionQuery
 from backend.training.batches import ImageProvider
-from backend.training.calibration import MIN_SCORE, calibrate, cross_calibrated
-from backend.training.dataset import Example
-from backend.training.evaluation import EvalResult, Predictions, Truth
+from backend.training.calibration import MIN_SCORE, calibrate, cross_calibrate
+from backend.training.dataset import Example, Split
+from backend.training.evaluation import EvalResult, Predictions, Thresholds, Truth
 
-IMAGES_PER_CALL = 16  # pictures looked at together
+IMAGES_PER_CALL = 16
 
-Thresholds = dict[str, dict[str, float]]  # control -> label -> threshold
+ThresholdsByControl = dict[str, dict[str, float]]  # control -> label -> threshold
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Examples with their pictures; `labels` by control are those that may get other thresholds."""
+    """Examples and their images. Predictions, truth and thresholds are lists in the order of the examples.
+
+    Attributes:
+        examples: what to evaluate on.
+        images: of the examples.
+        labels: by control, the names of the labels that may get other thresholds.
+    """
 
     examples: Sequence[Example]
-    pictures: ImageProvider
+    images: ImageProvider
     labels: Mapping[str, Collection[str]]
 
     @functools.cached_property
     def truth(self) -> Truth:
-        """The true boxes in pixels."""
-        sizes = [self.pictures.get(example.view.uri).size for example in self.examples]
-        return [
-            [(_in_pixels(box, size), label) for box, label in example.truth]
-            for example, size in zip(self.examples, sizes, strict=True)
-        ]
+        """Returns the true boxes in pixels."""
+        truth = []
+        for example in self.examples:
+            width, height = self.images.load_input(example.target.uri).size
+            boxes = [
+                ((x1 * width, y1 * height, x2 * width, y2 * height), label) for (x1, y1, x2, y2), label in example.truth
+            ]
+            truth.append(boxes)
+        return truth
 
     @functools.cached_property
-    def present(self) -> list[Mapping[str, float]]:
-        """The thresholds that serve now, for each example."""
-        return [{label.name: label.threshold for label in e.view.query.labels} for e in self.examples]
+    def current_thresholds(self) -> list[Thresholds]:
+        """Returns the thresholds that the serving version uses."""
+        return [{label.name: label.threshold for label in e.target.query.labels} for e in self.examples]
 
-    def take(self, detector: Detector) -> Predictions:
-        """What a detector finds, down to the lowest score that a threshold may have."""
-        by_asked: dict[Any, list[int]] = defaultdict(list)
+    def predict(self, detector: Detector) -> Predictions:
+        """Runs a detector on the examples, with `MIN_SCORE` as the threshold of all labels."""
+        indices_by_query: dict[DetectionQuery, list[int]] = defaultdict(list)
         for i, example in enumerate(self.examples):
-            by_asked[example.view.query].append(i)
-        found: list[list[Detection]] = [[] for _ in self.examples]
-        for asked, places in by_asked.items():
-            labels = [dataclasses.replace(label, threshold=MIN_SCORE) for label in asked.labels]
-            for start in range(0, len(places), IMAGES_PER_CALL):
-                piece = places[start : start + IMAGES_PER_CALL]
-                shown = [self.pictures.get(self.examples[i].view.uri) for i in piece]
-                answers = detector.detect_inputs(shown, labels, asked.negatives, asked.nms_iou)
-                for i, answer in zip(piece, answers, strict=True):
-                    found[i] = answer if isinstance(answer, list) else []
-        return found
+            indices_by_query[example.target.query].append(i)
+        predictions: list[list[Detection]] = [[] for _ in self.examples]
+        for query, indices in indices_by_query.items():
+            labels = [dataclasses.replace(label, threshold=MIN_SCORE) for label in query.labels]
+            for start in range(0, len(indices), IMAGES_PER_CALL):
+                batch = indices[start : start + IMAGES_PER_CALL]
+                images = [self.images.load_input(self.examples[i].target.uri) for i in batch]
+                results = detector.detect_inputs(images, labels, query.negative_phrases, query.nms_iou)
+                for i, detections in zip(batch, results, strict=True):
+                    predictions[i] = detections if isinstance(detections, list) else []
+        return predictions
 
-    def evaluate(self, found: Predictions, thresholds: Sequence[Mapping[str, float]], part: str = "") -> EvalResult:
-        """The examples with these thresholds, or only those of one part."""
-        rows = [i for i, example in enumerate(self.examples) if part in ("", example.part)]
-        return EvalResult([found[i] for i in rows], [self.truth[i] for i in rows], [thresholds[i] for i in rows])
+    def evaluate(
+        self, predictions: Predictions, thresholds: Sequence[Thresholds], split: Split | None = None
+    ) -> EvalResult:
+        """Evaluates predictions on all examples, or on those of one split."""
+        indices = [i for i, example in enumerate(self.examples) if split in (None, example.split)]
+        return EvalResult(
+            [predictions[i] for i in indices], [self.truth[i] for i in indices], [thresholds[i] for i in indices]
+        )
 
-    def calibrate(self, found: Predictions) -> Thresholds:
-        """The thresholds that suit best, by control."""
-        return {
-            control: self._own(control, calibrate(*self._of(places, found), self._now(places)))
-            for control, places in self._by_control().items()
-        }
-
-    def cross_calibrate(self, found: Predictions) -> list[Mapping[str, float]]:
-        """For each example thresholds that were chosen without it."""
-        thresholds = list(self.present)
-        for control, places in self._by_control().items():
-            crossed = cross_calibrated(*self._of(places, found), self._now(places))
-            for i, chosen in zip(places, crossed, strict=True):
-                thresholds[i] = {**self.present[i], **self._own(control, chosen)}
+    def calibrate(self, predictions: Predictions) -> ThresholdsByControl:
+        """Chooses the best thresholds of each control."""
+        thresholds = {}
+        for control, indices in self._group_by_control().items():
+            chosen = calibrate(*self._select(predictions, indices))
+            thresholds[control] = self._drop_fixed(control, chosen)
         return thresholds
 
-    def _by_control(self) -> dict[str, list[int]]:
-        places: dict[str, list[int]] = defaultdict(list)
+    def cross_calibrate(self, predictions: Predictions) -> list[Thresholds]:
+        """Chooses thresholds for each example without that example, to evaluate calibration fairly."""
+        thresholds = list(self.current_thresholds)
+        for control, indices in self._group_by_control().items():
+            chosen = cross_calibrate(*self._select(predictions, indices))
+            for i, chosen_for_example in zip(indices, chosen, strict=True):
+                thresholds[i] = {**self.current_thresholds[i], **self._drop_fixed(control, chosen_for_example)}
+        return thresholds
+
+    def _group_by_control(self) -> dict[str, list[int]]:
+        """Returns the indices of the examples of each control."""
+        indices: dict[str, list[int]] = defaultdict(list)
         for i, example in enumerate(self.examples):
-            places[example.view.control].append(i)
-        return places
+            indices[example.target.control_name].append(i)
+        return indices
 
-    def _of(self, places: Sequence[int], found: Predictions) -> tuple[Predictions, Truth]:
-        return [found[i] for i in places], [self.truth[i] for i in places]
+    def _select(self, predictions: Predictions, indices: Sequence[int]) -> tuple[Predictions, Truth, Thresholds]:
+        """Returns predictions and truth of some examples, and the current thresholds of all their labels."""
+        current = {label: threshold for i in indices for label, threshold in self.current_thresholds[i].items()}
+        return [predictions[i] for i in indices], [self.truth[i] for i in indices], current
 
-    def _now(self, places: Sequence[int]) -> dict[str, float]:
-        return {label: threshold for i in places for label, threshold in self.present[i].items()}
-
-    def _own(self, control: str, thresholds: Mapping[str, float]) -> dict[str, float]:
+    def _drop_fixed(self, control: str, thresholds: Thresholds) -> dict[str, float]:
+        """Returns the thresholds of those labels that may get another one."""
         return {label: threshold for label, threshold in thresholds.items() if label in self.labels.get(control, ())}
-
-
-def _in_pixels(box: Box, size: tuple[int, int]) -> Box:
-    return box[0] * size[0], box[1] * size[1], box[2] * size[0], box[3] * size[1]

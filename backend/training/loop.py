@@ -1,9 +1,4 @@
-"""Training of Grounding DINO: the loss and one epoch.
-
-The loss is our own: transformers' one mixes up targets when prompts differ within a batch and gives the two-stage heads
-no gradient. Matching and terms follow DETR (Hungarian matching; L1 and generalised IoU) and Grounding DINO (focal loss
-on tokens, also on the encoder's proposals).
-"""
+"""One epoch of training, with an exponential moving average (EMA) of the weights."""
 
 from __future__ import annotations
 
@@ -16,13 +11,7 @@ from torch import nn
 
 from backend.training.loss import Batch, compute_loss
 
-# -- geometry ---------------------------------------------------------------------------------------------------------
-
-
-# -- loss -------------------------------------------------------------------------------------------------------------
-
-
-# -- loops ------------------------------------------------------------------------------------------------------------
+MAX_GRADIENT_NORM = 1.0
 
 
 def train_one_epoch(
@@ -30,35 +19,46 @@ def train_one_epoch(
     batches: Iterable[Batch],
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
-    average: nn.Module | None = None,
-    average_decay: float = 0.998,
-    half: torch.dtype | None = None,
+    ema: nn.Module | None = None,
+    ema_decay: float = 0.998,
+    autocast_dtype: torch.dtype | None = None,
 ) -> float:
-    """One pass over `batches`; returns the mean loss.
+    """Trains the model on each batch once.
 
-    `average` takes up a moving average of the weights, if given. `half` is the precision of the forward pass, by
-    autocast; the loss is computed in float32.
+    Args:
+        model: Grounding DINO; put into training mode.
+        batches: on the device of the model.
+        optimizer: of the model's parameters.
+        scheduler: of the optimizer, stepped after each batch.
+        ema: from `make_ema`; updated after each batch.
+        ema_decay: share of the average that an update keeps; less in the first batches, so that the average gets away
+            from the initial weights.
+        autocast_dtype: precision of the forward pass; None for that of the weights.
+
+    Returns:
+        The mean loss.
     """
     losses = []
     model.train()
     for batch in batches:
         optimizer.zero_grad(set_to_none=True)
-        value = compute_loss(model, batch, half)
-        value.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        loss = compute_loss(model, batch, autocast_dtype)
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
         optimizer.step()
         scheduler.step()
-        losses.append(value.item())
-        if average is not None:
-            update_ema(average, model, min(average_decay, (1 + scheduler.last_epoch) / (10 + scheduler.last_epoch)))
+        losses.append(loss.item())
+        if ema is not None:
+            update_ema(ema, model, min(ema_decay, (1 + scheduler.last_epoch) / (10 + scheduler.last_epoch)))
     return sum(losses) / max(len(losses), 1)
 
 
-@torch.no_grad()
-def update_ema(average: nn.Module, model: nn.Module, decay: float) -> None:
-    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
-
-
 def make_ema(model: nn.Module) -> nn.Module:
-    """A frozen copy that `train_one_epoch` lets follow the model; it scores better than the last step alone."""
+    """Returns a frozen copy of the model to average its weights in: the average scores better than the last step."""
     return copy.deepcopy(model).requires_grad_(False)
+
+
+@torch.no_grad()
+def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
+    """Moves the average towards the weights of the model, and keeps the share `decay` of it."""
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)

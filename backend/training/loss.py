@@ -1,8 +1,17 @@
-"""The training loss."""
+"""The training loss of Grounding DINO.
+
+Queries are matched to boxes as in DETR (Carion et al., "End-to-end object detection with transformers", 2020): the
+cheapest one-to-one assignment. The terms are those of Grounding DINO (Liu et al., 2023): a focal loss on the logits of
+the tokens (Lin et al., "Focal loss for dense object detection", 2017), L1 and generalised IoU (Rezatofighi et al.,
+2019) on the boxes. They apply to the encoder's proposals and to each decoder layer.
+
+The loss is our own because that of transformers mixes up the targets when the captions of a batch differ, and gives the
+two-stage heads no gradient.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,14 +23,17 @@ from backend.detection.captions import Caption
 from backend.detection.detector import phrase_scores
 
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0
-
-
-CLASS_WEIGHT, L1_WEIGHT, GIOU_WEIGHT = 2.0, 5.0, 2.0
+CLASS_WEIGHT, L1_WEIGHT, GIOU_WEIGHT = 2.0, 5.0, 2.0  # of the terms, both in the matching cost and in the loss
 
 
 @dataclass(frozen=True)
 class Target:
-    """The truth of one picture: boxes_cxcywh (n, 4) in 0..1 and, per box, the index of its phrase (n,)."""
+    """The boxes to predict on one image.
+
+    Attributes:
+        boxes_cxcywh: (boxes, 4) in 0..1 of the padded image.
+        phrases: (boxes,) indices of their phrases in the caption.
+    """
 
     boxes_cxcywh: Tensor
     phrases: Tensor
@@ -29,21 +41,40 @@ class Target:
 
 @dataclass(frozen=True)
 class Batch:
-    """Pictures of one size (n, 3, height, width), each with its own caption and target."""
+    """Images of one size (images, 3, height, width), each with its own caption and target."""
 
     pixel_values: Tensor
     captions: Sequence[Caption]
     targets: Sequence[Target]
 
+    def to(self, device: torch.device) -> Batch:
+        """Returns the batch with its tensors on a device."""
+        targets = [Target(target.boxes_cxcywh.to(device), target.phrases.to(device)) for target in self.targets]
+        return Batch(self.pixel_values.to(device), self.captions, targets)
+
 
 def boxes_to_xyxy(boxes_cxcywh: Tensor) -> Tensor:
-    """(..., 4) centre and size -> (..., 4) corners."""
+    """Converts (..., 4) centre and size to corners."""
     centre, half = boxes_cxcywh[..., :2], boxes_cxcywh[..., 2:] / 2
     return torch.cat([centre - half, centre + half], -1)
 
 
+def boxes_to_cxcywh(boxes_xyxy: Tensor) -> Tensor:
+    """Converts (..., 4) corners to centre and size."""
+    low, high = boxes_xyxy[..., :2], boxes_xyxy[..., 2:]
+    return torch.cat([(low + high) / 2, high - low], -1)
+
+
 def generalized_iou(boxes_a: Tensor, boxes_b: Tensor) -> Tensor:
-    """Generalised IoU of xyxy boxes in -1..1, broadcast over the leading dimensions (Rezatofighi et al., 2019)."""
+    """Computes the generalised IoU (Rezatofighi et al., 2019) of xyxy boxes.
+
+    Args:
+        boxes_a: (..., 4)
+        boxes_b: (..., 4), of a shape that broadcasts with `boxes_a`.
+
+    Returns:
+        (...) in -1..1.
+    """
     area_a = (boxes_a[..., 2:] - boxes_a[..., :2]).prod(-1)
     area_b = (boxes_b[..., 2:] - boxes_b[..., :2]).prod(-1)
     inner = torch.minimum(boxes_a[..., 2:], boxes_b[..., 2:]) - torch.maximum(boxes_a[..., :2], boxes_b[..., :2])
@@ -54,78 +85,103 @@ def generalized_iou(boxes_a: Tensor, boxes_b: Tensor) -> Tensor:
     return intersection / union.clamp(min=1e-7) - (hull - union) / hull.clamp(min=1e-7)
 
 
-def _match(scores: Tensor, boxes_cxcywh: Tensor, target: Target) -> tuple[Tensor, Tensor]:
-    """The cheapest assignment of a picture's boxes to queries: indices of queries and of boxes."""
-    chance = scores[:, target.phrases].clamp(1e-6, 1 - 1e-6)
-    positive = FOCAL_ALPHA * (1 - chance) ** FOCAL_GAMMA * -chance.log()
-    negative = (1 - FOCAL_ALPHA) * chance**FOCAL_GAMMA * -(1 - chance).log()
-    l1 = torch.cdist(boxes_cxcywh, target.boxes_cxcywh, p=1)
-    giou = generalized_iou(boxes_to_xyxy(boxes_cxcywh)[:, None], boxes_to_xyxy(target.boxes_cxcywh)[None])
-    cost = CLASS_WEIGHT * (positive - negative) + L1_WEIGHT * l1 - GIOU_WEIGHT * giou
-    rows, columns = linear_sum_assignment(cost.nan_to_num(1e4, 1e4, -1e4).cpu().numpy())
-    return torch.as_tensor(rows), torch.as_tensor(columns)
+def compute_loss(model: Any, batch: Batch, autocast_dtype: torch.dtype | None = None) -> Tensor:
+    """Computes the loss of a batch, divided by its number of boxes.
+
+    Args:
+        model: Grounding DINO as `load_checkpoint` returns it; a detector's model lacks what the loss needs.
+        batch: on the device of the model.
+        autocast_dtype: precision of the forward pass; None for that of the weights. The loss is computed in float32.
+    """
+    device = batch.pixel_values.device
+    inputs = pad_captions(batch.captions, device)
+    with torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
+        output = model.model(pixel_values=batch.pixel_values, **inputs)
+        stages = list(_predict_stages(model, output, inputs["attention_mask"].bool()))
+    total = sum(_stage_loss(logits.float(), boxes.float(), batch) for logits, boxes in stages)
+    box_count = sum(len(target.phrases) for target in batch.targets)
+    return torch.as_tensor(total / max(box_count, 1))
 
 
-def _focal(logits: Tensor, wanted: Tensor) -> Tensor:
-    chance = logits.sigmoid()
-    entropy = nn.functional.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
-    alpha = FOCAL_ALPHA * wanted + (1 - FOCAL_ALPHA) * (1 - wanted)
-    gap: Tensor = (wanted - chance).abs() ** FOCAL_GAMMA
-    return alpha * gap * entropy
+def pad_captions(captions: Sequence[Caption], device: str | torch.device = "cpu") -> dict[str, Tensor]:
+    """Stacks captions of different lengths as padded `input_ids` and `attention_mask`, each (captions, tokens)."""
+    token_ids = [torch.tensor(caption.input_ids) for caption in captions]
+    input_ids = nn.utils.rnn.pad_sequence(token_ids, batch_first=True)
+    mask = nn.utils.rnn.pad_sequence([torch.ones_like(ids) for ids in token_ids], batch_first=True)
+    return {"input_ids": input_ids.to(device), "attention_mask": mask.to(device)}
+
+
+def _predict_stages(model: Any, output: Any, text_mask: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields the predictions of the encoder (its proposals), then of each decoder layer.
+
+    Args:
+        model: that returned the output.
+        output: of `model.model`.
+        text_mask: (images, tokens), true at the tokens of the captions.
+
+    Yields:
+        Token logits (images, queries, tokens), -inf for padding, and boxes_cxcywh (images, queries, 4).
+    """
+    length = text_mask.shape[1]
+    is_valid = torch.isfinite(output.enc_outputs_coord_logits).all(-1, keepdim=True)
+    proposals = output.enc_outputs_coord_logits.masked_fill(~is_valid, 0).sigmoid()
+    yield output.enc_outputs_class[..., :length].masked_fill(~is_valid, float("-inf")), proposals
+    references = [output.init_reference_points, *output.intermediate_reference_points.unbind(1)]
+    for layer, hidden in enumerate(output.intermediate_hidden_states.unbind(1)):
+        logits = model.class_embed[layer](
+            vision_hidden_state=hidden,
+            text_hidden_state=output.encoder_last_hidden_state_text,
+            text_token_mask=text_mask,
+        )
+        offset = model.bbox_embed[layer](hidden)
+        yield logits[..., :length], (offset + torch.special.logit(references[layer], eps=1e-5)).sigmoid()
 
 
 def _stage_loss(logits: Tensor, boxes_cxcywh: Tensor, batch: Batch) -> Tensor:
-    """Loss of one prediction stage, summed over the batch: logits (n, queries, tokens), boxes (n, queries, 4)."""
-    wanted = torch.zeros_like(logits)
+    """Sums the loss of one stage over the batch; shapes as in `_predict_stages`."""
+    token_targets = torch.zeros_like(logits)
     box_loss = logits.new_zeros(())
     for i, (caption, target) in enumerate(zip(batch.captions, batch.targets, strict=True)):
         if not len(target.phrases):
             continue
         with torch.no_grad():
-            queries, boxes = _match(phrase_scores(logits[i], caption.spans), boxes_cxcywh[i], target)
+            queries, boxes = _match_queries(phrase_scores(logits[i], caption.spans), boxes_cxcywh[i], target)
         for query, box in zip(queries.tolist(), boxes.tolist(), strict=True):
             start, end = caption.spans[int(target.phrases[box])]
-            wanted[i, query, start:end] = 1
-        guess, truth = boxes_cxcywh[i, queries], target.boxes_cxcywh[boxes]
-        giou = generalized_iou(boxes_to_xyxy(guess), boxes_to_xyxy(truth))
-        box_loss = box_loss + L1_WEIGHT * (guess - truth).abs().sum() + GIOU_WEIGHT * (1 - giou).sum()
-    real = torch.isfinite(logits)
-    focal = _focal(logits.masked_fill(~real, 0), wanted).masked_fill(~real, 0).sum()
+            token_targets[i, query, start:end] = 1
+        predicted, true = boxes_cxcywh[i, queries], target.boxes_cxcywh[boxes]
+        giou = generalized_iou(boxes_to_xyxy(predicted), boxes_to_xyxy(true))
+        box_loss = box_loss + L1_WEIGHT * (predicted - true).abs().sum() + GIOU_WEIGHT * (1 - giou).sum()
+    is_valid = torch.isfinite(logits)
+    focal = _focal_loss(logits.masked_fill(~is_valid, 0), token_targets).masked_fill(~is_valid, 0).sum()
     return CLASS_WEIGHT * focal + box_loss
 
 
-def _stages(model: Any, output: Any, text_mask: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-    """Token logits and boxes of the proposals, then of each decoder layer; the mask is true at real tokens."""
-    length = text_mask.shape[1]
-    real = torch.isfinite(output.enc_outputs_coord_logits).all(-1, keepdim=True)
-    proposals = output.enc_outputs_coord_logits.masked_fill(~real, 0).sigmoid()
-    yield output.enc_outputs_class[..., :length].masked_fill(~real, float("-inf")), proposals
-    references = [output.init_reference_points, *output.intermediate_reference_points.unbind(1)]
-    for level, hidden in enumerate(output.intermediate_hidden_states.unbind(1)):
-        logits = model.class_embed[level](
-            vision_hidden_state=hidden,
-            text_hidden_state=output.encoder_last_hidden_state_text,
-            text_token_mask=text_mask,
-        )
-        offset = model.bbox_embed[level](hidden)
-        yield logits[..., :length], (offset + torch.special.logit(references[level], eps=1e-5)).sigmoid()
+def _match_queries(scores: Tensor, boxes_cxcywh: Tensor, target: Target) -> tuple[Tensor, Tensor]:
+    """Assigns each box of an image to a query, at the lowest total cost.
+
+    Args:
+        scores: (queries, phrases) in 0..1.
+        boxes_cxcywh: (queries, 4).
+        target: of the image.
+
+    Returns:
+        Indices of the queries and of the boxes that were assigned to them.
+    """
+    probability = scores[:, target.phrases].clamp(1e-6, 1 - 1e-6)
+    positive = FOCAL_ALPHA * (1 - probability) ** FOCAL_GAMMA * -probability.log()
+    negative = (1 - FOCAL_ALPHA) * probability**FOCAL_GAMMA * -(1 - probability).log()
+    l1 = torch.cdist(boxes_cxcywh, target.boxes_cxcywh, p=1)
+    giou = generalized_iou(boxes_to_xyxy(boxes_cxcywh)[:, None], boxes_to_xyxy(target.boxes_cxcywh)[None])
+    cost = CLASS_WEIGHT * (positive - negative) + L1_WEIGHT * l1 - GIOU_WEIGHT * giou
+    queries, boxes = linear_sum_assignment(cost.nan_to_num(1e4, 1e4, -1e4).cpu().numpy())
+    return torch.as_tensor(queries), torch.as_tensor(boxes)
 
 
-def text_inputs(captions: Sequence[Caption], device: str | torch.device = "cpu") -> dict[str, Tensor]:
-    """Captions of different lengths -> padded `input_ids` and `attention_mask` (n, tokens)."""
-    rows = [torch.tensor(caption.input_ids) for caption in captions]
-    input_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-    return {"input_ids": input_ids.to(device), "attention_mask": mask.to(device)}
-
-
-def compute_loss(model: Any, batch: Batch, half: torch.dtype | None = None) -> Tensor:
-    """The training loss of a batch, per box; `half` is the precision of the forward pass, if it is not float32."""
-    device = batch.pixel_values.device
-    inputs = text_inputs(batch.captions, device)
-    with torch.autocast(device.type, half, enabled=half is not None):
-        output = model.model(pixel_values=batch.pixel_values, **inputs)
-        stages = list(_stages(model, output, inputs["attention_mask"].bool()))
-    total = sum(_stage_loss(logits.float(), boxes.float(), batch) for logits, boxes in stages)
-    boxes = sum(len(target.phrases) for target in batch.targets)
-    return torch.as_tensor(total / max(boxes, 1))
+def _focal_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Computes the focal loss (Lin et al., 2017) of each logit; targets are 0 or 1."""
+    probability = logits.sigmoid()
+    entropy = nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    alpha = FOCAL_ALPHA * targets + (1 - FOCAL_ALPHA) * (1 - targets)
+    modulation: Tensor = (targets - probability).abs() ** FOCAL_GAMMA
+    return alpha * modulation * entropy

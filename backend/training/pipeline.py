@@ -1,4 +1,4 @@
-"""What is learned from examples, and whether it is better: thresholds, weights, and the gate before them."""
+"""The training pipeline: fine-tunes weights, calibrates thresholds, and keeps only what passes the gate."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -17,186 +17,218 @@ import torch
 from backend.detection.detector import Detector
 from backend.labelstudio.labeling_config import Label
 from backend.training.batches import ImageProvider, TrainConfig, TrainingSet
-from backend.training.dataset import Example
+from backend.training.dataset import Example, LabeledBox, Split
 from backend.training.evaluation import EvalResult
-from backend.training.evaluator import Evaluator, Thresholds
+from backend.training.evaluator import Evaluator, ThresholdsByControl
 from backend.training.fine_tuning import Tensors, fine_tune
 from backend.training.gate import passes_gate
 from backend.training.rehearsal import choose_vocabulary, pseudo_label
 
 log = logging.getLogger(__name__)
 
-MIN_TO_TRAIN, MIN_TO_EVALUATE = 10, 5  # pictures
-MAX_EVALUATED, MAX_VALIDATION_EXAMPLES = 500, 150  # pictures to choose thresholds by, and to look at after each round
-BATCH_SIZES = (4, 2, 1)  # pictures
-MAX_BOXES = 300  # on a picture that is trained on
-MAX_PARAMETERS_ON_CPU = 20_000_000  # parameters; to train more of them takes days there
+MIN_TRAIN_IMAGES, MIN_EVALUATION_IMAGES = 10, 5
+MAX_EVALUATED, MAX_VALIDATION_EXAMPLES = (
+    500,
+    150,
+)  # images to calibrate and to gate on; images to score after each epoch
+BATCH_SIZES = (4, 2, 1)  # images; the next is tried when memory runs out
+MAX_BOXES = 300  # on an image to train on: the model has too few queries for more
+MAX_PARAMETERS_ON_CPU = 20_000_000  # to fine-tune more takes days there
+INTERPOLATION_SHARES = (0.35, 0.5, 0.65, 0.8, 0.9, 1.0)  # of the fine-tuned weights
+INTERPOLATION_TOLERANCE = 0.02  # in score, below the best share
 
-# Weights between the old and the new ones keep what the old ones knew (Wortsman et al., "Robust fine-tuning of
-# zero-shot models", 2022). The least share of the new ones is taken that scores within this of the best.
-INTERPOLATION_SHARES, INTERPOLATION_TOLERANCE = (0.35, 0.5, 0.65, 0.8, 0.9, 1.0), 0.02
-
-Report = Callable[[str, int, int], object]  # what is being done, how far, of how much
+Stage = Literal["reading", "loading", "measuring", "rehearsing", "training"]
 
 
-@dataclass(frozen=True)
-class TrainingResult:
-    """What is worth promoting, in words and numbers; neither thresholds nor tensors where nothing is."""
+class Report(Protocol):
+    """Reports the progress of a training: its stage, and how much of the stage is done."""
 
-    text: str
-    metrics: dict[str, Any]
-    thresholds: Thresholds = field(default_factory=dict)
-    tensors: Tensors = field(default_factory=dict)
+    def __call__(self, stage: Stage, done: int = 0, total: int = 0) -> object:
+        """Reports; `total` is 0 where a stage has no steps to count."""
 
 
 @dataclass(frozen=True)
 class TrainingInputs:
-    """What there is to learn from, and the model as the checkpoint has it."""
+    """The examples and the base model."""
 
     examples: Sequence[Example]
-    pictures: ImageProvider
-    labels: Mapping[str, Collection[str]]  # by control: those that may get other thresholds
-    model: Any  # not a detector's
+    images: ImageProvider
+    labels: Mapping[str, Collection[str]]  # by control, the names of the labels that may get other thresholds
+    model: Any  # of the base checkpoint; not a detector's
     tokenizer: Any
     make_detector: Callable[[Any], Detector]
     device: str
-    is_fresh: bool  # whether what serves now has never been trained on these examples
+    is_serving_base_weights: bool  # if not, the serving weights were trained on some of the examples
 
-    def exam(self, parts: Collection[str], most: int = MAX_EVALUATED) -> Evaluator:
-        """The last examples of these parts."""
-        return Evaluator([e for e in self.examples if e.part in parts][-most:], self.pictures, self.labels)
+    @property
+    def train_examples(self) -> list[Example]:
+        """Returns the examples to fine-tune on."""
+        return [e for e in self.examples if e.split == "train" and len(e.truth) <= MAX_BOXES]
 
-    def to_train_on(self) -> list[Example]:
-        """The examples for fine-tuning: not those whose boxes are more than any query could find."""
-        return [e for e in self.examples if e.part == "train" and len(e.truth) <= MAX_BOXES]
+    def make_evaluator(self, splits: Collection[Split], max_examples: int = MAX_EVALUATED) -> Evaluator:
+        """Makes an evaluator of the last examples of these splits."""
+        examples = [e for e in self.examples if e.split in splits][-max_examples:]
+        return Evaluator(examples, self.images, self.labels)
 
 
-def run_pipeline(material: TrainingInputs, serving: Detector, train: str, desk: Path, report: Report) -> TrainingResult:
-    """Thresholds and weights that are better than what serves, beyond what the choice of pictures explains.
+@dataclass(frozen=True)
+class TrainingResult:
+    """The outcome of a training; thresholds and tensors are empty if nothing is worth promoting."""
+
+    text: str
+    metrics: dict[str, Any]
+    thresholds: ThresholdsByControl = field(default_factory=dict)
+    tensors: Tensors = field(default_factory=dict)
+
+
+class NotFineTuned(Exception):
+    """Fine-tuning was not possible or brought no better weights; the text says why."""
+
+
+def run_pipeline(
+    inputs: TrainingInputs, serving: Detector, train: str, work_dir: Path, report: Report
+) -> TrainingResult:
+    """Trains weights and thresholds; where the weights do not pass the gate, calibrates thresholds alone.
 
     Args:
-        material: what there is to learn from.
-        serving: the detector that the project is served by now.
-        train: as in the settings.
-        desk: the folder from which fine-tuning goes on after a kill.
-        report: called as it goes on.
+        inputs: the examples and the base model.
+        serving: the detector of the version that serves now.
+        train: what may change, as the setting TRAIN.
+        work_dir: folder from which fine-tuning resumes after the worker was killed.
+        report: called as the training proceeds.
     """
-    exam = material.exam(("train", "stop", "gate") if material.is_fresh else ("stop", "gate"))
-    if len(exam.examples) < MIN_TO_EVALUATE:
-        return TrainingResult(
-            f"{_pictures(exam.examples)} to judge by are too few; annotate at least {MIN_TO_EVALUATE}", {}
-        )
-    report("measuring", 0, 0)
-    found = exam.take(serving)
-    before, chosen = exam.evaluate(found, exam.present), exam.evaluate(found, exam.cross_calibrate(found))
-    reason, weights = _tuned(material, serving, train, desk, report)
-    if weights:
-        return weights
-    figures, metrics = _compared(before, chosen)
-    if passes_gate(before, chosen) and (thresholds := exam.calibrate(found)):
-        return TrainingResult(f"thresholds: {figures}; {reason}", metrics, thresholds)
-    return TrainingResult(f"nothing that is surely better: other thresholds {figures}; {reason}", metrics)
+    unseen: list[Split] = ["validation", "held_out"]
+    evaluator = inputs.make_evaluator(["train", *unseen] if inputs.is_serving_base_weights else unseen)
+    if len(evaluator.examples) < MIN_EVALUATION_IMAGES:
+        count = _count_images(evaluator.examples)
+        return TrainingResult(f"only {count} to evaluate on; annotate at least {MIN_EVALUATION_IMAGES}", {})
+    report("measuring")
+    predictions = evaluator.predict(serving)
+    before = evaluator.evaluate(predictions, evaluator.current_thresholds)
+    after = evaluator.evaluate(predictions, evaluator.cross_calibrate(predictions))
+    try:
+        return try_fine_tuning(inputs, serving, train, work_dir, report)
+    except NotFineTuned as error:
+        reason = str(error)
+    summary, metrics = _compare(before, after)
+    if passes_gate(before, after) and (thresholds := evaluator.calibrate(predictions)):
+        return TrainingResult(f"thresholds: {summary}; {reason}", metrics, thresholds)
+    return TrainingResult(f"no significant gain: other thresholds {summary}; {reason}", metrics)
 
 
-def _compared(before: EvalResult, after: EvalResult) -> tuple[str, dict[str, Any]]:
-    old, new = before.metrics(), after.metrics()
-    text = f"AP50 {old.ap50:.2f} -> {new.ap50:.2f}, F1 {old.f1:.2f} -> {new.f1:.2f} on {_pictures(before.truth)}"
-    return text, {"before": asdict(old), "after": asdict(new), "pictures": len(before.truth)}
+def try_fine_tuning(
+    inputs: TrainingInputs, serving: Detector, train: str, work_dir: Path, report: Report
+) -> TrainingResult:
+    """Fine-tunes, calibrates, and compares the result with what serves on the held-out examples.
 
+    Arguments are those of `run_pipeline`.
 
-def _tuned(
-    material: TrainingInputs, serving: Detector, train: str, desk: Path, report: Report
-) -> tuple[str, TrainingResult | None]:
-    """Better weights, if there are; else why not."""
-    held = material.exam(("stop", "gate"))
-    if reason := _no_training(material, held, train):
-        return reason, None
-    tensors = _trained(material, train, desk, report)
-    if isinstance(tensors, str):
-        return tensors, None
-    found = held.take(material.make_detector(_with(material.model, tensors)))
-    before = held.evaluate(held.take(serving), held.present, "gate")
-    after = held.evaluate(found, held.cross_calibrate(found), "gate")
-    figures, metrics = _compared(before, after)
+    Raises:
+        NotFineTuned: there are no weights that pass the gate.
+    """
+    evaluator = inputs.make_evaluator(["validation", "held_out"])
+    _check_requirements(inputs, evaluator, train)
+    tensors = _fine_tune(inputs, train, work_dir, report)
+    predictions = evaluator.predict(inputs.make_detector(_with_tensors(inputs.model, tensors)))
+    before = evaluator.evaluate(evaluator.predict(serving), evaluator.current_thresholds, "held_out")
+    after = evaluator.evaluate(predictions, evaluator.cross_calibrate(predictions), "held_out")
+    summary, metrics = _compare(before, after)
     if not passes_gate(before, after):
-        return f"fine-tuned weights are not surely better: {figures}", None
-    return "", TrainingResult(f"weights and thresholds: {figures}", metrics, held.calibrate(found), tensors)
+        raise NotFineTuned(f"fine-tuned weights are not significantly better: {summary}")
+    return TrainingResult(f"weights and thresholds: {summary}", metrics, evaluator.calibrate(predictions), tensors)
 
 
-def _no_training(material: TrainingInputs, held: Evaluator, train: str) -> str:
-    """Why there is no fine-tuning; empty where there is."""
-    size = sum(parameter.numel() for parameter in material.model.parameters())
+def _compare(before: EvalResult, after: EvalResult) -> tuple[str, dict[str, Any]]:
+    """Returns a summary for people, and the metrics of a version."""
+    old, new = before.metrics(), after.metrics()
+    count = _count_images(before.truth)
+    summary = f"AP50 {old.ap50:.2f} -> {new.ap50:.2f}, F1 {old.f1:.2f} -> {new.f1:.2f} on {count}"
+    return summary, {"before": asdict(old), "after": asdict(new), "pictures": len(before.truth)}
+
+
+def _count_images(items: Sequence[Any]) -> str:
+    return "1 image" if len(items) == 1 else f"{len(items)} images"
+
+
+def _check_requirements(inputs: TrainingInputs, evaluator: Evaluator, train: str) -> None:
+    """Raises NotFineTuned where fine-tuning is disabled, or lacks a GPU or examples."""
     if train == "thresholds":
-        return "TRAIN=thresholds leaves the weights as they are"
-    if material.device == "cpu" and size > MAX_PARAMETERS_ON_CPU:
-        return f"fine-tuning {size // 1_000_000} million weights needs a GPU, and this worker has none"
-    counts = {part: sum(example.part == part for example in held.examples) for part in ("stop", "gate")}
-    counts["train"] = len(material.to_train_on())
-    for part, what in (("train", "to train on"), ("stop", "to tell when to stop"), ("gate", "to judge by")):
-        least = MIN_TO_TRAIN if part == "train" else MIN_TO_EVALUATE
-        if counts[part] < least:
-            return f"fine-tuning needs {least} pictures {what}, and there are {counts[part]}: annotate more"
-    return ""
+        raise NotFineTuned("TRAIN=thresholds leaves the weights as they are")
+    parameters = sum(parameter.numel() for parameter in inputs.model.parameters())
+    if inputs.device == "cpu" and parameters > MAX_PARAMETERS_ON_CPU:
+        millions = parameters // 1_000_000
+        raise NotFineTuned(f"fine-tuning {millions} million weights needs a GPU, and this worker has none")
+    validation, held_out = (sum(e.split == split for e in evaluator.examples) for split in ("validation", "held_out"))
+    for count, required, purpose in (
+        (len(inputs.train_examples), MIN_TRAIN_IMAGES, "to train on"),
+        (validation, MIN_EVALUATION_IMAGES, "to decide when to stop"),
+        (held_out, MIN_EVALUATION_IMAGES, "to evaluate on"),
+    ):
+        if count < required:
+            raise NotFineTuned(f"fine-tuning needs {required} images {purpose}, and there are {count}: annotate more")
 
 
-def _trained(material: TrainingInputs, train: str, desk: Path, report: Report) -> Tensors | str:
-    """The tensors that are worth a look at the gate, or why there are none; on less memory in smaller batches."""
-    lesson = TrainingSet(material.to_train_on(), _known(material, desk, report), material.pictures)
+def _fine_tune(inputs: TrainingInputs, train: str, work_dir: Path, report: Report) -> Tensors:
+    """Returns interpolated weights; where memory runs out, tries smaller batches.
+
+    Raises:
+        NotFineTuned: no epoch improved on the base model, or memory ran out.
+    """
+    pseudo_labeled = _load_pseudo_labels(inputs, work_dir, report)
+    training_set = TrainingSet(inputs.train_examples, pseudo_labeled, inputs.images)
+    evaluator = inputs.make_evaluator(["validation"], MAX_VALIDATION_EXAMPLES)
+
+    def score(model: Any) -> float:
+        predictions = evaluator.predict(inputs.make_detector(copy.deepcopy(model)))
+        return evaluator.evaluate(predictions, evaluator.current_thresholds).metrics().ap50
+
+    def train_and_interpolate(config: TrainConfig) -> Tensors:  # when it returns or raises, its model is freed
+        tensors = fine_tune(
+            copy.deepcopy(inputs.model).to(inputs.device),
+            inputs.tokenizer,
+            training_set,
+            score,
+            config,
+            work_dir / "state.pt",
+            lambda epochs: report("training", epochs, config.epochs),
+        )
+        if not tensors:
+            raise NotFineTuned("fine-tuning did not improve the model")
+        return interpolate_weights(inputs.model, tensors, score)
+
     for batch_size in BATCH_SIZES:
         try:
-            return _attempt(material, lesson, TrainConfig(train, batch_size=batch_size), desk, report)
+            return train_and_interpolate(TrainConfig(train, batch_size=batch_size))
         except torch.OutOfMemoryError:
-            log.warning("out of memory with batches of %d", batch_size)
+            log.warning("out of memory with batches of %d images", batch_size)
         torch.cuda.empty_cache()
-    return f"fine-tuning needs more memory than {material.device} has"
+    raise NotFineTuned(f"fine-tuning needs more memory than {inputs.device} has")
 
 
-def _attempt(
-    material: TrainingInputs, lesson: TrainingSet, recipe: TrainConfig, desk: Path, report: Report
-) -> Tensors | str:
-    judge = _judge(material, material.exam(("stop",), MAX_VALIDATION_EXAMPLES))
-    model = copy.deepcopy(material.model).to(material.device)
-    tensors = fine_tune(
-        model, material.tokenizer, lesson, judge, recipe, desk / "state.pt",
-        lambda done: report("training", done, recipe.rounds),
-    )  # fmt: skip
-    return _least_share(material.model, tensors, judge) if tensors else "fine-tuning brought nothing"
+def interpolate_weights(model: Any, tensors: Tensors, score: Callable[[Any], float]) -> Tensors:
+    """Interpolates between the weights of the base model and the fine-tuned ones.
+
+    Weights in between keep what the base model knew (WiSE-FT: Wortsman et al., "Robust fine-tuning of zero-shot
+    models", 2022). Of the shares of fine-tuned weights that score within `INTERPOLATION_TOLERANCE` of the best one,
+    the smallest is taken.
+
+    Args:
+        model: the base model.
+        tensors: the fine-tuned ones, by name.
+        score: evaluates a model; higher is better.
+    """
+    base = {name: parameter.detach().cpu() for name, parameter in model.named_parameters() if name in tensors}
+
+    def interpolate(share: float) -> Tensors:
+        return {name: torch.lerp(base[name], tensor, share) for name, tensor in tensors.items()}
+
+    scores = {share: score(_with_tensors(model, interpolate(share))) for share in INTERPOLATION_SHARES}
+    lowest = max(scores.values()) - INTERPOLATION_TOLERANCE
+    return interpolate(min(share for share in INTERPOLATION_SHARES if scores[share] >= lowest))
 
 
-def _known(material: TrainingInputs, desk: Path, report: Report) -> list[Example]:
-    """The rehearsal's examples; made once, and found again after a kill."""
-    path, examples = desk / "known.json", material.to_train_on()
-    by_uri = {example.view.uri: example for example in examples}
-    if not path.exists():
-        plain = material.make_detector(copy.deepcopy(material.model))
-        known = pseudo_label(
-            examples, material.pictures, plain, choose_vocabulary(material.tokenizer), np.random.default_rng(0),
-            lambda done, of: report("rehearsing", done, of),
-        )  # fmt: skip
-        rows = [[e.view.uri, [label.name for label in e.view.query.labels], e.truth] for e in known]
-        aside = path.with_suffix(".new")
-        aside.write_text(json.dumps(rows))
-        aside.replace(path)
-    return [_with_phrases(by_uri[uri], phrases, truth) for uri, phrases, truth in json.loads(path.read_text())]
-
-
-def _with_phrases(example: Example, phrases: Sequence[str], truth: Sequence[Any]) -> Example:
-    labels = tuple(Label(phrase, (phrase,), 0.0) for phrase in phrases)
-    asked = dataclasses.replace(example.view.query, labels=labels, negatives=())
-    view = dataclasses.replace(example.view, query=asked)
-    return dataclasses.replace(example, view=view, truth=tuple((tuple(box), label) for box, label in truth))
-
-
-def _judge(material: TrainingInputs, exam: Evaluator) -> Callable[[Any], float]:
-    def judge(model: Any) -> float:
-        found = exam.take(material.make_detector(copy.deepcopy(model)))
-        return exam.evaluate(found, exam.present).metrics().ap50
-
-    return judge
-
-
-def _with(model: Any, tensors: Tensors) -> Any:
-    """A copy of the model with these tensors."""
+def _with_tensors(model: Any, tensors: Tensors) -> Any:
+    """Returns a copy of the model with these tensors."""
     changed = copy.deepcopy(model)
     parameters = dict(changed.named_parameters())
     with torch.no_grad():
@@ -205,18 +237,29 @@ def _with(model: Any, tensors: Tensors) -> Any:
     return changed
 
 
-def _least_share(model: Any, tensors: Tensors, judge: Callable[[Any], float]) -> Tensors:
-    """Tensors between the model's own and the trained ones: as near to its own as scores nearly as well."""
-    own = {name: parameter.detach().cpu() for name, parameter in model.named_parameters() if name in tensors}
-
-    def mixed(share: float) -> Tensors:
-        return {name: torch.lerp(own[name], tensor, share) for name, tensor in tensors.items()}
-
-    scores = {share: judge(_with(model, mixed(share))) for share in INTERPOLATION_SHARES}
-    return mixed(
-        next(share for share in INTERPOLATION_SHARES if scores[share] >= max(scores.values()) - INTERPOLATION_TOLERANCE)
-    )
-
-
-def _pictures(rows: Sequence[Any]) -> str:
-    return "1 picture" if len(rows) == 1 else f"{len(rows)} pictures"
+def _load_pseudo_labels(inputs: TrainingInputs, work_dir: Path, report: Report) -> list[Example]:
+    """Loads the pseudo-labeled examples; makes and saves them first if they are not there yet."""
+    path, examples = work_dir / "known.json", inputs.train_examples
+    example_by_uri = {example.target.uri: example for example in examples}
+    if not path.exists():
+        labeled = pseudo_label(
+            examples,
+            inputs.images,
+            inputs.make_detector(copy.deepcopy(inputs.model)),
+            choose_vocabulary(inputs.tokenizer),
+            np.random.default_rng(0),
+            lambda done, total: report("rehearsing", done, total),
+        )
+        rows = [[e.target.uri, [label.name for label in e.target.query.labels], e.truth] for e in labeled]
+        temporary = path.with_suffix(".new")
+        temporary.write_text(json.dumps(rows))
+        temporary.replace(path)
+    loaded = []
+    for uri, phrases, boxes in json.loads(path.read_text()):
+        example = example_by_uri[uri]
+        labels = tuple(Label(phrase, (phrase,), 0.0) for phrase in phrases)
+        query = dataclasses.replace(example.target.query, labels=labels, negative_phrases=())
+        truth: tuple[LabeledBox, ...] = tuple((tuple(box), label) for box, label in boxes)
+        target = dataclasses.replace(example.target, query=query)
+        loaded.append(dataclasses.replace(example, target=target, truth=truth))
+    return loaded

@@ -1,20 +1,19 @@
-"""Examples of what a model knows already, made by itself: learned beside new ones, they keep it from forgetting.
+"""Pseudo-labels: examples of what the base model already knows. Training on them too keeps it from forgetting.
 
-The model looks at the new pictures for words that it knows, and for pairs of the words that it finds. What it finds is
-the truth of these examples (Li and Hoiem, "Learning without forgetting", 2016).
+The base model detects words of its vocabulary, and pairs of the words that it found, on the images of the new examples.
+Its detections become the truth of further examples (Li and Hoiem, "Learning without forgetting", 2016).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from backend.boxes import Detection
 from backend.detection.detector import Detector
 from backend.detection.preprocess import ModelInput
 from backend.labelstudio.labeling_config import Label
@@ -23,84 +22,96 @@ from backend.training.batches import ImageProvider
 from backend.training.dataset import Example
 
 MAX_IMAGES = 300
-MIN_PSEUDO_LABEL_SCORE = 0.3  # lowest score of what counts as known
-MAX_WORDS, MAX_PAIRS = 60, 40  # looked for in a picture
-PHRASES_PER_PASS = 6  # phrases
-MAX_PHRASES = 8  # in one example
-EXAMPLES_PER_IMAGE = 3  # examples for each picture
-SMALL_VOCABULARY = 2000  # words; of a larger one only common ones are likely to be in pictures
+MIN_PSEUDO_LABEL_SCORE = 0.3
+MAX_WORDS, MAX_PAIRS = 60, 40  # tried on an image
+PHRASES_PER_PASS = 6  # each box has only its best phrase; with fewer phrases, fewer of them hide one another
+MAX_PHRASES = 8  # of an example
+EXAMPLES_PER_IMAGE = 3
+SMALL_VOCABULARY = 2000  # words; of a larger vocabulary, only common words are likely to be on images
 
 COMMON_WORDS = (Path(__file__).parent / "rehearsal_vocabulary.txt").read_text().split()
 
+T = TypeVar("T")
+
 
 def choose_vocabulary(tokenizer: Any) -> list[str]:
-    """Words that the tokenizer knows whole: all of a small vocabulary, the common ones of a large one."""
+    """Returns words that are one token: all of a small vocabulary, the common ones of a large one."""
     vocabulary = tokenizer.get_vocab()
-    whole = [word for word in vocabulary if word.isalpha() and len(word) > 2]
-    return sorted(whole) if len(whole) <= SMALL_VOCABULARY else [word for word in COMMON_WORDS if word in vocabulary]
+    words = [word for word in vocabulary if word.isalpha() and len(word) > 2]
+    return sorted(words) if len(words) <= SMALL_VOCABULARY else [word for word in COMMON_WORDS if word in vocabulary]
 
 
 def pseudo_label(
     examples: Sequence[Example],
-    pictures: ImageProvider,
+    images: ImageProvider,
     detector: Detector,
-    words: Sequence[str],
+    vocabulary: Sequence[str],
     rng: np.random.Generator,
-    on_picture: Callable[[int, int], object],
+    on_image: Callable[[int, int], object],
 ) -> list[Example]:
-    """Examples on the same pictures, for other phrases than those that are being learned.
+    """Makes examples of the images of other examples, with phrases other than those of their labels.
 
-    `on_picture` is called with the number of pictures done and of all.
+    Args:
+        examples: what is to be trained on; of more than `MAX_IMAGES` images, a random choice is labeled.
+        images: of the examples.
+        detector: of the base model.
+        vocabulary: words to try.
+        rng: decides on images and phrases.
+        on_image: called after each image with the number of images so far and in all.
     """
-    learned = {phrase for example in examples for label in example.view.query.labels for phrase in label.phrases}
-    by_picture = list({example.view.uri: example for example in examples}.values())
-    chosen = [by_picture[int(number)] for number in rng.permutation(len(by_picture))[:MAX_IMAGES]]
-    made: list[Example] = []
+    excluded = {phrase for example in examples for label in example.target.query.labels for phrase in label.phrases}
+    example_by_uri = {example.target.uri: example for example in examples}
+    chosen = _sample(list(example_by_uri.values()), MAX_IMAGES, rng)
+    labeled: list[Example] = []
     for done, example in enumerate(chosen, 1):
-        made += _of_picture(example, pictures.get(example.view.uri), detector, words, learned, rng)
-        on_picture(done, len(chosen))
-    return made
+        image = images.load_input(example.target.uri)
+        labeled += _label_image(example, image, detector, vocabulary, excluded, rng)
+        on_image(done, len(chosen))
+    return labeled
 
 
-def _of_picture(
+def _label_image(
     example: Example,
-    picture: ModelInput,
+    image: ModelInput,
     detector: Detector,
-    words: Sequence[str],
-    learned: set[str],
+    vocabulary: Sequence[str],
+    excluded: Collection[str],
     rng: np.random.Generator,
 ) -> Iterator[Example]:
-    some = [words[int(i)] for i in rng.permutation(len(words))[:MAX_WORDS]]
-    seen = _seen(detector, picture, [word for word in some if word not in learned])
-    pairs = [f"{a} {b}" for a, b in itertools.permutations(seen, 2) if f"{a} {b}" not in learned]
-    pairs = [pairs[int(i)] for i in rng.permutation(len(pairs))[:MAX_PAIRS]]
-    known = [*seen, *_seen(detector, picture, pairs)]
-    others = [phrase for phrase in [*some, *pairs] if phrase not in known and phrase not in learned]
+    words = _sample(vocabulary, MAX_WORDS, rng)
+    found_words = _find_phrases(detector, image, [word for word in words if word not in excluded])
+    pairs = [f"{a} {b}" for a, b in itertools.permutations(found_words, 2) if f"{a} {b}" not in excluded]
+    pairs = _sample(pairs, MAX_PAIRS, rng)
+    found = [*found_words, *_find_phrases(detector, image, pairs)]
+    absent = [phrase for phrase in [*words, *pairs] if phrase not in found and phrase not in excluded]
+    width, height = image.size
     for _ in range(EXAMPLES_PER_IMAGE):
-        asked = [*_some(known, MAX_PHRASES // 2, rng), *_some(others, MAX_PHRASES // 2, rng)]
-        labels = tuple(Label(phrase, (phrase,), MIN_PSEUDO_LABEL_SCORE) for phrase in dict.fromkeys(asked))
-        found = detector.detect_inputs([picture], labels)[0]
-        if isinstance(found, list):
-            view = dataclasses.replace(example.view, query=DetectionQuery(labels, (), 1.0))
-            yield Example(example.task, view, tuple(_as_truth(d, picture.size) for d in found), example.part)
+        phrases = [*_sample(found, MAX_PHRASES // 2, rng), *_sample(absent, MAX_PHRASES // 2, rng)]
+        labels = _to_labels(list(dict.fromkeys(phrases)))
+        detections = detector.detect_inputs([image], labels)[0]
+        if isinstance(detections, list):
+            target = dataclasses.replace(example.target, query=DetectionQuery(labels, (), 1.0))
+            truth = []
+            for detection in detections:
+                x1, y1, x2, y2 = detection.box_xyxy
+                truth.append(((x1 / width, y1 / height, x2 / width, y2 / height), detection.label))
+            yield Example(example.task, target, tuple(truth), example.split)
 
 
-def _some(phrases: Sequence[str], most: int, rng: np.random.Generator) -> list[str]:
-    return [phrases[int(i)] for i in rng.permutation(len(phrases))[:most]]
-
-
-def _seen(detector: Detector, picture: ModelInput, phrases: Sequence[str]) -> list[str]:
-    """Those of the phrases that are found in the picture, asked for few at a time: each box tells its best alone."""
-    seen: set[str] = set()
+def _find_phrases(detector: Detector, image: ModelInput, phrases: Sequence[str]) -> list[str]:
+    """Returns those of the phrases that the detector finds on the image, in alphabetical order."""
+    found: set[str] = set()
     for start in range(0, len(phrases), PHRASES_PER_PASS):
-        labels = [
-            Label(phrase, (phrase,), MIN_PSEUDO_LABEL_SCORE) for phrase in phrases[start : start + PHRASES_PER_PASS]
-        ]
-        found = detector.detect_inputs([picture], labels)[0]
-        seen |= {detection.label for detection in found} if isinstance(found, list) else set()
-    return sorted(seen)
+        labels = _to_labels(phrases[start : start + PHRASES_PER_PASS])
+        detections = detector.detect_inputs([image], labels)[0]
+        if isinstance(detections, list):
+            found |= {detection.label for detection in detections}
+    return sorted(found)
 
 
-def _as_truth(detection: Detection, size: tuple[int, int]) -> tuple[tuple[float, float, float, float], str]:
-    x1, y1, x2, y2 = detection.box_xyxy
-    return (x1 / size[0], y1 / size[1], x2 / size[0], y2 / size[1]), detection.label
+def _to_labels(phrases: Sequence[str]) -> tuple[Label, ...]:
+    return tuple(Label(phrase, (phrase,), MIN_PSEUDO_LABEL_SCORE) for phrase in phrases)
+
+
+def _sample(items: Sequence[T], max_count: int, rng: np.random.Generator) -> list[T]:
+    return [items[int(i)] for i in rng.permutation(len(items))[:max_count]]

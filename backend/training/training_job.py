@@ -1,6 +1,7 @@
-"""What a fit worker runs: `fit(dict) -> dict`. Reads a project's annotations, learns, and promotes what is better.
+"""The training job that RQ runs: reads a project's annotations, trains, and promotes what passes the gate.
 
-It goes on where it was when its worker is killed. Whatever goes wrong, the version that serves goes on serving.
+After its worker was killed, the job resumes from the files in its work directory. Whatever fails, the version that
+serves goes on serving.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ from backend.detection.acceleration import keep_freed_memory
 from backend.detection.checkpoints import load_checkpoint, load_weights_into
 from backend.detection.detector import Detector
 from backend.detection.device import choose_device, choose_precision
-from backend.errors import BackendError, LabelStudioUnavailable, QueueUnavailable
+from backend.errors import BackendError, CannotTrain, LabelStudioUnavailable, QueueUnavailable
 from backend.images.decoding import ImageLoader
 from backend.images.sources import ImageFetcher
 from backend.labelstudio.client import LabelStudioClient
 from backend.labelstudio.labeling_config import Plan, read_plan
+from backend.queue.messages import TrainingRequest, read_message
 from backend.queue.recovery import MAX_WORKER_DEATHS, get_lost_chunk
 from backend.queue.redis import connect
 from backend.queue.training_queue import TrainingQueue
@@ -35,57 +37,56 @@ from backend.registry.versions import Version, VersionStore
 from backend.settings import Settings
 from backend.training.dataset import Example, fingerprint_examples, read_examples
 from backend.training.image_cache import ImageCache
-from backend.training.pipeline import MAX_EVALUATED, TrainingInputs, TrainingResult, run_pipeline
+from backend.training.pipeline import MAX_EVALUATED, Report, Stage, TrainingInputs, TrainingResult, run_pipeline
 
 log = logging.getLogger(__name__)
 
-MAX_EXAMPLES = 5000  # pictures that a training looks at: the last ones annotated
-REPORT_PAUSES = (1, 5, 30)  # s, while Redis is away
-RETRY_DELAYS = (1, 5, 15, 30, 60, 120, 300)  # s, while Label Studio is away
-REPORT_EVERY = 0.5  # s
+MAX_EXAMPLES = 5000  # images to train on; those of the last tasks are taken
+OUTCOME_RETRY_DELAYS = (1, 5, 30)  # seconds before each retry, while Redis is unavailable
+RETRY_DELAYS = (1, 5, 15, 30, 60, 120, 300)  # seconds before each retry, while Label Studio is unavailable
+REPORT_INTERVAL = 0.5  # seconds between two reports of the same stage
 
-Value = TypeVar("Value")
-Report = Callable[..., None]
-
-
-class CannotLearn(BackendError):
-    """There is nothing to learn from, or no way to; the text says what is missing."""
-
-    code = "cannot_learn"
+T = TypeVar("T")
 
 
-def fit(payload: Mapping[str, Any]) -> dict[str, Any]:
-    """Trains for one project.
+def train(settings: Settings, payload: Mapping[str, Any]) -> dict[str, Any]:
+    """Trains for one project, and reports its progress and outcome.
 
     Args:
-        payload: `project` its number, `train` as in the settings, `run` a name that no other training has.
+        settings: of the worker.
+        payload: a `TrainingRequest` as plain JSON.
 
     Returns:
-        `state`, done or failed, `text` that people read, and of what was done `version`, `is_promoted`, `metrics`,
-        `left_out`.
+        The outcome: `state` (done or failed) and `text` for people; of a training that is done also `version`,
+        `is_promoted`, `metrics` and `left_out`.
+
+    Raises:
+        MessageError: the payload was written by another version of the backend.
     """
     keep_freed_memory()
-    settings, project = Settings.from_env(), payload["project"]
+    request = read_message(TrainingRequest, payload)
     trainings = TrainingQueue(connect(settings.redis_url))
-    outcome = _outcome(settings, payload, _reporter(trainings, project))
-    log.info("project %s: %s", project, outcome["text"])
-    for pause in REPORT_PAUSES:
+    outcome = _run_training(settings, request, _make_report(trainings, request.project))
+    log.info("project %s: %s", request.project, outcome["text"])
+    for delay in OUTCOME_RETRY_DELAYS:
         try:
-            trainings.report(project, **outcome)
+            trainings.report(request.project, **outcome)
             break
         except QueueUnavailable:
-            time.sleep(pause)
+            time.sleep(delay)
     return outcome
 
 
-def _outcome(settings: Settings, payload: Mapping[str, Any], report: Report) -> dict[str, Any]:
+def _run_training(settings: Settings, request: TrainingRequest, report: Report) -> dict[str, Any]:
+    """Runs a training; returns its outcome, whatever goes wrong."""
     try:
         if not (settings.label_studio_url and settings.label_studio_api_key):
-            raise CannotLearn("training reads annotations: set LABEL_STUDIO_URL and LABEL_STUDIO_API_KEY")
+            raise CannotTrain("training reads annotations: set LABEL_STUDIO_URL and LABEL_STUDIO_API_KEY")
         chunk = get_lost_chunk()
-        if chunk and chunk.deaths > MAX_WORKER_DEATHS:
-            raise CannotLearn(f"{chunk.deaths} workers died over this training; their logs say more")
-        training = _Training(settings, payload, report)
+        deaths = chunk.count_deaths() if chunk else 0
+        if deaths > MAX_WORKER_DEATHS:
+            raise CannotTrain(f"{deaths} workers died during this training; see their logs")
+        training = _Training(settings, request, report)
         with contextlib.closing(training):
             return {"state": "done", **training.run()}
     except BackendError as error:
@@ -93,149 +94,183 @@ def _outcome(settings: Settings, payload: Mapping[str, Any], report: Report) -> 
     except OSError as error:
         return {"state": "failed", "text": f"MODEL_DIR cannot be used ({error.strerror}); is its disk full?"}
     except Exception as error:
-        log.exception("the training of project %s failed", payload["project"])
-        return {"state": "failed", "text": f"an error of ours ({type(error).__name__}); the worker's log says more"}
+        log.exception("the training of project %s failed", request.project)
+        return {"state": "failed", "text": f"internal error ({type(error).__name__}); see the worker's log"}
 
 
-def _reporter(trainings: TrainingQueue, project: str) -> Report:
-    """Reports progress, at most so often."""
-    last_state, last_time = "", 0.0
+def _make_report(trainings: TrainingQueue, project: str) -> Report:
+    """Makes a `Report` that writes to Redis, at most every `REPORT_INTERVAL` within a stage."""
+    last_stage, last_time = "", 0.0
 
-    def report(state: str, done: int = 0, of: int = 0) -> None:
-        nonlocal last_state, last_time
-        if state != last_state or done == of or time.monotonic() - last_time > REPORT_EVERY:
-            last_state, last_time = state, time.monotonic()
+    def report(stage: Stage, done: int = 0, total: int = 0) -> None:
+        nonlocal last_stage, last_time
+        if stage != last_stage or done == total or time.monotonic() - last_time > REPORT_INTERVAL:
+            last_stage, last_time = stage, time.monotonic()
             with contextlib.suppress(QueueUnavailable):  # the training does not need it
-                trainings.report(project, state, done=done, of=of)
+                trainings.report(project, stage, done=done, of=total)
 
     return report
-
-
-def _patiently(ask: Callable[[], Value]) -> Value:
-    """Asks Label Studio again while it is away, for some minutes."""
-    for pause in RETRY_DELAYS:
-        try:
-            return ask()
-        except LabelStudioUnavailable as error:
-            log.warning("%s; asking again in %d s", error, pause)
-            time.sleep(pause)
-    return ask()
 
 
 class _Training:
     """One training, from the annotations to the version."""
 
-    def __init__(self, settings: Settings, payload: Mapping[str, Any], report: Report) -> None:
-        self._settings, self._train, self._report = settings, payload["train"], report
-        self._project, self._run = payload["project"], payload["run"]
+    def __init__(self, settings: Settings, request: TrainingRequest, report: Report) -> None:
+        self._settings, self._train, self._report = settings, request.train, report
+        self._project, self._run_id = request.project, request.run
         self._checkpoint = find_checkpoint(settings.model)
         self._versions = VersionStore(settings.model_dir, self._project)
-        self._desk = self._versions.folder / ".training"
+        self._work_dir = self._versions.folder / ".training"
         self._label_studio = LabelStudioClient(settings.label_studio_url, settings.label_studio_api_key)
 
     def run(self) -> dict[str, Any]:
-        """Learns, and says what came of it."""
+        """Trains, and saves and promotes a version if there is something to promote.
+
+        Returns:
+            `text`, `version` (empty if none was saved), `is_promoted`, `metrics` and `left_out`.
+
+        Raises:
+            CannotTrain: there are no annotations.
+            LabelStudioError: Label Studio refuses requests, or stays unavailable.
+            OSError: the disk is full or cannot be written.
+        """
         self._report("reading")
-        snapshot = self._snapshot()
-        at_first = self._versions.get_current_id()
+        snapshot = self._load_snapshot()
+        version_at_start = self._versions.get_current_id()
         serving = self._versions.get_serving(self._checkpoint.fingerprint, snapshot["created"])
         plan = read_plan(snapshot["label_config"], self._settings.box_threshold, self._settings.nms_iou)
-        present = serving.apply_to(plan) if serving else plan
-        examples, left_out = read_examples(present, self._project, snapshot["tasks"])
+        serving_plan = serving.apply_to(plan) if serving else plan
+        examples, left_out = read_examples(serving_plan, self._project, snapshot["tasks"])
         if not examples:
-            raise CannotLearn(f"there are no annotations to learn from{_listed(left_out)}")
-        model, tokenizer, make_detector = self._loaded()
-        detector = make_detector(self._serving_model(model, serving))
-        examples = _last(examples, MAX_EXAMPLES if self._train != "thresholds" else MAX_EVALUATED)
-        shelf, examples = self._shelve(examples, detector, left_out)
-        labels = {control.from_name: {label.name for label in control.labels} for control in plan.controls}
-        is_fresh, device = not (serving and serving.weights), choose_device(self._settings)
-        material = TrainingInputs(examples, shelf, labels, model, tokenizer, make_detector, device, is_fresh)
-        learned = run_pipeline(material, detector, self._train, self._desk, self._report)
-        version = self._keep(learned, plan, serving, snapshot["created"], fingerprint_examples(examples))
-        text = f"{learned.text}{_listed(left_out)}"
-        is_promoted = bool(version) and self._promote(version, at_first)
-        if version and not is_promoted:
-            text = f"not promoted, because another version was meanwhile; {text}"
-        kept = {"version": version, "is_promoted": is_promoted}
-        return {"text": text, **kept, "metrics": learned.metrics, "left_out": dict(left_out)}
+            raise CannotTrain(f"there are no annotations to train on{_format_left_out(left_out)}")
+        max_examples = MAX_EVALUATED if self._train == "thresholds" else MAX_EXAMPLES
+        examples = sorted(examples, key=lambda example: example.task)[-max_examples:]
 
-    def _loaded(self) -> tuple[Any, Any, Callable[[Any], Detector]]:
-        """The model as it came, its tokenizer, and what makes detectors of models, all with batches that fit."""
-        model, tokenizer, image_format = load_checkpoint(self._checkpoint.source)
-        device, precision = choose_device(self._settings), choose_precision(self._settings)  # judged as it will serve
+        model, tokenizer, make_detector = self._load_base_model()
+        serving_model = copy.deepcopy(model)
+        if serving and serving.weights:
+            serving_model = load_weights_into(serving_model, self._versions.get_weights_path(serving.id))
+        detector = make_detector(serving_model)
+        images, examples = self._cache_images(examples, detector, left_out)
+        inputs = TrainingInputs(
+            examples=examples,
+            images=images,
+            labels={control.from_name: {label.name for label in control.labels} for control in plan.controls},
+            model=model,
+            tokenizer=tokenizer,
+            make_detector=make_detector,
+            device=choose_device(self._settings),
+            is_serving_base_weights=not (serving and serving.weights),
+        )
+        result = run_pipeline(inputs, detector, self._train, self._work_dir, self._report)
 
-        def make_detector(own: Any) -> Detector:
-            made = Detector(own, tokenizer, image_format, device, precision)
-            made.batch_size = fitting or made.batch_size
-            return made
-
-        fitting = self._settings.batch_size
-        fitting = fitting or make_detector(copy.deepcopy(model)).find_batch_size()
-        return model, tokenizer, make_detector
+        text = f"{result.text}{_format_left_out(left_out)}"
+        data = fingerprint_examples(examples)
+        version_id = self._save_version(result, plan, serving, snapshot["created"], data)
+        is_promoted = bool(version_id) and self._versions.get_current_id() == version_at_start
+        if is_promoted:
+            self._versions.promote(version_id)
+        elif version_id:
+            text = f"not promoted, because another version was promoted or rolled back meanwhile; {text}"
+        outcome = {"version": version_id, "is_promoted": is_promoted}
+        return {"text": text, **outcome, "metrics": result.metrics, "left_out": dict(left_out)}
 
     def close(self) -> None:
-        """Takes away what only a training that is killed would need."""
-        shutil.rmtree(self._desk, ignore_errors=True)
+        """Deletes the work directory: only a training that was killed needs it."""
+        shutil.rmtree(self._work_dir, ignore_errors=True)
 
-    def _promote(self, version: str, at_first: str) -> bool:
-        """Promotes, unless somebody has changed what serves since the training began."""
-        if self._versions.get_current_id() != at_first:
-            return False
-        self._versions.promote(version)
-        return True
+    def _load_snapshot(self) -> dict[str, Any]:
+        """Loads the labeling config, the creation time and the annotated tasks that the training began with.
 
-    def _serving_model(self, model: Any, serving: Version | None) -> Any:
-        own = copy.deepcopy(model)
-        return load_weights_into(own, self._versions.weights_path(serving.id)) if serving and serving.weights else own
-
-    def _snapshot(self) -> dict[str, Any]:
-        """Config, birthday and annotated tasks of the project; after a kill those that the training began with."""
-        path = self._desk / "snapshot.json"
+        A new training deletes the work directory of another one, and reads them from Label Studio.
+        """
+        path = self._work_dir / "snapshot.json"
         if path.exists():
-            kept: dict[str, Any] = json.loads(path.read_text())
-            if kept["run"] == self._run:
-                return kept
-        shutil.rmtree(self._desk, ignore_errors=True)
-        self._desk.mkdir(parents=True)
-        read = {
-            "run": self._run,
-            "label_config": _patiently(lambda: self._label_studio.label_config(self._project)),
-            "created": _patiently(lambda: self._label_studio.created(self._project)),
-            "tasks": _patiently(lambda: list(self._label_studio.iter_annotated_tasks(self._project))),
+            saved: dict[str, Any] = json.loads(path.read_text())
+            if saved["run"] == self._run_id:
+                return saved
+        shutil.rmtree(self._work_dir, ignore_errors=True)
+        self._work_dir.mkdir(parents=True)
+        snapshot = {
+            "run": self._run_id,
+            "label_config": self._retry(lambda: self._label_studio.get_label_config(self._project)),
+            "created": self._retry(lambda: self._label_studio.get_project_created_at(self._project)),
+            "tasks": self._retry(lambda: list(self._label_studio.iter_annotated_tasks(self._project))),
         }
-        aside = path.with_suffix(".new")
-        aside.write_text(json.dumps(read))
-        aside.replace(path)
-        return read
+        temporary = path.with_suffix(".new")
+        temporary.write_text(json.dumps(snapshot))
+        temporary.replace(path)
+        return snapshot
 
-    def _shelve(
+    def _retry(self, request: Callable[[], T]) -> T:
+        """Sends a request to Label Studio; while it is unavailable, again for some minutes."""
+        for delay in RETRY_DELAYS:
+            try:
+                return request()
+            except LabelStudioUnavailable as error:
+                log.warning("project %s: %s; retrying in %d s", self._project, error, delay)
+                time.sleep(delay)
+        return request()
+
+    def _load_base_model(self) -> tuple[Any, Any, Callable[[Any], Detector]]:
+        """Loads the base model and its tokenizer, and returns them with a function that makes detectors of models."""
+        model, tokenizer, image_format = load_checkpoint(self._checkpoint.source)
+        device, precision = (
+            choose_device(self._settings),
+            choose_precision(self._settings),
+        )  # evaluated as it will serve
+        batch_size = self._settings.batch_size
+
+        def make_detector(own_model: Any) -> Detector:
+            detector = Detector(own_model, tokenizer, image_format, device, precision)
+            if batch_size:
+                detector.batch_size = batch_size
+            return detector
+
+        if not batch_size:
+            batch_size = make_detector(copy.deepcopy(model)).find_batch_size()
+        return model, tokenizer, make_detector
+
+    def _cache_images(
         self, examples: Sequence[Example], detector: Detector, left_out: Counter[str]
     ) -> tuple[ImageCache, list[Example]]:
-        """The pictures, on a shelf, and the examples whose pictures can be had."""
-        settings = self._settings
-        images = ImageLoader(ImageFetcher.from_settings(settings, self._label_studio), settings.max_image_pixels)
-        shelf = ImageCache(self._desk / "pictures", images, detector)
-        uris = {example.view.uri: example.task for example in examples}
-        failed = shelf.fetch(uris, lambda done: self._report("loading", done, len(uris)))
-        if failed:  # Label Studio may have been away
-            _patiently(self._label_studio.get_version)
-            failed = shelf.fetch({uri: uris[uri] for uri in failed}, lambda done: None)
-        for reason in failed.values():
-            log.warning("project %s: a picture is left out: %s", self._project, reason)
-        left_out.update({"pictures that cannot be read": len(failed)} if failed else {})
-        return shelf, [example for example in examples if example.view.uri not in failed]
+        """Downloads the images; returns the cache, and the examples whose images could be loaded."""
+        fetcher = ImageFetcher.from_settings(self._settings, self._label_studio)
+        loader = ImageLoader(fetcher, self._settings.max_image_pixels)
+        images = ImageCache(self._work_dir / "pictures", loader, detector)
+        task_by_uri = {example.target.uri: example.task for example in examples}
+        errors = images.download(task_by_uri, lambda done: self._report("loading", done, len(task_by_uri)))
+        if errors:  # Label Studio may have been unavailable
+            self._retry(self._label_studio.get_version)
+            errors = images.download({uri: task_by_uri[uri] for uri in errors}, lambda done: None)
+        for uri, error in errors.items():
+            log.warning("project %s, task %s: left out, because %s", self._project, task_by_uri[uri], error)
+        if errors:
+            left_out["images that cannot be read"] += len(errors)
+        return images, [example for example in examples if example.target.uri not in errors]
 
-    def _keep(self, learned: TrainingResult, plan: Plan, serving: Version | None, created: int, data: str) -> str:
-        """Writes a version, if there is something to keep, and returns its id."""
-        before = {
-            control.from_name: {label.name: label.threshold for label in control.labels} for control in plan.controls
-        }
+    def _save_version(
+        self, result: TrainingResult, plan: Plan, serving: Version | None, created: int, data: str
+    ) -> str:
+        """Saves a version if the result changes anything, and returns its id; else an empty string.
+
+        Args:
+            result: of the pipeline.
+            plan: of the labeling config, without trained thresholds.
+            serving: the version that serves.
+            created: when the project was made.
+            data: fingerprint of the examples.
+        """
+        configured = {c.from_name: {label.name: label.threshold for label in c.labels} for c in plan.controls}
         thresholds = {
-            name: {label: (before[name][label], now) for label, now in own.items() if label in before.get(name, {})}
-            for name, own in learned.thresholds.items()
+            control: {
+                label: (configured[control][label], trained)
+                for label, trained in trained_by_label.items()
+                if label in configured.get(control, {})
+            }
+            for control, trained_by_label in result.thresholds.items()
         }
-        if not (thresholds or learned.tensors):
+        if not (thresholds or result.tensors):
             return ""
         version = Version(
             id=time.strftime("%Y%m%d-%H%M%S-", time.gmtime()) + data[:4],
@@ -243,25 +278,21 @@ class _Training:
             parent=serving.id if serving else "",
             created=created,
             thresholds=thresholds,
-            metrics=learned.metrics,
+            metrics=result.metrics,
             data=data,
-            reason=learned.text,
+            reason=result.text,
         )
 
         def write_weights(path: Path) -> None:
-            if learned.tensors:
-                path.write_bytes(save(learned.tensors))  # save_file would hide what a full disk says
+            if result.tensors:
+                path.write_bytes(save(result.tensors))  # save_file would hide the error of a full disk
             elif serving:
-                shutil.copyfile(self._versions.weights_path(serving.id), path)
+                shutil.copyfile(self._versions.get_weights_path(serving.id), path)
 
-        has_weights = learned.tensors or (serving and serving.weights)
+        has_weights = result.tensors or (serving and serving.weights)
         self._versions.add(version, write_weights if has_weights else None)
         return version.id
 
 
-def _last(examples: Sequence[Example], most: int) -> list[Example]:
-    return sorted(examples, key=lambda example: example.task)[-most:]
-
-
-def _listed(left_out: Counter[str]) -> str:
-    return "; left out: " + ", ".join(f"{count} {what}" for what, count in left_out.items()) if left_out else ""
+def _format_left_out(left_out: Counter[str]) -> str:
+    return "; left out: " + ", ".join(f"{count} {reason}" for reason, count in left_out.items()) if left_out else ""

@@ -1,4 +1,4 @@
-"""The bundled checkpoint holds up, and so does the generator that it learned from."""
+"""The bundled checkpoint, the generator of its images, and its training."""
 
 from pathlib import Path
 
@@ -8,12 +8,12 @@ import torch
 
 from backend.demo import shapes
 from backend.demo import train as train_module
-from backend.demo.measure import figures
+from backend.demo.measure import measure
 from backend.demo.train import build_tokenizer, draw_batch
 from backend.detection.checkpoints import load_checkpoint
 from backend.detection.detector import Detector
 from backend.registry.checkpoint import DEMO_CHECKPOINT
-from tests.scenes import scenes
+from tests.scenes import make_scenes
 
 MB = 1024 * 1024
 
@@ -23,14 +23,14 @@ def test_the_bundled_checkpoint_is_small() -> None:
 
 
 @pytest.mark.timeout(400)
-def test_it_finds_what_it_was_asked_for_on_pictures_it_never_saw() -> None:
-    rows = figures(Detector(*load_checkpoint(str(DEMO_CHECKPOINT))))
+def test_the_bundled_checkpoint_detects_shapes_on_unseen_images() -> None:
+    rows = measure(Detector(*load_checkpoint(str(DEMO_CHECKPOINT))))
     assert rows["training size"].ap50 >= 0.94
     assert rows["other sizes, unseen backgrounds"].ap50 >= 0.85
 
 
 def test_boxes_are_tight() -> None:
-    for scene in scenes(20):
+    for scene in make_scenes(20):
         pixels = np.asarray(scene.image).astype(int)
         for shape in scene.shapes:
             left, top, right, bottom = map(int, shape.box_xyxy)
@@ -40,21 +40,21 @@ def test_boxes_are_tight() -> None:
                 assert distance.min() <= shapes.COLOUR_JITTER
 
 
-def test_the_same_seed_draws_the_same_picture() -> None:
-    first, second = scenes(2, seed=4), scenes(2, seed=4)
+def test_the_same_seed_draws_the_same_image() -> None:
+    first, second = make_scenes(2, seed=4), make_scenes(2, seed=4)
     assert [s.shapes for s in first] == [s.shapes for s in second]
     assert first[0].image.tobytes() == second[0].image.tobytes()
 
 
 def test_no_two_phrases_name_the_same_shape() -> None:
     rng = np.random.default_rng(0)
-    for scene in scenes(100):
+    for scene in make_scenes(100):
         phrases = shapes.choose_phrases(rng, scene)
         assert 1 <= len(phrases) <= 6
         assert all(sum(shape.matches(phrase) for phrase in phrases) <= 1 for shape in scene.shapes)
 
 
-def test_targets_are_the_truth_in_shares_of_the_picture() -> None:
+def test_targets_are_the_true_boxes_normalised_by_the_size_of_the_image() -> None:
     batch = draw_batch(np.random.default_rng(1), build_tokenizer(), 4)
     assert batch.pixel_values.shape[:2] == (4, 3)
     for caption, target in zip(batch.captions, batch.targets, strict=True):
@@ -63,10 +63,10 @@ def test_targets_are_the_truth_in_shares_of_the_picture() -> None:
         assert (target.phrases < len(caption.spans)).all()
 
 
-def test_training_saves_what_any_loader_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trained_checkpoint_can_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_module, "STEPS_PER_EPOCH", 1)
-    monkeypatch.setattr(train_module, "LOOK_EVERY", 1)
-    monkeypatch.setattr(train_module, "figures", lambda detector, pictures: {})
+    monkeypatch.setattr(train_module, "STEPS_PER_EVALUATION", 1)
+    monkeypatch.setattr(train_module, "measure", lambda detector, images: {})
     model, tokenizer = train_module.train(steps=1, seed=0)
     train_module.save(model, tokenizer, tmp_path)
     loaded, _, image_format = load_checkpoint(str(tmp_path))

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from backend.boxes import Detection, iou
-from backend.demo.measure import TRAINING_SIZE, measure
+from backend.demo.measure import TRAINING_SIZE, measure_scenes
 from backend.demo.shapes import TRAINING_BACKGROUNDS
 from backend.detection import detector as detector_module
 from backend.detection.acceleration import accelerate_on_gpu
@@ -256,7 +256,7 @@ def half(kernel: EmulatedKernel) -> Detector:
 
 
 def test_half_precision_detects_the_same(detector: Detector, half: Detector, kernel: EmulatedKernel) -> None:
-    expected, ap50 = (measure(d, TRAINING_SIZE, TRAINING_BACKGROUNDS, 100).ap50 for d in (detector, half))
+    expected, ap50 = (measure_scenes(d, TRAINING_SIZE, TRAINING_BACKGROUNDS, 100).ap50 for d in (detector, half))
     assert abs(expected - ap50) <= 0.002
     assert half.precision is torch.float16
     pixels = torch.stack([detector.prepare_image(scene.image).pixels for scene in make_scenes(8)])

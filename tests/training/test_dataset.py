@@ -30,14 +30,14 @@ def read(tasks: list[dict[str, Any]], config: str = CONFIG) -> Any:
     return read_examples(read_plan(config, 0.3, 0.7), "1", tasks)
 
 
-def test_boxes_become_shares_of_the_picture() -> None:
+def test_boxes_are_normalised_by_the_size_of_the_image() -> None:
     (example,), left_out = read([task({"result": [region(), region("d")]})])
     box = (0.1, 0.2, pytest.approx(0.4), pytest.approx(0.6))
     assert example.truth == ((box, "cat"), (box, "d"))
-    assert (example.task, example.view.uri, left_out) == (7, "http://x/a.png", {})
+    assert (example.task, example.target.uri, left_out) == (7, "http://x/a.png", {})
 
 
-def test_an_empty_annotation_says_that_nothing_is_there() -> None:
+def test_an_empty_annotation_makes_an_example_without_boxes() -> None:
     (example,), _ = read([task({"result": []})])
     assert example.truth == ()
 
@@ -48,9 +48,9 @@ CAT, DOG = {"result": [region("cat")], "updated_at": "1"}, {"result": [region("d
 @pytest.mark.parametrize(
     ("annotations", "label"),
     [([CAT, DOG], "d"), ([{**CAT, "ground_truth": True}, DOG], "cat"), ([CAT, {**DOG, "was_cancelled": True}], "cat")],
-    ids=["the last", "ground truth", "not skipped"],
+    ids=["last", "ground truth", "not skipped"],
 )
-def test_of_many_annotations_one_counts(annotations: list[dict[str, Any]], label: str) -> None:
+def test_one_annotation_of_a_task_counts(annotations: list[dict[str, Any]], label: str) -> None:
     (example,), _ = read([task(*annotations)])
     assert [name for _, name in example.truth] == [label]
 
@@ -66,23 +66,23 @@ def test_of_many_annotations_one_counts(annotations: list[dict[str, Any]], label
         ({"result": [region(value={"x": float("nan")})]}, "tasks with boxes that cannot be read"),
     ],
 )
-def test_a_task_that_cannot_be_learned_from_is_left_out_and_counted(annotation: dict[str, Any], reason: str) -> None:
+def test_an_unusable_task_is_left_out_and_counted(annotation: dict[str, Any], reason: str) -> None:
     examples, left_out = read([task(annotation)])
     assert (examples, left_out) == ([], {reason: 1})
 
 
-def test_a_box_of_another_label_is_left_out_and_the_task_stays() -> None:
+def test_a_box_with_an_unknown_label_is_left_out_alone() -> None:
     (example,), left_out = read([task({"result": [region("cow"), region("cat")]})])
     assert [label for _, label in example.truth] == ["cat"]
     assert left_out == {"boxes whose label is not in the labeling config": 1}
 
 
-def test_other_tools_on_the_picture_are_passed_over() -> None:
+def test_regions_of_other_controls_are_ignored() -> None:
     (example,), left_out = read([task({"result": [{"from_name": "other", "type": "choices"}, "odd", region()]})])
     assert (len(example.truth), left_out) == (1, {})
 
 
-def test_a_rectangle_with_labels_beside_it() -> None:
+def test_a_rectangle_gets_the_label_of_its_labels_region() -> None:
     shape = region(from_name="box", type="rectangle", id="a")
     label = region(type="labels", id="a", value={"labels": ["cat"]})
     (example,), _ = read([task({"result": [shape, label]})], PAIR)
@@ -92,31 +92,31 @@ def test_a_rectangle_with_labels_beside_it() -> None:
 def test_each_page_has_its_own_boxes() -> None:
     pages = task({"result": [region(item_index=1), region("d", item_index=1)]}, image=["http://x/0", "http://x/1"])
     examples, _ = read([pages], PAGES)
-    assert [(e.view.uri, len(e.truth)) for e in examples] == [("http://x/0", 0), ("http://x/1", 2)]
+    assert [(e.target.uri, len(e.truth)) for e in examples] == [("http://x/0", 0), ("http://x/1", 2)]
 
 
-def test_the_parts_have_their_shares_and_never_change() -> None:
-    parts = [choose_split("1", number) for number in range(4000)]
-    shares = {part: parts.count(part) / 4000 for part in ("train", "stop", "gate")}
+def test_splits_have_their_shares_and_never_change() -> None:
+    splits = [choose_split("1", number) for number in range(4000)]
+    shares = {split: splits.count(split) / 4000 for split in ("train", "validation", "held_out")}
     assert shares == {
         "train": pytest.approx(0.65, abs=0.03),
-        "stop": pytest.approx(0.15, abs=0.03),
-        "gate": pytest.approx(0.2, abs=0.03),
+        "validation": pytest.approx(0.15, abs=0.03),
+        "held_out": pytest.approx(0.2, abs=0.03),
     }
-    assert parts == [choose_split("1", number) for number in range(4000)]
-    assert parts != [choose_split("2", number) for number in range(4000)]
+    assert splits == [choose_split("1", number) for number in range(4000)]
+    assert splits != [choose_split("2", number) for number in range(4000)]
 
 
-def test_an_odd_task_does_not_end_the_training() -> None:
-    odd = [
+def test_a_malformed_task_is_left_out_alone() -> None:
+    malformed = [
         task({"result": [{**region(), "value": [1]}]}),
         task({"result": [region(value={"rectanglelabels": [["cat"]]})]}),
     ]
-    examples, left_out = read([*odd, task({"result": [region()]})])
+    examples, left_out = read([*malformed, task({"result": [region()]})])
     assert (len(examples), left_out) == (1, {"tasks that cannot be read": 2})
 
 
-def test_a_rectangle_without_a_label_beside_it() -> None:
+def test_a_rectangle_without_a_labels_region_is_left_out() -> None:
     shape, label = (
         region(from_name="box", type="rectangle", id="a"),
         region(type="labels", id="b", value={"labels": ["cat"]}),
@@ -124,7 +124,7 @@ def test_a_rectangle_without_a_label_beside_it() -> None:
     assert read([task({"result": [shape, label]})], PAIR) == ([], {"tasks with boxes without a label": 1})
 
 
-def test_the_fingerprint_is_of_what_is_learned_not_of_its_order() -> None:
+def test_the_fingerprint_depends_on_the_examples_and_not_on_their_order() -> None:
     one, two = task({"result": [region()]}), {**task({"result": []}), "id": 8}
     assert (
         fingerprint_examples(read([one, two])[0])

@@ -13,7 +13,7 @@ def test_generalized_iou() -> None:
     assert generalized_iou(unit, unit + torch.tensor([2.0, 0.0, 2.0, 0.0])).item() == pytest.approx(-1 / 3)
 
 
-def test_every_weight_that_serves_gets_a_gradient() -> None:
+def test_every_weight_used_in_inference_gets_a_gradient() -> None:
     torch.manual_seed(0)
     model = build_model()
     compute_loss(model, draw_batch(np.random.default_rng(0), build_tokenizer(), 2)).backward()
@@ -21,7 +21,7 @@ def test_every_weight_that_serves_gets_a_gradient() -> None:
     assert not [name for name in without if "swin.layernorm" not in name and "backbone" not in name]
 
 
-def test_two_pictures_are_learned_by_heart() -> None:
+def test_two_images_are_overfitted() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     model, batch = build_model(), draw_batch(np.random.default_rng(3), build_tokenizer(), 2)
@@ -32,7 +32,7 @@ def test_two_pictures_are_learned_by_heart() -> None:
     assert train_one_epoch(model, [batch] * 5, optimizer, scheduler) < 0.5 * first
 
 
-def test_a_batch_without_boxes_trains_too() -> None:
+def test_a_batch_without_boxes_has_a_finite_loss() -> None:
     torch.manual_seed(0)
     model, batch = build_model(), draw_batch(np.random.default_rng(0), build_tokenizer(), 2)
     empty = [type(t)(t.boxes_cxcywh[:0], t.phrases[:0]) for t in batch.targets]

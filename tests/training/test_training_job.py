@@ -1,4 +1,4 @@
-"""Trainings when things go wrong; tests/e2e has them with the real Label Studio, which will not do so on demand."""
+"""Training jobs that fail or are interrupted, on a stub: a real Label Studio never fails on demand (see tests/e2e)."""
 
 import json
 import os
@@ -15,18 +15,18 @@ import pytest
 import requests
 from redis import Redis
 
-from backend.labelstudio.client import PAGE
+from backend.labelstudio.client import TASKS_PER_PAGE
+from backend.queue.messages import TrainingRequest
 from backend.queue.training_queue import TrainingQueue
 from backend.registry.versions import VersionStore
 from backend.settings import Settings
-from backend.training import training_job as fit_module
-from backend.training.training_job import fit
-from tests.scenes import config_for, encode, scenes
-from tests.servers import Served, http_server, reply, wait_for
+from backend.training import training_job
+from backend.training.training_job import train as run_training
+from tests.scenes import encode, make_labeling_config, make_scenes
+from tests.servers import ServeProcess, http_server, send_reply, wait_for
 
-DRAWN = scenes(8, (160, 120), seed=21)
-CONFIG = config_for(DRAWN)
-CREATED = 1795334225
+SCENES = make_scenes(8, (160, 120), seed=21)
+CONFIG = make_labeling_config(SCENES)
 
 
 def region(label: str, x: float, y: float, width: float, height: float) -> dict[str, Any]:
@@ -34,24 +34,24 @@ def region(label: str, x: float, y: float, width: float, height: float) -> dict[
     return {"from_name": "label", "to_name": "image", "type": "rectanglelabels", "value": value}
 
 
-def annotated(number: int, result: list[dict[str, Any]]) -> dict[str, Any]:
+def make_task(number: int, result: list[dict[str, Any]]) -> dict[str, Any]:
     data = {"image": f"/data/upload/7/{number}.png"}
     return {"id": number, "data": data, "annotations": [{"id": number, "result": result, "updated_at": "2026"}]}
 
 
-def truth(number: int) -> list[dict[str, Any]]:
-    scene = DRAWN[number % len(DRAWN)]
+def make_regions(number: int) -> list[dict[str, Any]]:
+    scene = SCENES[number % len(SCENES)]
     width, height = scene.image.size
-    across, down = 100 / width, 100 / height
+    percent_x, percent_y = 100 / width, 100 / height
     return [
-        region(f"{s.colour} {s.shape}", x1 * across, y1 * down, (x2 - x1) * across, (y2 - y1) * down)
+        region(f"{s.colour} {s.shape}", x1 * percent_x, y1 * percent_y, (x2 - x1) * percent_x, (y2 - y1) * percent_y)
         for s in scene.shapes
         for x1, y1, x2, y2 in [s.box_xyxy]
     ]
 
 
-def fits(task: dict[str, Any], item: dict[str, Any]) -> bool:
-    """Whether a task passes a filter of the Data Manager; a skipped annotation counts as cancelled alone."""
+def matches(task: dict[str, Any], item: dict[str, Any]) -> bool:
+    """Returns whether a task passes a filter of the Data Manager; a skipped annotation counts as cancelled only."""
     skipped = [bool(annotation.get("was_cancelled")) for annotation in task["annotations"]]
     counts = {"id": task["id"], "total_annotations": skipped.count(False), "cancelled_annotations": skipped.count(True)}
     value = counts[item["filter"].removeprefix("filter:tasks:")]
@@ -59,31 +59,33 @@ def fits(task: dict[str, Any], item: dict[str, Any]) -> bool:
 
 
 class Stub:
-    """Answers as Label Studio does; the first `away` requests for tasks find it gone."""
+    """Answers as Label Studio does; it is unavailable to the first `failures` requests for tasks."""
 
-    def __init__(self, tasks: list[dict[str, Any]], away: int = 0, config: str = CONFIG) -> None:
-        self.tasks, self.away, self.config, self.query = tasks, away, config, 0
+    def __init__(self, tasks: list[dict[str, Any]], failures: int = 0, config: str = CONFIG) -> None:
+        self.tasks, self.failures, self.config, self.queries = tasks, failures, config, 0
 
     def __call__(self, request: BaseHTTPRequestHandler) -> None:
         parts = urlsplit(request.path)
         if parts.path.startswith("/data/upload/"):
             number = int(Path(parts.path).stem)
-            reply(request, encode(DRAWN[number % len(DRAWN)].image))
+            send_reply(request, encode(SCENES[number % len(SCENES)].image))
             return
         if parts.path == "/api/version":
-            reply(request, b'{"release": "1.23.2"}')
+            send_reply(request, b'{"release": "1.23.2"}')
             return
         if parts.path.startswith("/api/projects/"):
-            reply(request, json.dumps({"label_config": self.config, "created_at": "2026-11-22T07:57:05.3Z"}).encode())
+            send_reply(
+                request, json.dumps({"label_config": self.config, "created_at": "2026-11-22T07:57:05.3Z"}).encode()
+            )
             return
-        self.query += 1
-        if self.query <= self.away:
-            reply(request, b"{}", 503)
+        self.queries += 1
+        if self.queries <= self.failures:
+            send_reply(request, b"{}", 503)
             return
         items = json.loads(parse_qs(parts.query)["query"][0])["filters"]["items"]
-        rows = [task for task in self.tasks if all(fits(task, item) for item in items)]
-        rows = sorted(rows, key=lambda task: task["id"])[:PAGE]
-        reply(request, json.dumps({"tasks": rows}).encode())
+        tasks = [task for task in self.tasks if all(matches(task, item) for item in items)]
+        tasks = sorted(tasks, key=lambda task: task["id"])[:TASKS_PER_PAGE]
+        send_reply(request, json.dumps({"tasks": tasks}).encode())
 
 
 Train = Callable[..., dict[str, Any]]
@@ -91,84 +93,81 @@ Train = Callable[..., dict[str, Any]]
 
 @pytest.fixture
 def train(connection: Redis, redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
-    """Trains project 7 in this process; what comes of it."""
-    monkeypatch.setattr(fit_module, "RETRY_DELAYS", (0.01, 0.01, 0.01))
+    """Returns a function that trains project 7 in this process and returns the outcome."""
+    monkeypatch.setattr(training_job, "RETRY_DELAYS", (0.01, 0.01, 0.01))
 
     def run(stub: Stub, train: str = "thresholds", run: str = "1") -> dict[str, Any]:
         with http_server(stub) as url:
             settings = Settings(
                 model="demo", model_dir=tmp_path, redis_url=redis_url, label_studio_url=url, label_studio_api_key="key"
             )
-            for name, value in settings.to_env().items():
-                monkeypatch.setenv(name, value)
-            outcome = fit({"project": "7", "train": train, "run": run})
-        assert TrainingQueue(connection).progress("7")["text"] == outcome["text"]
+            request = TrainingRequest(project="7", train=train, run=run)
+            outcome = run_training(settings, request.model_dump())
+        assert TrainingQueue(connection).get_progress("7")["text"] == outcome["text"]
         return outcome
 
     return run
 
 
-SKIPPED = {**annotated(1, []), "annotations": [{"result": [], "was_cancelled": True}]}
+SKIPPED = {**make_task(1, []), "annotations": [{"result": [], "was_cancelled": True}]}
 
 
 @pytest.mark.parametrize(
     ("tasks", "text"),
     [
-        ([], "there are no annotations to learn from"),
-        ([annotated(1, truth(1))], "1 picture to judge by are too few"),
+        ([], "there are no annotations to train on"),
+        ([make_task(1, make_regions(1))], "only 1 image to evaluate on"),
         ([SKIPPED, {**SKIPPED, "id": 2}], "left out: 2 tasks that were skipped"),
-        ([annotated(n, truth(n)) for n in range(1, 7)], "fine-tuning needs 10 pictures to train on, and there are"),
+        (
+            [make_task(n, make_regions(n)) for n in range(1, 7)],
+            "fine-tuning needs 10 images to train on, and there are",
+        ),
     ],
-)  # fmt: skip
-def test_too_little_to_learn_from_is_said(train: Train, tmp_path: Path, tasks: list[Any], text: str) -> None:
+)
+def test_too_few_annotations_are_reported(train: Train, tmp_path: Path, tasks: list[Any], text: str) -> None:
     assert text in train(Stub(tasks), "encoder")["text"]
-    assert VersionStore(tmp_path, "7").all() == []
+    assert VersionStore(tmp_path, "7").list_versions() == []
 
 
 def test_10000_boxes_in_one_task_and_a_label_without_examples(train: Train) -> None:
     many = [region("red circle", i % 100 * 0.9, i // 100 * 0.9, 0.5, 0.5) for i in range(10_000)]
-    outcome = train(Stub([annotated(1, many), *(annotated(n, truth(n)) for n in range(2, 20))]))
+    outcome = train(Stub([make_task(1, many), *(make_task(n, make_regions(n)) for n in range(2, 20))]))
     assert outcome["state"] == "done"
 
 
-def test_more_than_a_page_of_tasks_is_read(train: Train) -> None:
-    tasks = [annotated(n, truth(n)) for n in range(1, PAGE + 21)]
+def test_all_pages_of_tasks_are_read(train: Train) -> None:
+    tasks = [make_task(n, make_regions(n)) for n in range(1, TASKS_PER_PAGE + 21)]
     outcome = train(Stub(tasks))
-    assert outcome["metrics"]["pictures"] == PAGE + 20
+    assert outcome["metrics"]["pictures"] == TASKS_PER_PAGE + 20
 
 
-def test_a_picture_that_cannot_be_had_is_left_out(train: Train) -> None:
-    gone = {**annotated(1, truth(1)), "data": {"image": "http://127.0.0.1:1/gone.png"}}
-    outcome = train(Stub([gone, *(annotated(n, truth(n)) for n in range(2, 9))]))
-    assert outcome["left_out"] == {"pictures that cannot be read": 1}
+def test_an_image_that_cannot_be_loaded_is_left_out(train: Train) -> None:
+    broken = {**make_task(1, make_regions(1)), "data": {"image": "http://127.0.0.1:1/gone.png"}}
+    outcome = train(Stub([broken, *(make_task(n, make_regions(n)) for n in range(2, 9))]))
+    assert outcome["left_out"] == {"images that cannot be read": 1}
     assert outcome["metrics"]["pictures"] == 7
 
 
-def test_label_studio_may_be_away_for_a_while(train: Train) -> None:
-    tasks = [annotated(n, truth(n)) for n in range(1, 9)]
-    assert train(Stub(tasks, away=2))["state"] == "done"
+def test_label_studio_may_be_unavailable_for_a_while(train: Train) -> None:
+    tasks = [make_task(n, make_regions(n)) for n in range(1, 9)]
+    assert train(Stub(tasks, failures=2))["state"] == "done"
 
 
-def test_label_studio_that_stays_away_ends_it_with_the_reason(train: Train) -> None:
-    outcome = train(Stub([], away=99))
+def test_a_training_fails_if_label_studio_stays_unavailable(train: Train) -> None:
+    outcome = train(Stub([], failures=99))
     assert (outcome["state"], outcome["text"]) == ("failed", "Label Studio cannot answer now (HTTP 503)")
 
 
-def test_a_config_that_cannot_be_served_any_more_ends_it_with_the_reason(train: Train) -> None:
-    outcome = train(Stub([annotated(1, truth(1))], config="<View/>"))
+def test_a_training_fails_if_the_config_cannot_be_served_any_more(train: Train) -> None:
+    outcome = train(Stub([make_task(1, make_regions(1))], config="<View/>"))
     assert outcome["state"] == "failed"
     assert "no Image" in outcome["text"]
 
 
-def deleting(number: int) -> list[dict[str, Any]]:
-    """What annotators leave who delete each box of one label."""
-    return [row for row in truth(number) if row["value"]["rectanglelabels"] != ["red circle"]]
-
-
-def test_a_full_disk_leaves_what_serves(train: Train, tmp_path: Path) -> None:
-    tasks = [annotated(n, truth(n)) for n in range(1, 61)]
+def test_a_full_disk_leaves_the_serving_version(train: Train, tmp_path: Path) -> None:
+    tasks = [make_task(n, make_regions(n)) for n in range(1, 61)]
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))  # the state of a training is larger
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))  # the state that training saves is larger
     try:
         outcome = train(Stub(tasks, config=CONFIG.replace("red", "zorp")), "encoder")
     finally:
@@ -179,42 +178,49 @@ def test_a_full_disk_leaves_what_serves(train: Train, tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(300)
-def test_killed_in_the_middle_it_goes_on_where_it_was(start_server: Callable[..., Served]) -> None:
-    tasks = [annotated(n, truth(n)) for n in range(1, 61)]
-    for task in tasks:  # a word to learn, so that training takes some rounds
-        for row in task["annotations"][0]["result"]:
-            row["value"]["rectanglelabels"] = ["zorp"]
-    zorp = (
+def test_a_killed_training_resumes_after_its_last_epoch(start_server: Callable[..., ServeProcess]) -> None:
+    tasks = [make_task(n, make_regions(n)) for n in range(1, 61)]
+    for task in tasks:  # an unknown word, so that training takes some epochs
+        for region in task["annotations"][0]["result"]:
+            region["value"]["rectanglelabels"] = ["zorp"]
+    label_config = (
         '<View><Image name="image" value="$image"/><RectangleLabels name="label" toName="image"><Label value="zorp"/>'
+        "</RectangleLabels></View>"
     )
-    with http_server(Stub(tasks, config=f"{zorp}</RectangleLabels></View>")) as url:
-        served = start_server(LABEL_STUDIO_URL=url, LABEL_STUDIO_API_KEY="key")
-        served.wait_until_ready()
+    with http_server(Stub(tasks, config=label_config)) as url:
+        server = start_server(LABEL_STUDIO_URL=url, LABEL_STUDIO_API_KEY="key")
+        server.wait_until_ready()
 
-        def row() -> dict[str, Any]:
-            rows = requests.get(f"{served.url}/versions", timeout=5).json()["trainings"]
-            return rows[0] if rows else {}
+        def get_progress() -> dict[str, Any]:
+            trainings = requests.get(f"{server.url}/versions", timeout=5).json()["trainings"]
+            return trainings[0] if trainings else {}
+
+        def has_two_epochs() -> bool:
+            progress = get_progress()
+            return progress.get("state") == "training" and progress["done"] >= 2
 
         start = {"action": "START_TRAINING", "project": {"id": 7}}
-        first = requests.post(f"{served.url}/webhook", json=start, timeout=5).json()
-        wait_for(lambda: row().get("state") == "training" and row()["done"] >= 2, 120, "two rounds")
-        assert requests.post(f"{served.url}/webhook", json=start, timeout=5).json() == first
-        done = row()["done"]
-        os.kill(fit_worker(served), signal.SIGKILL)
-        seen = []
+        first = requests.post(f"{server.url}/webhook", json=start, timeout=5).json()
+        wait_for(has_two_epochs, 120, "two epochs")
+        assert requests.post(f"{server.url}/webhook", json=start, timeout=5).json() == first
+        epochs_before_kill = get_progress()["done"]
+        os.kill(find_training_worker(server), signal.SIGKILL)
+        reported_epochs = []
 
-        def goes_on() -> bool:
+        def has_resumed() -> bool:
             time.sleep(0.2)
-            now = row()
-            if now.get("state") == "training":
-                seen.append(now["done"])
-            return now.get("state") in ("done", "failed") or (bool(seen) and seen[-1] > done)
+            progress = get_progress()
+            if progress.get("state") == "training":
+                reported_epochs.append(progress["done"])
+            has_ended = progress.get("state") in ("done", "failed")
+            return has_ended or (bool(reported_epochs) and reported_epochs[-1] > epochs_before_kill)
 
-        wait_for(goes_on, 200, "another round")
-        assert row()["state"] != "failed", row()
-        assert min(seen) >= done
+        wait_for(has_resumed, 200, "another epoch")
+        assert get_progress()["state"] != "failed", get_progress()
+        assert min(reported_epochs) >= epochs_before_kill
 
 
-def fit_worker(served: Served) -> int:
-    commands = {pid: Path(f"/proc/{pid}/cmdline").read_text().split("\0") for pid in served.children()}
-    return next(pid for pid, words in commands.items() if "fit" in words)
+def find_training_worker(server: ServeProcess) -> int:
+    """Returns the id of the process that runs trainings."""
+    commands = {pid: Path(f"/proc/{pid}/cmdline").read_text().split("\0") for pid in server.list_descendants()}
+    return next(pid for pid, arguments in commands.items() if "fit" in arguments)
