@@ -1,0 +1,121 @@
+"""docs/design.md leads to what is there: the table "to change X, open Y", and the table of all Redis keys."""
+
+import re
+import time
+
+import requests
+from redis import Redis
+
+from backend.delivery.import_watcher import ImportWatcher
+from backend.delivery.imported_projects import record_import
+from backend.delivery.outbox import Delivery, Outbox
+from backend.delivery.pusher import Lease
+from backend.labelstudio.client import LabelStudioClient
+from backend.monitoring.activity import BulkProgress, record_image
+from backend.queue.allowed_job import make_queue
+from backend.queue.live_workers import FIT_READY_KEY, READY_KEY, describe_worker, save_heartbeat
+from backend.queue.messages import Prediction
+from backend.queue.predict_queue import PREDICT
+from backend.queue.recovery import LostChunk, Recovery
+from backend.queue.redis import INDEX, connect
+from backend.queue.training_queue import TrainingQueue
+from backend.queue.worker_metrics import publish_metrics
+from backend.settings import Settings
+from tests.chunks import PREDICTION, make_chunk
+from tests.scenes import make_labeling_config, make_scenes, to_data_uri
+from tests.servers import ROOT, ServeProcess
+
+DESIGN = (ROOT / "docs" / "design.md").read_text()
+UNITS = {"s": 1, "min": 60, "h": 3600, "days": 24 * 3600}
+
+
+def read_table(heading: str) -> list[list[str]]:
+    """The cells of the first table below a heading, without its head."""
+    section = DESIGN.split(f"## {heading}\n")[1].split("\n## ")[0]
+    rows = [line for line in section.split("\n") if line.startswith("|")]
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]] for row in rows[2:]]
+
+
+def test_every_place_that_the_signposts_name_exists() -> None:
+    rows = read_table("To change X, open Y")
+    assert len(rows) >= 25
+    for what, places in rows:
+        files = re.findall(r"`([\w/]+\.\w+)`(?::((?:,? ?`\w+`)+))?", places)
+        assert files, what
+        for path, names in files:
+            text = (ROOT / path).read_text()
+            for name in re.findall(r"\w+", names):
+                assert re.search(rf"^\s*((async )?def|class) {name}\b|^{name}\b.*=", text, re.M), (what, path, name)
+
+
+def test_every_package_says_what_lives_there() -> None:
+    for package in sorted((ROOT / "backend").glob("*/__init__.py")):
+        text = package.read_text()
+        assert text.count('"""') == 2, package
+        modules = {path.stem for path in package.parent.glob("*.py")} - {"__init__", "__main__"}
+        missing = {module for module in modules if f"`{module}`" not in text}
+        assert not missing, (package, missing)
+
+
+def leave_keys_of_the_web_front_and_a_worker(served: ServeProcess) -> None:
+    scene = make_scenes(1)[0]
+    config = make_labeling_config([scene])
+    requests.post(f"{served.url}/setup", json={"project": "7.1", "schema": config}, timeout=10)
+    tasks = [{"id": 1, "data": {"image": to_data_uri(scene.image)}}, {"id": 2, "data": {"image": "ftp://x"}}]
+    body = {"tasks": tasks, "label_config": config, "project": "7.1", "params": {}}
+    requests.post(f"{served.url}/predict", json=body, timeout=100)
+    result = [{"value": {"rectanglelabels": ["red circle"]}, "origin": "manual"}]
+    annotation = {"id": 1, "task": 1, "updated_at": "2026", "result": result}
+    event = {"action": "ANNOTATION_CREATED", "annotation": annotation, "project": {"id": 7}}
+    requests.post(f"{served.url}/webhook", json=event, timeout=10)
+
+
+def leave_keys_of_the_rest(connection: Redis) -> None:
+    """Everything that takes a Label Studio, a command or a death, called as it is there."""
+    outbox, chunk = Outbox(connection), make_chunk({"id": 1})
+    outbox.add("7", [chunk], time.time())
+    outbox.claim(Delivery.PUSHING, "7", "v", [1], time.time(), 0)
+    outbox.mark_mismatched("8")
+    Lease(connection, "me").acquire_or_renew()
+    record_import(connection, "7")
+    ImportWatcher(Settings(), connection, LabelStudioClient("", ""), "me")._acquire_or_renew_lock("7")
+    lost = LostChunk(connection, chunk.id)
+    lost.record_death()
+    lost.save_answer(0, Prediction(**PREDICTION))
+    Recovery(connection, make_queue(PREDICT, connection), READY_KEY).requeue_lost()
+    TrainingQueue(connection).start("7", "encoder")
+    BulkProgress(connection, "preannotate-7", "preannotate, project 7").report(1, 0, 2)
+    record_image(connection, b"jpeg", [], project="7", task=1, model_version="v")
+    for key in (READY_KEY, FIT_READY_KEY):
+        save_heartbeat(connection, key, "worker", describe_worker("cpu", 4))
+    publish_metrics(connection, "worker")
+
+
+def test_the_table_of_redis_keys_is_what_a_run_leaves(served: ServeProcess, connection: Redis) -> None:
+    rows = {key.split("`")[1]: (key, kind, module, ttl) for key, kind, module, ttl, _ in read_table("Redis keys")}
+    for prefix, (_, _, module, _) in rows.items():
+        assert f'"{prefix}"' in (ROOT / module.strip("`")).read_text(), prefix
+    leave_keys_of_the_web_front_and_a_worker(served)
+    leave_keys_of_the_rest(connection)
+    seen = set()
+    for redis in (connect((served.model_dir / "redis.url").read_text()), connection):
+        for key in map(bytes.decode, redis.scan_iter("*")):
+            if key.startswith("rq:"):
+                continue
+            if key.endswith(INDEX):
+                assert f"`{key}`" in DESIGN, key
+                continue
+            prefix = max((p for p in rows if key == p or (p.endswith(":") and key.startswith(p))), key=len, default="")
+            assert prefix, f"{key} is not in the table"
+            _, kind, _, ttl = rows[prefix]
+            left = redis.pttl(key) / 1000
+            if left <= -0.002:
+                continue  # it expired meanwhile
+            assert {b"zset": "sorted set"}.get(redis.type(key), redis.type(key).decode()) == kind, key
+            if ttl == "none":
+                assert left < 0, key
+            else:
+                number, unit = ttl.split()
+                assert 0 <= left <= float(number) * UNITS[unit], (key, left)
+            seen.add(prefix)
+    assert set(rows) - seen == set()
