@@ -1,7 +1,7 @@
 """Annotated tasks -> training examples. Pure.
 
-Of the annotations of a task, one counts: the ground truth, else the last one that was submitted. An image with a box
-that cannot be used is left out as a whole: without that box, the model would learn that nothing is there.
+One annotation of each task counts: the ground truth, else the last one that was submitted. A box that cannot be used
+excludes its whole task: without the box, the model would learn that nothing is there.
 """
 
 from __future__ import annotations
@@ -141,5 +141,5 @@ def _read_box(region: Region) -> Box:
 
 def fingerprint_examples(examples: Sequence[Example]) -> str:
     """Returns a fingerprint of everything that training reads from the examples, whatever their order."""
-    rows = sorted(json.dumps([e.task, e.target.uri, e.target.from_name, e.target.page, e.truth]) for e in examples)
-    return hashlib.sha256("\n".join(rows).encode(errors="replace")).hexdigest()[:16]
+    entries = sorted(json.dumps([e.task, e.target.uri, e.target.from_name, e.target.page, e.truth]) for e in examples)
+    return hashlib.sha256("\n".join(entries).encode(errors="replace")).hexdigest()[:16]

@@ -143,6 +143,7 @@ def _compare(before: EvalResult, after: EvalResult) -> tuple[str, dict[str, Any]
     old, new = before.metrics(), after.metrics()
     count = _count_images(before.truth)
     summary = f"AP50 {old.ap50:.2f} -> {new.ap50:.2f}, F1 {old.f1:.2f} -> {new.f1:.2f} on {count}"
+    # The key "pictures" is public: it is in the answers of /versions and in version.json.
     return summary, {"before": asdict(old), "after": asdict(new), "pictures": len(before.truth)}
 
 
@@ -250,9 +251,9 @@ def _load_pseudo_labels(inputs: TrainingInputs, work_dir: Path, report: Report) 
             np.random.default_rng(0),
             lambda done, total: report("rehearsing", done, total),
         )
-        rows = [[e.target.uri, [label.name for label in e.target.query.labels], e.truth] for e in labeled]
+        entries = [[e.target.uri, [label.name for label in e.target.query.labels], e.truth] for e in labeled]
         temporary = path.with_suffix(".new")
-        temporary.write_text(json.dumps(rows))
+        temporary.write_text(json.dumps(entries))
         temporary.replace(path)
     loaded = []
     for uri, phrases, boxes in json.loads(path.read_text()):
