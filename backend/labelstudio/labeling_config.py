@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -65,12 +66,16 @@ class Plan:
 
     def select_fields(self, data: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the fields of a task's data that the plan reads; the others never leave the web front."""
-        values = [value for c in self.controls for value in (c.image_value, c.labels_value, c.repeater_items)]
-        names = {field for value in values for field in re.findall(r"\$(\w+)", value)}
-        return {key: value for key, value in data.items() if key in names}
+        return {key: value for key, value in data.items() if key in self._field_names}
 
-    def to_dict(self) -> dict[str, Any]:
-        """Returns the plan as plain JSON."""
+    @functools.cached_property
+    def _field_names(self) -> set[str]:
+        values = [value for c in self.controls for value in (c.image_value, c.labels_value, c.repeater_items)]
+        return {field for value in values for field in re.findall(r"\$(\w+)", value)}
+
+    @functools.cached_property
+    def payload(self) -> dict[str, Any]:
+        """The plan as plain JSON, made once: a large request puts it into thousands of chunks."""
         return asdict(self)
 
 

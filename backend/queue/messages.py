@@ -10,12 +10,13 @@ import functools
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Tag, TypeAdapter, ValidationError
 
 from backend.errors import BackendError, MessageError
-from backend.labelstudio.labeling_config import Plan
+from backend.labelstudio.labeling_config import STRICT, Plan
 from backend.labelstudio.targets import Prompt
 
 
@@ -27,14 +28,15 @@ class Message(BaseModel):
     format: Literal[1] = 1
 
 
-class ChunkTask(BaseModel):
+@dataclass(frozen=True)
+class ChunkTask:
     """One task of a chunk: its id, the fields of its data that the plan reads, and what the annotator typed."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     id: Any
-    data: Mapping[str, Any]
+    data: dict[str, Any]
     prompt: Prompt | None
+
+    __pydantic_config__: ClassVar = STRICT
 
 
 class VersionId(BaseModel):
@@ -57,8 +59,8 @@ class Chunk(Message):
 
     @functools.cached_property
     def payload(self) -> dict[str, Any]:
-        """The chunk as plain JSON."""
-        return self.model_dump()
+        """The chunk as plain JSON; the chunks of one request share the plan's."""
+        return {**self.model_dump(exclude={"plan"}), "plan": self.plan.payload}
 
     @functools.cached_property
     def id(self) -> str:
@@ -98,7 +100,14 @@ class TaskError(BaseModel):
         return cls(error=ErrorDetail(code=error.code, detail=str(error)))
 
 
-Answer = Prediction | TaskError
+def _tag_answer(answer: Any) -> str:
+    is_error = "error" in answer if isinstance(answer, Mapping) else isinstance(answer, TaskError)
+    return "error" if is_error else "prediction"
+
+
+Answer = Annotated[
+    Annotated[Prediction, Tag("prediction")] | Annotated[TaskError, Tag("error")], Discriminator(_tag_answer)
+]
 ANSWER: TypeAdapter[Answer] = TypeAdapter(Answer)
 
 

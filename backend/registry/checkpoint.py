@@ -41,7 +41,7 @@ class Checkpoint:
             plan: the phrases and thresholds; None while there is no usable labeling config.
             weights: fingerprint of the trained weights; empty for the checkpoint's own.
         """
-        plan_text = json.dumps(plan.to_dict() if plan else {}, sort_keys=True)
+        plan_text = json.dumps(plan.payload if plan else {}, sort_keys=True)
         return f"{self.name}-{hashlib.sha256((self.fingerprint + weights + plan_text).encode()).hexdigest()[:8]}"
 
 

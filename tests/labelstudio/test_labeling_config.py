@@ -131,7 +131,7 @@ def test_a_config_that_cannot_be_read_says_why(xml: str, reason: str) -> None:
 
 def test_a_plan_survives_json() -> None:
     plan = read_plan(config('<Label value="a" predicted_values="x, y"/><Label value="b" alias="c"/>'), 0.3, 0.7)
-    assert TypeAdapter(Plan).validate_python(json.loads(json.dumps(plan.to_dict()))) == plan
+    assert TypeAdapter(Plan).validate_python(json.loads(json.dumps(plan.payload))) == plan
 
 
 @pytest.mark.parametrize(

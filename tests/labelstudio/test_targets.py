@@ -19,7 +19,7 @@ def views(*arguments: Any) -> list[ImageTarget]:
 
 def plan(body: str, image: str = '<Image name="img" value="$image"/>') -> Plan:
     found = read_plan(f"<View>{image}{body}</View>", 0.3, 0.7)
-    assert TypeAdapter(Plan).validate_python(json.loads(json.dumps(found.to_dict()))) == found
+    assert TypeAdapter(Plan).validate_python(json.loads(json.dumps(found.payload))) == found
     return found
 
 
