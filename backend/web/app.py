@@ -1,4 +1,4 @@
-"""The web front: Label Studio's routes, and the one place where errors become answers."""
+"""The web front: Label Studio's routes and the error handlers."""
 
 from __future__ import annotations
 
@@ -12,44 +12,48 @@ from concurrent.futures import TimeoutError as FutureTimeout  # another class th
 from contextvars import copy_context
 from typing import Any
 
-from flask import Flask, Response, jsonify, request
+from flask import Flask, Response, g, jsonify, request
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from backend.errors import BackendError, BadRequest, NotFound, Overloaded, RequestTooLarge
 from backend.settings import Settings
-from backend.web.auth import SecretPathMiddleware, check_login, parse_json_body, require_login
+from backend.web.auth import SecretPathMiddleware, check_login, require_login
 from backend.web.pages import make_blueprint
+from backend.web.request_body import parse_json_body
 from backend.web.request_log import register_request_log
 
 log = logging.getLogger(__name__)
 
-MAX_BODY = 250_000_000  # bytes; Label Studio's own limit for imports
-MAX_WAITING_REQUESTS = 200  # below gunicorn's threads, so that /health always finds one
-KEEP_ALIVE_INTERVAL = 20.0  # s after which a waiting client gets a sign of life
-PROJECT = re.compile(r"[0-9]{1,18}(\.[0-9]{1,18})?(?![0-9])")
-RETRY_AFTER = "30"  # s
+MAX_BODY_BYTES = 250_000_000  # Label Studio's own limit for imports
+MAX_WAITING_REQUESTS = 200  # /predict requests; fewer than gunicorn's threads, so that /health always gets one
+KEEP_ALIVE_INTERVAL = 20.0  # s between two bytes to a waiting client
+RETRY_AFTER = "30"  # s, of the header of that name
+PROJECT_ID = re.compile(r"[0-9]{1,18}(\.[0-9]{1,18})?(?![0-9])")
 
 
-def create_app(make_model: Callable[..., Any], settings: Settings) -> Flask:
-    """The application.
+def create_app(make_plugin: Callable[..., Any], settings: Settings) -> Flask:
+    """Makes the application.
 
     Args:
-        make_model: `model.GroundingDINO`, made anew for each request from `project_id`, `label_config` and `settings`.
+        make_plugin: `model.GroundingDINO`, called for each request with `project_id`, `label_config` and `settings`.
         settings: of this process.
     """
     app = Flask(__name__)
-    app.config["MAX_CONTENT_LENGTH"] = MAX_BODY
+    app.config["MAX_CONTENT_LENGTH"] = MAX_BODY_BYTES
     register_request_log(app)
     app.before_request(lambda: check_login(settings))
     app.register_blueprint(make_blueprint(settings))
     app.wsgi_app = SecretPathMiddleware(app.wsgi_app, settings.path_secret)  # type: ignore[method-assign]
-    _map_errors(app)
-    waiting = threading.BoundedSemaphore(MAX_WAITING_REQUESTS)
+    _register_error_handlers(app)
+    slots = threading.BoundedSemaphore(MAX_WAITING_REQUESTS)
 
-    def model(project: Any = None, label_config: Any = None) -> Any:
+    def plugin(project: Any = None, label_config: Any = None) -> Any:
+        """Makes the plugin for the current request."""
+        project_id = _parse_project_id(project)
+        g.project = project_id.partition(".")[0]
         if not isinstance(label_config or "", str):
             raise BadRequest("the labeling config must be a string")
-        return make_model(project_id=_project_id(project), label_config=label_config, settings=settings)
+        return make_plugin(project_id=project_id, label_config=label_config, settings=settings)
 
     @app.get("/health")
     def health() -> Response:
@@ -57,110 +61,126 @@ def create_app(make_model: Callable[..., Any], settings: Settings) -> Flask:
 
     @app.get("/ready")
     def ready() -> tuple[Response, int]:
-        workers = model().count_ready_workers()
+        workers = plugin().count_ready_workers()
         return jsonify(ready=workers > 0, workers=workers), 200 if workers else 503
 
     @app.post("/setup")
     def setup() -> Response:
         body = parse_json_body()
-        return jsonify(model_version=model(body.get("project"), body.get("schema")).setup())
+        return jsonify(model_version=plugin(body.get("project"), body.get("schema")).setup())
 
     @app.post("/predict")
     def predict() -> Response:
         body = parse_json_body()
-        tasks, params = body.get("tasks"), body.get("params") or {}
-        if not isinstance(tasks, list) or not all(_is_task(task) for task in tasks):
-            raise BadRequest("tasks must be a list of objects, each with an object as its data")
+        tasks, params = _parse_tasks(body.get("tasks")), body.get("params") or {}
         if not isinstance(params, Mapping):
             raise BadRequest("params must be an object")
-        plugin = model(body.get("project"), body.get("label_config"))
-        return _kept_alive(lambda: plugin.predict(tasks, context=params.get("context")), waiting)
+        model = plugin(body.get("project"), body.get("label_config"))
+        return _respond_with_keep_alive(lambda: model.predict(tasks, context=params.get("context")), slots)
 
     @app.post("/webhook")
     def webhook() -> Response:
         body = parse_json_body()
-        return jsonify(model(body.get("project")).fit(_event(body, settings), body))
+        event = body.get("action")
+        if not isinstance(event, str):
+            raise BadRequest("action must be the name of an event")
+        if event == "START_TRAINING":
+            require_login(settings)  # Label Studio sends credentials with this event only
+        return jsonify(plugin(body.get("project")).fit(event, body))
 
     @app.get("/versions")
     def versions() -> Response:
-        return jsonify(versions=model().versions(), trainings=model().trainings())
+        model = plugin()
+        return jsonify(versions=model.versions(), trainings=model.trainings())
 
     return app
 
 
-def _kept_alive(predict: Callable[[], list[Any]], waiting: threading.BoundedSemaphore) -> Response:
-    """The answer; spaces come before one that takes long, which are legal JSON: Label Studio waits 100 s for a byte."""
-    outcome: Future[list[Any]] = Future()
+def _respond_with_keep_alive(predict: Callable[[], list[Any]], slots: threading.BoundedSemaphore) -> Response:
+    """Runs `predict` in a thread of its own and responds with its results.
+
+    Label Studio gives up when it gets no byte for 100 s. So a response that takes longer than `KEEP_ALIVE_INTERVAL`
+    begins with spaces, which JSON allows. Its status is 200 by then, whatever the outcome.
+
+    Raises:
+        Overloaded: no slot is free.
+        BackendError: from `predict`, within the first interval.
+    """
+    if not slots.acquire(blocking=False):
+        raise Overloaded(f"{MAX_WAITING_REQUESTS} requests are waiting already; ask again in a minute")
+    results: Future[list[Any]] = Future()
 
     def run() -> None:
         try:
-            outcome.set_result(predict())
-        except Exception as error:  # raised where the answer is made
-            outcome.set_exception(error)
+            results.set_result(predict())
+        except Exception as error:  # raised again by `results.result`
+            results.set_exception(error)
         finally:
-            waiting.release()
+            slots.release()
 
-    if not waiting.acquire(blocking=False):
-        raise Overloaded(f"{MAX_WAITING_REQUESTS} requests are waiting already; ask again in a minute")
     threading.Thread(target=copy_context().run, args=(run,), daemon=True).start()
     try:
-        return jsonify(results=outcome.result(KEEP_ALIVE_INTERVAL))
+        return jsonify(results=results.result(KEEP_ALIVE_INTERVAL))
     except FutureTimeout:
-        return Response(_spaces_and_answer(outcome), mimetype="application/json")
+        return Response(_stream_spaces_then_results(results, _describe_request()), mimetype="application/json")
 
 
-def _spaces_and_answer(outcome: Future[list[Any]]) -> Iterator[str]:
-    while not outcome.done():
+def _stream_spaces_then_results(results: Future[list[Any]], description: str) -> Iterator[str]:
+    while not results.done():
         yield " "
-        wait([outcome], KEEP_ALIVE_INTERVAL)
+        wait([results], KEEP_ALIVE_INTERVAL)
     try:
-        yield json.dumps({"results": outcome.result()})
-    except BackendError as error:  # too late for a status
-        log.warning("/predict: %s: %s", error.code, error)
+        yield json.dumps({"results": results.result()})
+    except BackendError as error:  # too late for its status
+        log.warning("%s: %s: %s", description, error.code, error)
         yield json.dumps({"error": error.to_dict()})
 
 
-def _is_task(task: Any) -> bool:
-    return isinstance(task, Mapping) and isinstance(task.get("data") or {}, Mapping)
+def _parse_tasks(tasks: Any) -> list[Mapping[str, Any]]:
+    """Returns the tasks of a request body; raises BadRequest if they are not what Label Studio sends."""
+    if isinstance(tasks, list) and all(
+        isinstance(task, Mapping) and isinstance(task.get("data") or {}, Mapping) for task in tasks
+    ):
+        return tasks
+    raise BadRequest("tasks must be a list of objects, each with an object as its data")
 
 
-def _project_id(project: Any) -> str:
-    """Label Studio's `<number>.<time of creation>`, or the number in the project object of a webhook."""
+def _parse_project_id(project: Any) -> str:
+    """Returns Label Studio's `<number>.<creation time>`, or the number in a webhook's project object; else ""."""
     number = project.get("id") if isinstance(project, Mapping) else project
-    found = PROJECT.match(str(number or ""))
-    return found[0] if found else ""
+    match = PROJECT_ID.match(str(number or ""))
+    return match[0] if match else ""
 
 
-def _event(body: Mapping[str, Any], settings: Settings) -> str:
-    event = body.get("action")
-    if not isinstance(event, str):
-        raise BadRequest("action must be the name of an event")
-    if event == "START_TRAINING":
-        require_login(settings)  # Label Studio sends it with the credentials, unlike all other events
-    return event
+def _describe_request() -> str:
+    """Returns the current request for a log line: method, path, and the project where it is known."""
+    project = g.get("project")
+    return f"{request.method} {request.path}" + (f", project {project}" if project else "")
 
 
-def _map_errors(app: Flask) -> None:
+def _register_error_handlers(app: Flask) -> None:
+    """Turns every error into `{"error": {"code", "detail"}}` with its status."""
+
     @app.errorhandler(BackendError)
-    def on_purpose(error: BackendError) -> tuple[Response, int]:
-        log.warning("%s %s: %s: %s", request.method, request.path, error.code, error)
-        answer = jsonify(error=error.to_dict())
+    def backend_error(error: BackendError) -> tuple[Response, int]:
+        log.warning("%s: %s: %s", _describe_request(), error.code, error)
+        response = jsonify(error=error.to_dict())
         if error.status == 401:
-            answer.headers["WWW-Authenticate"] = 'Basic realm="Grounding DINO"'  # browsers ask for it then
+            response.headers["WWW-Authenticate"] = 'Basic realm="Grounding DINO"'  # makes browsers ask for a login
         if error.status == 503:
-            answer.headers["Retry-After"] = RETRY_AFTER
-        return answer, error.status
+            response.headers["Retry-After"] = RETRY_AFTER
+        return response, error.status
 
     @app.errorhandler(HTTPException)
-    def http(error: HTTPException) -> tuple[Response, int]:
+    def http_error(error: HTTPException) -> tuple[Response, int]:
         if isinstance(error, RequestEntityTooLarge):
-            return on_purpose(RequestTooLarge(f"the body is above {MAX_BODY} bytes; select fewer tasks"))
+            return backend_error(RequestTooLarge(f"the body is above {MAX_BODY_BYTES} bytes; select fewer tasks"))
         if error.code == 404:
-            return on_purpose(NotFound("no such route"))
-        mapped = on_purpose(BadRequest(error.description or "bad request"))
-        return mapped[0], error.code or 400
+            return backend_error(NotFound("no such route"))
+        response, _ = backend_error(BadRequest(error.description or "bad request"))
+        return response, error.code or 400
 
     @app.errorhandler(Exception)
-    def unexpected(error: Exception) -> tuple[Response, int]:
-        log.exception("%s %s failed", request.method, request.path)
-        return jsonify(error=BackendError("an error of ours; the log of the web front says more").to_dict()), 500
+    def unexpected_error(error: Exception) -> tuple[Response, int]:
+        log.exception("%s failed", _describe_request())
+        return jsonify(error=BackendError("internal error; the log of the web front has the details").to_dict()), 500

@@ -1,10 +1,12 @@
-"""What the status page and `/metrics` show, read from Redis."""
+"""`/status`: all that the status page shows, as JSON."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
+from flask import Blueprint, Response, jsonify, request
 from redis import Redis
 
 from backend.delivery.outbox import Outbox
@@ -21,8 +23,50 @@ from backend.settings import Settings
 READY_KEYS = {"predict": READY_KEY, "fit": FIT_READY_KEY}  # by queue
 
 
+def register_status(blueprint: Blueprint, settings: Settings, get_connection: Callable[[], Redis]) -> None:
+    """Adds the route `/status`."""
+
+    @blueprint.get("/status")
+    def status() -> Response:
+        return jsonify(read_status(settings, get_connection(), request.args.get("seen", "")))
+
+
+def read_status(settings: Settings, connection: Redis, seen: str = "") -> dict[str, Any]:
+    """Reads all that the status page shows, as plain JSON; `error` stands for the queue while Redis is away.
+
+    Args:
+        settings: of this process.
+        connection: to Redis.
+        seen: the time of the newest image that the page has. While there is no newer one, `pictures` is null: images
+            are most of the bytes.
+    """
+    try:
+        model_version = ProjectModel(settings, "").checkpoint.make_model_version()
+    except CheckpointError as error:
+        model_version = str(error)
+    status: dict[str, Any] = {"time": time.time(), "model": settings.model, "model_version": model_version}
+    try:
+        with redis_errors():
+            images = list_images(connection) if settings.may_show_images else []
+            return {
+                **status,
+                "workers": list_workers(connection),
+                "waiting": PredictQueue(connection).count_waiting(),
+                "to_push": len(Outbox(connection)),
+                "rate": list_tasks_per_minute(connection),
+                "bulk": list_bulk_progress(connection),
+                "trainings": TrainingQueue(connection).list_progress(),
+                "projects": get_project_summaries(connection),
+                "failures": list_failures(connection),
+                "pictures": None if images and seen == str(images[0]["time"]) else images,
+                "may_show_pictures": settings.may_show_images,
+            }
+    except QueueUnavailable as error:
+        return {**status, "error": error.to_dict()}
+
+
 def list_workers(connection: Redis) -> list[dict[str, Any]]:
-    """Lists the live workers with their queue, device, batch size and whether they are busy; raises RedisError."""
+    """Lists the live workers: name, queue, device, batch size, and whether each is busy; raises RedisError."""
     live = [
         (queue, name, info)
         for queue, key in READY_KEYS.items()
@@ -42,36 +86,3 @@ def list_workers(connection: Redis) -> list[dict[str, Any]]:
         }
         for (queue, name, info), state in zip(live, states, strict=True)
     ]
-
-
-def read_status(settings: Settings, connection: Redis, seen: str = "") -> dict[str, Any]:
-    """Everything that the status page shows, as plain JSON; without the queue, that it is away.
-
-    `pictures` is null where the last of them is of the time `seen`, as text: they are most of the bytes.
-    """
-    try:
-        model = ProjectModel(settings, "").checkpoint.make_model_version()
-    except CheckpointError as error:
-        model = str(error)
-    row: dict[str, Any] = {"time": time.time(), "model": settings.model, "model_version": model}
-    try:
-        with redis_errors():
-            return {**row, **_from_redis(settings, connection, seen)}
-    except QueueUnavailable as error:
-        return {**row, "error": error.to_dict()}
-
-
-def _from_redis(settings: Settings, connection: Redis, seen: str) -> dict[str, Any]:
-    shown = list_images(connection) if settings.may_show_images else []
-    return {
-        "workers": list_workers(connection),
-        "waiting": PredictQueue(connection).count_waiting(),
-        "to_push": len(Outbox(connection)),
-        "rate": list_tasks_per_minute(connection),
-        "bulk": list_bulk_progress(connection),
-        "trainings": TrainingQueue(connection).list_progress(),
-        "projects": get_project_summaries(connection),
-        "failures": list_failures(connection),
-        "pictures": None if shown and seen == str(shown[0]["time"]) else shown,
-        "may_show_images": settings.may_show_images,
-    }

@@ -13,32 +13,32 @@ from backend.queue.redis import connect
 from backend.settings import Settings
 from backend.web.app import create_app
 from model import GroundingDINO
-from tests.scenes import config_for, scenes
-from tests.servers import Served
+from tests.scenes import make_labeling_config, make_scenes
+from tests.servers import ServeProcess
 
-CONFIG = config_for(scenes(1))
-EMPTY = "<View></View>"
-NOWHERE = "redis://127.0.0.1:1"
+CONFIG = make_labeling_config(make_scenes(1))
+EMPTY_CONFIG = "<View></View>"
+UNREACHABLE_REDIS = "redis://127.0.0.1:1"
 
 
-def client(**settings: object) -> FlaskClient:
+def make_client(**settings: object) -> FlaskClient:
     return create_app(GroundingDINO, Settings(model="demo", **settings)).test_client()
 
 
 @pytest.fixture
-def away() -> FlaskClient:
-    """A front whose Redis does not answer."""
-    return client(redis_url=NOWHERE)
+def redisless() -> FlaskClient:
+    """A web front whose Redis does not answer."""
+    return make_client(redis_url=UNREACHABLE_REDIS)
 
 
 @pytest.fixture
-def lonely(redis_url: str) -> FlaskClient:
-    """A front with a Redis that no worker serves."""
+def workerless(redis_url: str) -> FlaskClient:
+    """A web front whose Redis has no workers."""
     connect(redis_url).flushdb()
-    return client(redis_url=redis_url, predict_deadline=1)
+    return make_client(redis_url=redis_url, predict_deadline=1)
 
 
-def setup_body(schema: str, project: str = "7.1795334225") -> dict:
+def make_setup_body(schema: str, project: str = "7.1795334225") -> dict:
     return {
         "project": project,
         "schema": schema,
@@ -48,72 +48,77 @@ def setup_body(schema: str, project: str = "7.1795334225") -> dict:
     }
 
 
-def test_health_and_setup_need_neither_redis_nor_worker(away: FlaskClient) -> None:
-    away.post("/setup", json=setup_body(CONFIG))  # the first reads the checkpoint's files
+def test_health_and_setup_need_neither_redis_nor_worker(redisless: FlaskClient) -> None:
+    redisless.post("/setup", json=make_setup_body(CONFIG))  # the first request reads the checkpoint's files
     start = time.monotonic()
-    assert away.get("/health").json["status"] == "UP"
-    assert away.post("/setup", json=setup_body(CONFIG)).json["model_version"].startswith("demo-")
+    assert redisless.get("/health").json["status"] == "UP"
+    assert redisless.post("/setup", json=make_setup_body(CONFIG)).json["model_version"].startswith("demo-")
     assert time.monotonic() - start < 0.5
 
 
-@pytest.mark.parametrize("schema", [EMPTY, "", "<View", CONFIG])
-def test_setup_never_blocks_connecting(lonely: FlaskClient, schema: str) -> None:
-    answer = lonely.post("/setup", json=setup_body(schema))
+@pytest.mark.parametrize("schema", [EMPTY_CONFIG, "", "<View", CONFIG])
+def test_setup_never_blocks_connecting(workerless: FlaskClient, schema: str) -> None:
+    answer = workerless.post("/setup", json=make_setup_body(schema))
     assert answer.status_code == 200
     assert isinstance(answer.json["model_version"], str)
 
 
-def test_the_version_follows_prompts_and_thresholds(lonely: FlaskClient) -> None:
+def test_the_version_depends_on_phrases_and_thresholds(workerless: FlaskClient) -> None:
     def version(schema: str) -> str:
-        return lonely.post("/setup", json=setup_body(schema)).json["model_version"]
+        return workerless.post("/setup", json=make_setup_body(schema)).json["model_version"]
 
     assert version(CONFIG) == version(CONFIG.replace("<View>", '<View><Header value="Hi"/>'))
-    others = [
-        EMPTY,
+    changed = [
+        EMPTY_CONFIG,
         CONFIG.replace('value="', 'predicted_values="x" value="', 2),
         CONFIG.replace("toName", 'model_score_threshold="0.5" toName'),
     ]
-    assert len({version(schema) for schema in [CONFIG, *others]}) == 4
+    assert len({version(schema) for schema in [CONFIG, *changed]}) == 4
 
 
-def test_versions_hold_what_setup_told(lonely: FlaskClient) -> None:
-    told = lonely.post("/setup", json=setup_body(CONFIG)).json["model_version"]
-    assert told in lonely.get("/versions").json["versions"]
+def test_versions_contain_the_version_that_setup_answered(workerless: FlaskClient) -> None:
+    version = workerless.post("/setup", json=make_setup_body(CONFIG)).json["model_version"]
+    assert version in workerless.get("/versions").json["versions"]
 
 
-def test_versions_answer_without_redis(away: FlaskClient) -> None:
-    assert len(away.get("/versions").json["versions"]) == 1
+def test_versions_answer_without_redis(redisless: FlaskClient) -> None:
+    assert len(redisless.get("/versions").json["versions"]) == 1
 
 
-def test_ready_counts_workers(lonely: FlaskClient, served: Served) -> None:
-    assert lonely.get("/ready").status_code == 503
-    assert lonely.get("/ready").json == {"ready": False, "workers": 0}
+def test_ready_counts_workers(workerless: FlaskClient, served: ServeProcess) -> None:
+    assert workerless.get("/ready").status_code == 503
+    assert workerless.get("/ready").json == {"ready": False, "workers": 0}
 
 
-def test_without_redis_predict_says_so_soon(away: FlaskClient) -> None:
+def test_predict_without_redis_fails_fast(redisless: FlaskClient) -> None:
     start = time.monotonic()
-    answer = away.post("/predict", json={"tasks": [{"id": 1, "data": {"image": "x"}}], "label_config": CONFIG})
+    answer = redisless.post("/predict", json={"tasks": [{"id": 1, "data": {"image": "x"}}], "label_config": CONFIG})
     assert (answer.status_code, answer.json["error"]["code"]) == (503, "queue_unavailable")
     assert time.monotonic() - start < 3
 
 
-def test_what_is_not_finished_by_the_deadline_is_not_ready(
-    lonely: FlaskClient, caplog: pytest.LogCaptureFixture
+def test_a_prediction_unfinished_at_the_deadline_is_not_ready(
+    workerless: FlaskClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     start = time.monotonic()
     tasks = [{"id": i, "data": {"image": "x"}} for i in range(20)]
-    answer = lonely.post("/predict", json={"tasks": tasks, "label_config": CONFIG})
+    answer = workerless.post("/predict", json={"tasks": tasks, "label_config": CONFIG})
     assert answer.status_code == 200
     assert [result["error"]["code"] for result in answer.json["results"]] == ["not_ready"] * 20
     assert time.monotonic() - start < 3
     assert "tasks 16, 17, 18, 19: the prediction is not finished yet" in caplog.text
 
 
-def test_a_config_that_cannot_be_served_is_422_with_the_reason(lonely: FlaskClient) -> None:
-    answer = lonely.post("/predict", json={"tasks": [], "label_config": EMPTY})
+def test_a_config_that_cannot_be_served_is_422_with_the_reason(workerless: FlaskClient) -> None:
+    answer = workerless.post("/predict", json={"tasks": [], "label_config": EMPTY_CONFIG})
     assert answer.status_code == 422
     assert answer.json["error"]["code"] == "labeling_config"
     assert "no Image" in answer.json["error"]["detail"]
+
+
+def test_the_log_names_route_project_and_cause(workerless: FlaskClient, caplog: pytest.LogCaptureFixture) -> None:
+    workerless.post("/predict", json={"tasks": [], "label_config": EMPTY_CONFIG, "project": "7.1795334225"})
+    assert "POST /predict, project 7: labeling_config: the labeling config has no Image" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -133,24 +138,24 @@ def test_a_config_that_cannot_be_served_is_422_with_the_reason(lonely: FlaskClie
         b"\xff\xfe",
     ],
 )
-def test_a_bad_request_is_400(lonely: FlaskClient, body: bytes) -> None:
-    answer = lonely.post("/predict", data=body, content_type="application/json")
+def test_a_bad_request_is_400(workerless: FlaskClient, body: bytes) -> None:
+    answer = workerless.post("/predict", data=body, content_type="application/json")
     assert (answer.status_code, answer.json["error"]["code"]) == (400, "bad_request")
 
 
-def test_a_large_body_is_413(lonely: FlaskClient) -> None:
-    lonely.application.config["MAX_CONTENT_LENGTH"] = 1000
-    answer = lonely.post("/predict", json={"tasks": [{"data": {"image": "x" * 1000}}], "label_config": CONFIG})
+def test_a_large_body_is_413(workerless: FlaskClient) -> None:
+    workerless.application.config["MAX_CONTENT_LENGTH"] = 1000
+    answer = workerless.post("/predict", json={"tasks": [{"data": {"image": "x" * 1000}}], "label_config": CONFIG})
     assert (answer.status_code, answer.json["error"]["code"]) == (413, "request_too_large")
 
 
-def test_unknown_routes_and_methods_have_the_same_form(lonely: FlaskClient) -> None:
-    assert lonely.get("/nothing").json["error"]["code"] == "not_found"
-    assert lonely.get("/predict").status_code == 405
-    assert "error" in lonely.get("/predict").json
+def test_unknown_routes_and_methods_have_the_same_form(workerless: FlaskClient) -> None:
+    assert workerless.get("/nothing").json["error"]["code"] == "not_found"
+    assert workerless.get("/predict").status_code == 405
+    assert "error" in workerless.get("/predict").json
 
 
-def test_an_error_of_ours_shows_no_traceback(redis_url: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_internal_error_shows_no_traceback(redis_url: str, caplog: pytest.LogCaptureFixture) -> None:
     def broken(**kwargs: object) -> None:
         raise ZeroDivisionError("s3cret")
 
@@ -160,7 +165,7 @@ def test_an_error_of_ours_shows_no_traceback(redis_url: str, caplog: pytest.LogC
     assert "ZeroDivisionError" in caplog.text
 
 
-def login(user: str, password: str) -> dict[str, str]:
+def make_login_header(user: str, password: str) -> dict[str, str]:
     return {"Authorization": "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()}
 
 
@@ -168,23 +173,23 @@ def login(user: str, password: str) -> dict[str, str]:
     ("headers", "status"),
     [
         ({}, 401),
-        (login("me", "wrong"), 401),
-        (login("you", "geheim-ü"), 401),
+        (make_login_header("me", "wrong"), 401),
+        (make_login_header("you", "geheim-ü"), 401),
         ({"Authorization": "Bearer x"}, 401),
         ({"Authorization": "Basic !!!"}, 401),
-        (login("me", "geheim-ü"), 200),
+        (make_login_header("me", "geheim-ü"), 200),
     ],
 )
 def test_basic_auth(redis_url: str, headers: dict[str, str], status: int) -> None:
-    front = client(redis_url=redis_url, basic_auth_user="me", basic_auth_pass="geheim-ü")
-    assert front.post("/setup", json=setup_body(CONFIG), headers=headers).status_code == status
+    front = make_client(redis_url=redis_url, basic_auth_user="me", basic_auth_pass="geheim-ü")
+    assert front.post("/setup", json=make_setup_body(CONFIG), headers=headers).status_code == status
     assert front.get("/versions", headers=headers).status_code == status
     assert front.get("/health").status_code == 200
     assert front.post("/webhook", json={"action": "PROJECT_UPDATED"}).status_code == 200
 
 
 def test_start_training_needs_the_login_that_label_studio_sends_with_it(redis_url: str) -> None:
-    front = client(redis_url=redis_url, basic_auth_user="me", basic_auth_pass="p")
+    front = make_client(redis_url=redis_url, basic_auth_user="me", basic_auth_pass="p")
     start = {"action": "START_TRAINING", "project": {"id": 7}}
     assert front.post("/webhook", json=start).status_code == 401
     answer = front.post("/webhook", json=start, auth=("me", "p"))
@@ -192,32 +197,35 @@ def test_start_training_needs_the_login_that_label_studio_sends_with_it(redis_ur
     assert "set LABEL_STUDIO_URL" in answer.json["error"]["detail"]
 
 
-def test_annotation_events_are_recorded_without_secrets(lonely: FlaskClient, redis_url: str) -> None:
+def test_annotation_events_are_recorded_without_secrets(workerless: FlaskClient, redis_url: str) -> None:
     annotation = {"id": 4, "task": 2, "result": [], "was_cancelled": False, "completed_by": 1}
     project = {"id": 7, "token": "s3cret", "task_data_password": "s3cret"}
-    both = [annotation, {**annotation, "id": 5}]
-    for action, rows in [("ANNOTATION_CREATED", annotation), ("ANNOTATIONS_CREATED", both)]:
-        body = {"action": action, "annotation": rows, "project": project, "task": {"data": {"image": "s3cret"}}}
-        assert lonely.post("/webhook", json=body).status_code == 200
-    lonely.post("/webhook", json={"action": "ANNOTATIONS_DELETED", "annotations": [{"id": 4}], "project": project})
+    two_annotations = [annotation, {**annotation, "id": 5}]
+    for action, annotations in [("ANNOTATION_CREATED", annotation), ("ANNOTATIONS_CREATED", two_annotations)]:
+        body = {"action": action, "annotation": annotations, "project": project, "task": {"data": {"image": "s3cret"}}}
+        assert workerless.post("/webhook", json=body).status_code == 200
+    workerless.post("/webhook", json={"action": "ANNOTATIONS_DELETED", "annotations": [{"id": 4}], "project": project})
     assert "s3cret" not in repr(connect(redis_url).hgetall(f"{ANNOTATIONS_KEY}7"))
-    assert AnnotationLog(connect(redis_url), "7").annotations() == {5: 2}
+    assert AnnotationLog(connect(redis_url), "7").get_annotations() == {5: 2}
 
 
-def test_no_secret_reaches_the_log(lonely: FlaskClient, caplog: pytest.LogCaptureFixture) -> None:
+def test_no_secret_reaches_the_log(workerless: FlaskClient, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
-    lonely.post("/setup", json=setup_body(EMPTY))
-    lonely.post(
-        "/predict", json={"tasks": [], "label_config": EMPTY, "params": {"login": "s3cret", "password": "s3cret"}}
+    workerless.post("/setup", json=make_setup_body(EMPTY_CONFIG))
+    workerless.post(
+        "/predict",
+        json={"tasks": [], "label_config": EMPTY_CONFIG, "params": {"login": "s3cret", "password": "s3cret"}},
     )
-    lonely.post("/webhook", json={"action": "X", "project": {"id": 1, "token": "s3cret"}})
+    workerless.post("/webhook", json={"action": "X", "project": {"id": 1, "token": "s3cret"}})
     assert "s3cret" not in caplog.text
 
 
-def test_no_secret_reaches_the_queue(lonely: FlaskClient, redis_url: str) -> None:
+def test_no_secret_reaches_the_queue(workerless: FlaskClient, redis_url: str) -> None:
     tasks = [{"id": 1, "data": {"image": "x", "patient": "s3cret"}}]
     params = {"login": "s3cret", "password": "s3cret"}
-    lonely.post("/predict", json={"tasks": tasks, "label_config": CONFIG, "params": params, "access_token": "s3cret"})
+    workerless.post(
+        "/predict", json={"tasks": tasks, "label_config": CONFIG, "params": params, "access_token": "s3cret"}
+    )
     connection: Redis = connect(redis_url)
     stored = [connection.hgetall(key) for key in connection.keys("rq:job:*") if connection.type(key) == b"hash"]
     assert stored
@@ -225,69 +233,69 @@ def test_no_secret_reaches_the_queue(lonely: FlaskClient, redis_url: str) -> Non
     assert "s3cret" not in repr(jobs)
 
 
-@pytest.mark.parametrize("rows", [5, True, "x", [5], {"id": "x"}])
-def test_an_odd_event_is_recorded_all_the_same(lonely: FlaskClient, rows: object) -> None:
-    assert lonely.post("/webhook", json={"action": "X", "annotation": rows, "project": 5}).status_code == 200
+@pytest.mark.parametrize("annotation", [5, True, "x", [5], {"id": "x"}])
+def test_a_malformed_event_is_accepted(workerless: FlaskClient, annotation: object) -> None:
+    assert workerless.post("/webhook", json={"action": "X", "annotation": annotation, "project": 5}).status_code == 200
 
 
 def test_150_waiting_requests_are_answered(redis_url: str) -> None:
     front = create_app(GroundingDINO, Settings(model="demo", redis_url=redis_url, predict_deadline=2))
     body = {"label_config": CONFIG}
 
-    def ask(number: int) -> int:
+    def predict(number: int) -> int:
         tasks = [{"id": number, "data": {"image": "x"}}]
         return front.test_client().post("/predict", json={**body, "tasks": tasks}).status_code
 
     with ThreadPoolExecutor(150) as pool:
-        assert set(pool.map(ask, range(150))) == {200}
+        assert set(pool.map(predict, range(150))) == {200}
 
 
-def test_more_than_may_wait_are_sent_away(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_beyond_the_waiting_limit_is_overloaded(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("backend.web.app.MAX_WAITING_REQUESTS", 0)
-    answer = client(redis_url=redis_url).post("/predict", json={"tasks": [], "label_config": CONFIG})
+    answer = make_client(redis_url=redis_url).post("/predict", json={"tasks": [], "label_config": CONFIG})
     assert (answer.status_code, answer.json["error"]["code"]) == (503, "overloaded")
     assert int(answer.headers["Retry-After"]) > 0
 
 
-def test_a_full_queue_sends_large_requests_away_and_serves_an_annotator(
-    lonely: FlaskClient, monkeypatch: pytest.MonkeyPatch
+def test_a_full_queue_refuses_large_requests_and_serves_an_annotator(
+    workerless: FlaskClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("backend.queue.predict_queue.MAX_WAITING_CHUNKS", 2)
     tasks = [{"id": i, "data": {"image": "x"}} for i in range(12)]
-    answer = lonely.post("/predict", json={"tasks": tasks, "label_config": CONFIG})
+    answer = workerless.post("/predict", json={"tasks": tasks, "label_config": CONFIG})
     assert (answer.status_code, answer.json["error"]["code"]) == (503, "overloaded")
     assert int(answer.headers["Retry-After"]) > 0
     for number in range(3):
         one = [{"id": 100 + number, "data": {"image": "x"}}]
-        assert lonely.post("/predict", json={"tasks": one, "label_config": CONFIG}).status_code == 200
+        assert workerless.post("/predict", json={"tasks": one, "label_config": CONFIG}).status_code == 200
 
 
-def test_a_long_wait_is_kept_alive_by_spaces(lonely: FlaskClient, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_spaces_keep_a_long_wait_alive(workerless: FlaskClient, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("backend.web.app.KEEP_ALIVE_INTERVAL", 0.2)
     task = {"id": 7, "data": {"image": "y"}}
-    answer = lonely.post("/predict", json={"tasks": [task], "label_config": CONFIG})
+    answer = workerless.post("/predict", json={"tasks": [task], "label_config": CONFIG})
     assert answer.text.startswith("   ")
     assert answer.json["results"][0]["error"]["code"] == "not_ready"
-    late = lonely.post("/predict", json={"tasks": [task], "label_config": EMPTY})
-    assert late.status_code == 422  # what is known at once keeps its status
+    late = workerless.post("/predict", json={"tasks": [task], "label_config": EMPTY_CONFIG})
+    assert late.status_code == 422  # an error within the first interval keeps its status
 
 
 SECRET = "a-secret-of-20-chars"
 
 
 def test_behind_a_secret_path_nothing_else_exists(redis_url: str) -> None:
-    front = client(redis_url=redis_url, path_secret=SECRET, predict_deadline=1)
+    front = make_client(redis_url=redis_url, path_secret=SECRET, predict_deadline=1)
     assert front.get(f"/s/{SECRET}/health").status_code == front.get("/health").status_code == 200
-    assert front.post(f"/s/{SECRET}/setup", json=setup_body(CONFIG)).status_code == 200
+    assert front.post(f"/s/{SECRET}/setup", json=make_setup_body(CONFIG)).status_code == 200
     webhook = {"action": "PROJECT_UPDATED", "project": {"id": 1}}
     assert front.post(f"/s/{SECRET}/webhook", json=webhook).status_code == 200
     for path in ("/setup", "/webhook", f"/s/{SECRET}x/setup", f"/s/{SECRET[:-1]}/setup", "/s//setup", "/s/%FF/setup"):
-        answer = front.post(path, json=setup_body(CONFIG))
+        answer = front.post(path, json=make_setup_body(CONFIG))
         assert (answer.status_code, answer.json["error"]["code"]) == (404, "not_found")
 
 
-def test_a_secret_path_and_basic_auth_go_together(redis_url: str) -> None:
-    both = client(redis_url=redis_url, path_secret=SECRET, basic_auth_user="u", basic_auth_pass="p")
-    assert both.post(f"/s/{SECRET}/setup", json=setup_body(CONFIG)).status_code == 401
-    assert both.post(f"/s/{SECRET}/setup", json=setup_body(CONFIG), auth=("u", "p")).status_code == 200
-    assert both.post("/setup", json=setup_body(CONFIG), auth=("u", "p")).status_code == 404
+def test_a_secret_path_and_basic_auth_work_together(redis_url: str) -> None:
+    front = make_client(redis_url=redis_url, path_secret=SECRET, basic_auth_user="u", basic_auth_pass="p")
+    assert front.post(f"/s/{SECRET}/setup", json=make_setup_body(CONFIG)).status_code == 401
+    assert front.post(f"/s/{SECRET}/setup", json=make_setup_body(CONFIG), auth=("u", "p")).status_code == 200
+    assert front.post("/setup", json=make_setup_body(CONFIG), auth=("u", "p")).status_code == 404

@@ -1,4 +1,4 @@
-"""Requests of Label Studio, mutated at random: never an error of ours, never a secret in an answer or in the log."""
+"""Randomly mutated requests never cause an internal error, and no secret reaches a response or the log."""
 
 import copy
 import json
@@ -15,11 +15,11 @@ from backend.queue.redis import connect
 from backend.settings import Settings
 from backend.web.app import create_app
 from model import GroundingDINO
-from tests.scenes import config_for, scenes
+from tests.scenes import make_labeling_config, make_scenes
 
 REQUESTS = int(os.environ.get("FUZZ", "10000"))
 CANARY = "canary-0123456789abcdef"
-CONFIG = config_for(scenes(1)).replace("</View>", '<TextArea name="prompt" toName="image"/></View>')
+CONFIG = make_labeling_config(make_scenes(1)).replace("</View>", '<TextArea name="prompt" toName="image"/></View>')
 REGION = {
     "id": "a",
     "type": "rectanglelabels",
@@ -48,14 +48,14 @@ BASES: dict[str, dict[str, Any]] = {
     },
     "/playground/look": {"label_config": CONFIG, "image": "data:image/png;base64,AAAA", "project": "1"},
 }
-ODD: list[Any] = [
+UNEXPECTED_VALUES: list[Any] = [
     None, True, 0, -1, 10**30, 1.5, float("nan"), float("inf"), "", " ", "\0", "🙂", "\ud800", "a" * 10_000, [], {},
     [[]], [None], {"": {}}, "<View>", "<View/>", "<!DOCTYPE a><a/>", "$", "$a.²", "../../x", "http://[", "data:,", "s3://",
 ]  # fmt: skip
 
 
 def mutate(value: Any, rng: random.Random) -> Any:
-    """The value with one thing in it changed."""
+    """Changes one thing in a value; returns it, or what replaces it."""
     if isinstance(value, dict) and value and rng.random() < 0.8:
         key = rng.choice(list(value))
         if rng.random() < 0.15:
@@ -64,31 +64,31 @@ def mutate(value: Any, rng: random.Random) -> Any:
             value[key] = mutate(value[key], rng)
         return value
     if isinstance(value, list) and value and rng.random() < 0.8:
-        place = rng.randrange(len(value))
-        value[place] = mutate(value[place], rng)
+        index = rng.randrange(len(value))
+        value[index] = mutate(value[index], rng)
         return value * rng.choice([1, 1, 2])
     if isinstance(value, str) and value and rng.random() < 0.5:
-        place = rng.randrange(len(value))
+        index = rng.randrange(len(value))
         inserted = rng.choice(["", "<", "&", '"', "$", ".", ",", "\0", "9" * 50])
-        return value[:place] + inserted + value[place + 1 :]
-    return copy.deepcopy(rng.choice(ODD))
+        return value[:index] + inserted + value[index + 1 :]
+    return copy.deepcopy(rng.choice(UNEXPECTED_VALUES))
 
 
-def body_of(value: Any, rng: random.Random) -> bytes:
+def encode_body(value: Any, rng: random.Random) -> bytes:
     body = json.dumps(value).encode()
     if rng.random() < 0.1:
-        place = rng.randrange(len(body))
-        body = body[:place] + bytes([rng.randrange(256)]) + body[place + 1 :]
+        index = rng.randrange(len(body))
+        body = body[:index] + bytes([rng.randrange(256)]) + body[index + 1 :]
     return body[: rng.randrange(len(body))] if rng.random() < 0.05 else body
 
 
 @pytest.fixture
 def front(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> FlaskClient:
-    def too_late(*args: object) -> None:
-        raise TimeoutError  # no worker is there: do not wait for one 10,000 times
+    def time_out(*args: object) -> None:
+        raise TimeoutError  # there is no worker: do not wait 10,000 times
 
     connect(redis_url).flushdb()
-    monkeypatch.setattr(PredictQueue, "wait", too_late)
+    monkeypatch.setattr(PredictQueue, "wait", time_out)
     return create_app(GroundingDINO, Settings(model="demo", redis_url=redis_url)).test_client()
 
 
@@ -101,7 +101,7 @@ def test_mutated_requests(front: FlaskClient, caplog: pytest.LogCaptureFixture) 
         value = copy.deepcopy(BASES[route])
         for _ in range(rng.randrange(1, 4)):
             value = mutate(value, rng)
-        body = body_of(value, rng)
+        body = encode_body(value, rng)
         answer = front.post(route, data=body, content_type="application/json")
         assert answer.status_code in (200, 400, 404, 413, 422, 503), (number, route, body[:500], answer.text)
         assert CANARY not in answer.text
