@@ -31,15 +31,15 @@ from backend.registry.checkpoint import find_checkpoint
 from backend.settings import Settings
 from tests.bench.serving import resident_mb
 from tests.e2e.studio import LEGACY_TOKEN, VENV, LabelStudio, running_label_studio
-from tests.scenes import encode, scenes
-from tests.servers import Served
+from tests.scenes import encode, make_scenes
+from tests.servers import ServeProcess
 
 CORES = sorted(os.sched_getaffinity(0))
 FOR_WORKER, FOR_ALL_ELSE = CORES[: -(-len(CORES) // 2)], CORES[len(CORES) // 2 :]
 BATCH, RUNS, MANY = 16, 3, 10_000
 PICTURES = 125 * BATCH
 LABELS = ("circle", "square", "triangle", "star")
-JPEGS = [encode(scene.image, "JPEG", quality=95) for scene in scenes(20, (128, 96))]
+JPEGS = [encode(scene.image, "JPEG", quality=95) for scene in make_scenes(20, (128, 96))]
 
 
 def picture(number: int) -> bytes:
@@ -107,10 +107,10 @@ def compare(name: str, detector: Detector, whole: Callable[[int], float]) -> Non
 
 @contextlib.contextmanager
 def serving(folder: Path, **env: str) -> Iterator[Settings]:
-    served = Served(folder, BATCH_SIZE=str(BATCH), LOG_LEVEL="ERROR", **env)
+    served = ServeProcess(folder, BATCH_SIZE=str(BATCH), LOG_LEVEL="ERROR", **env)
     try:
         served.wait_until_ready()
-        for pid in served.children():
+        for pid in served.list_descendants():
             if b"worker" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
                 for thread in Path(f"/proc/{pid}/task").iterdir():
                     os.sched_setaffinity(int(thread.name), FOR_WORKER)

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import requests
 
-from tests.scenes import config_for, data_uri, scenes
-from tests.servers import ROOT, Served, free_port, wait_for
+from tests.scenes import make_labeling_config, make_scenes, to_data_uri
+from tests.servers import ROOT, ServeProcess, find_free_port, wait_for
 
 STARTS, REQUESTS = 5, 50
 
@@ -34,17 +34,17 @@ def resident_mb(pid: int) -> float:
     return int(re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())[1]) / 1024
 
 
-def front_memory(served: Served) -> float:
-    fronts = [pid for pid in served.children() if b"gunicorn" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+def front_memory(served: ServeProcess) -> float:
+    fronts = [pid for pid in served.list_descendants() if b"gunicorn" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     return max(map(resident_mb, fronts))
 
 
-def request_times(served: Served) -> list[float]:
-    scene = scenes(1, (640, 480))[0]
-    body = {"label_config": config_for([scene])}
+def request_times(served: ServeProcess) -> list[float]:
+    scene = make_scenes(1, (640, 480))[0]
+    body = {"label_config": make_labeling_config([scene])}
     times = []
     for number in range(REQUESTS + 5):
-        body["tasks"] = [{"id": number, "data": {"image": data_uri(scene.image)}}]  # the same again is remembered
+        body["tasks"] = [{"id": number, "data": {"image": to_data_uri(scene.image)}}]  # the same again is remembered
         start = time.perf_counter()
         assert "result" in requests.post(f"{served.url}/predict", json=body, timeout=60).json()["results"][0]
         times.append(1000 * (time.perf_counter() - start))
@@ -56,7 +56,7 @@ def warm_starts() -> None:
     for _ in range(STARTS):
         with tempfile.TemporaryDirectory() as folder:
             start = time.monotonic()
-            served = Served(Path(folder))
+            served = ServeProcess(Path(folder))
             try:
                 served.wait_until_ready()
                 ready.append(time.monotonic() - start)
@@ -71,7 +71,7 @@ def warm_starts() -> None:
 
 def fresh_start() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        clone, port = Path(folder) / "clone", free_port()
+        clone, port = Path(folder) / "clone", find_free_port()
         subprocess.run(["git", "clone", "-q", str(ROOT), str(clone)], check=True)
         start = time.monotonic()
         env = {**os.environ, "PORT": str(port)}

@@ -18,23 +18,23 @@ from redis import Redis
 from backend.queue import private_redis
 from backend.queue.redis import connect
 from tests.chaos.saboteur.sitecustomize import HANGS, KILLS, SLOW
-from tests.scenes import config_for, data_uri, scenes
-from tests.servers import Served, free_port, is_running, wait_for
+from tests.scenes import make_labeling_config, make_scenes, to_data_uri
+from tests.servers import ServeProcess, find_free_port, is_running, wait_for
 
 pytestmark = pytest.mark.timeout(400)
 
 FULL = os.environ.get("CHAOS") == "full"
 KILLINGS, CHUNKS, CLIENTS = (4, 60, 200) if FULL else (2, 16, 60)
 BATCH = 4
-SCENE = scenes(1)[0]
-CONFIG = config_for([SCENE])
+SCENE = make_scenes(1)[0]
+CONFIG = make_labeling_config([SCENE])
 SABOTEUR = str(Path(__file__).parent / "saboteur")
 
 
 def tasks(count: int, start: int = 1, width: int = 96) -> list[dict[str, Any]]:
     """Tasks that differ, so that no answer is used twice; their pictures are `width` pixels wide."""
     picture = SCENE.image.resize((width, 96))
-    return [{"id": start + i, "data": {"image": data_uri(_marked(picture, start + i))}} for i in range(count)]
+    return [{"id": start + i, "data": {"image": to_data_uri(_marked(picture, start + i))}} for i in range(count)]
 
 
 def slow_bulk() -> list[dict[str, Any]]:
@@ -49,7 +49,7 @@ def _marked(picture: Any, number: int) -> Any:
     return picture
 
 
-def ask(served: Served, wanted: list[dict[str, Any]], timeout: float = 300) -> requests.Response:
+def ask(served: ServeProcess, wanted: list[dict[str, Any]], timeout: float = 300) -> requests.Response:
     body = {"tasks": wanted, "label_config": CONFIG, "project": "1.1", "params": {}}
     return requests.post(f"{served.url}/predict", json=body, timeout=timeout)
 
@@ -60,9 +60,9 @@ def errors(response: requests.Response) -> list[str]:
     return [result["error"]["code"] for result in response.json()["results"] if "error" in result]
 
 
-def part(served: Served, word: str) -> list[int]:
+def part(served: ServeProcess, word: str) -> list[int]:
     """Process ids of the parts one of whose arguments ends with `word`."""
-    return [pid for pid in served.children() if any(argument.endswith(word) for argument in _command(pid))]
+    return [pid for pid in served.list_descendants() if any(argument.endswith(word) for argument in _command(pid))]
 
 
 def _command(pid: int) -> list[str]:
@@ -72,7 +72,7 @@ def _command(pid: int) -> list[str]:
         return []
 
 
-def redis_of(served: Served) -> Redis:
+def redis_of(served: ServeProcess) -> Redis:
     return connect((served.model_dir / "redis.url").read_text())
 
 
@@ -86,7 +86,7 @@ def at_work(connection: Redis) -> int:
 
 
 @pytest.fixture
-def sabotaged(start_server: Callable[..., Served]) -> Served:
+def sabotaged(start_server: Callable[..., ServeProcess]) -> ServeProcess:
     served = start_server(
         PYTHONPATH=SABOTEUR, PREDICT_DEADLINE="300", BATCH_SIZE=str(BATCH), FORWARD_TIMEOUT="4", WORKERS="2"
     )
@@ -95,7 +95,7 @@ def sabotaged(start_server: Callable[..., Served]) -> Served:
     return served
 
 
-def test_killed_workers_lose_nothing(sabotaged: Served) -> None:
+def test_killed_workers_lose_nothing(sabotaged: ServeProcess) -> None:
     connection = redis_of(sabotaged)
     wanted = [
         task for i in range(CHUNKS) for task in [*tasks(BATCH - 1, 1 + i * BATCH), *tasks(1, 4 + i * BATCH, SLOW)]
@@ -113,22 +113,22 @@ def test_killed_workers_lose_nothing(sabotaged: Served) -> None:
     assert connection.llen("rq:queue:predict") == at_work(connection) == 0
 
 
-def test_a_picture_that_kills_workers_fails_alone(sabotaged: Served) -> None:
+def test_a_picture_that_kills_workers_fails_alone(sabotaged: ServeProcess) -> None:
     wanted = tasks(BATCH * 2, 1)
     wanted[2] = tasks(1, 3, KILLS)[0]
     response = ask(sabotaged, wanted, 120)
     assert errors(response) == ["worker_died"]
     assert "error" in response.json()["results"][2]
-    assert "a task ended two workers" in sabotaged.text()
+    assert "a task ended two workers" in sabotaged.read_log()
 
 
-def test_a_forward_pass_that_never_ends_is_noticed(sabotaged: Served) -> None:
+def test_a_forward_pass_that_never_ends_is_noticed(sabotaged: ServeProcess) -> None:
     wanted = [*tasks(1, 1), *tasks(1, 2, HANGS), *tasks(2, 3)]
     assert errors(ask(sabotaged, wanted, 120)) == ["worker_died"]
-    assert "no sign of life for 4 s" in sabotaged.text()
+    assert "no sign of life for 4 s" in sabotaged.read_log()
 
 
-def test_a_killed_redis_loses_nothing(sabotaged: Served) -> None:
+def test_a_killed_redis_loses_nothing(sabotaged: ServeProcess) -> None:
     connection = redis_of(sabotaged)
     wanted = slow_bulk()
     with ThreadPoolExecutor(1) as pool:
@@ -146,7 +146,7 @@ def test_a_killed_redis_loses_nothing(sabotaged: Served) -> None:
     assert finished(connection) == CHUNKS
 
 
-def test_a_killed_web_front_loses_nothing(sabotaged: Served) -> None:
+def test_a_killed_web_front_loses_nothing(sabotaged: ServeProcess) -> None:
     connection = redis_of(sabotaged)
     wanted = slow_bulk()
     with ThreadPoolExecutor(1) as pool:
@@ -160,7 +160,7 @@ def test_a_killed_web_front_loses_nothing(sabotaged: Served) -> None:
     assert finished(connection) == CHUNKS
 
 
-def test_everything_killed_goes_on_when_started_again(start_server: Callable[..., Served], tmp_path: Path) -> None:
+def test_everything_killed_goes_on_when_started_again(start_server: Callable[..., ServeProcess], tmp_path: Path) -> None:
     settings = {"BATCH_SIZE": str(BATCH), "PREDICT_DEADLINE": "300", "PYTHONPATH": SABOTEUR}
     first = start_server(**settings)
     first.wait_until_ready()
@@ -169,7 +169,7 @@ def test_everything_killed_goes_on_when_started_again(start_server: Callable[...
     asking = ThreadPoolExecutor(1).submit(ask, first, wanted)
     connection = redis_of(first)
     wait_for(lambda: finished(connection) > 3, 60, "work")
-    children = first.children()
+    children = first.list_descendants()
     for pid in [first.process.pid, *children]:
         os.kill(pid, signal.SIGKILL)
     wait_for(lambda: not any(map(is_running, children)), 10, "their end")
@@ -181,8 +181,8 @@ def test_everything_killed_goes_on_when_started_again(start_server: Callable[...
     assert errors(ask(second, wanted)) == []
 
 
-def test_without_redis_the_front_says_so_and_recovers(tmp_path: Path, start_server: Callable[..., Served]) -> None:
-    port, folder = free_port(), tmp_path / "own"
+def test_without_redis_the_front_says_so_and_recovers(tmp_path: Path, start_server: Callable[..., ServeProcess]) -> None:
+    port, folder = find_free_port(), tmp_path / "own"
     folder.mkdir()
     command = [*private_redis.command(private_redis.find_server(), folder / "r.sock", folder), "--port", str(port)]
     own = subprocess.Popen(command)
@@ -214,7 +214,7 @@ while True:
 """
 
 
-def test_many_clients_at_once(served: Served) -> None:
+def test_many_clients_at_once(served: ServeProcess) -> None:
     assert errors(ask(served, tasks(1, 999))) == []  # whatever the first request sets up is there
     # a process of its own: 200 threads of this one would hold it up
     command = [sys.executable, "-c", WATCH, f"{served.url}/health"]

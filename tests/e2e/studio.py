@@ -13,7 +13,7 @@ from typing import Any
 
 import requests
 
-from tests.servers import ROOT, free_port, wait_for
+from tests.servers import ROOT, find_free_port, wait_for
 
 VENV = (ROOT / os.environ.get("LABEL_STUDIO_VENV", ".venv-label-studio")).resolve()
 USER, PASSWORD = "e2e@example.com", "e2e-password-of-a-throw-away-server"
@@ -84,7 +84,7 @@ class Project:
 @contextlib.contextmanager
 def running_label_studio(folder: Path, port: int | None = None) -> Iterator[LabelStudio]:
     """Label Studio with its data in `folder`, where it may have run before."""
-    port = port or free_port()
+    port = port or find_free_port()
     url = f"http://127.0.0.1:{port}"
     data, files, log = folder / "data", folder / "files", folder / "label-studio.log"
     data.mkdir(exist_ok=True)

@@ -17,8 +17,8 @@ from backend.demo.shapes import Scene, choose_phrases, draw_scene
 from backend.training.evaluation import evaluate
 from tests.e2e.browser import SCREENSHOTS
 from tests.e2e.studio import LEGACY_TOKEN, LabelStudio, Project
-from tests.scenes import beside, data_uri, draw_regions, encode, pixel_box
-from tests.servers import ROOT, Served, wait_for
+from tests.scenes import draw_regions, encode, place_side_by_side, to_data_uri, to_pixel_box
+from tests.servers import ROOT, ServeProcess, wait_for
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -65,9 +65,9 @@ def annotation(scene: Scene, boxes: list[tuple[tuple, str]]) -> list[dict[str, A
 
 
 @pytest.fixture(scope="module")
-def backend(studio: LabelStudio, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def backend(studio: LabelStudio, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeProcess]:
     keys = {"LABEL_STUDIO_URL": studio.url, "LABEL_STUDIO_API_KEY": studio.personal_access_token}
-    server = Served(tmp_path_factory.mktemp("learning"), **keys)
+    server = ServeProcess(tmp_path_factory.mktemp("learning"), **keys)
     try:
         server.wait_until_ready()
         yield server
@@ -75,14 +75,14 @@ def backend(studio: LabelStudio, tmp_path_factory: pytest.TempPathFactory) -> It
         server.stop()
 
 
-def run(backend: Served, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
+def run(backend: ServeProcess, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
     given = {**os.environ, "MODEL": "demo", "MODEL_DIR": str(backend.model_dir), **env}
     command = [sys.executable, "-m", "backend", *words]
     return subprocess.run(command, cwd=ROOT, env=given, capture_output=True, text=True, timeout=600, check=False)
 
 
 def annotated_project(
-    studio: LabelStudio, backend: Served, title: str, label_config: str, scenes: list[Scene],
+    studio: LabelStudio, backend: ServeProcess, title: str, label_config: str, scenes: list[Scene],
     boxes: Callable[[int, Scene], list[tuple[tuple, str]]],
 ) -> Project:  # fmt: skip
     pictures = {f"scene-{i:03}.png": encode(scene.image) for i, scene in enumerate(scenes)}
@@ -103,7 +103,7 @@ def skip(project: Project) -> None:
     project.studio.call("POST", f"/api/tasks/{task}/annotations", json={"result": [], "was_cancelled": True})
 
 
-def train(project: Project, backend: Served) -> dict[str, Any]:
+def train(project: Project, backend: ServeProcess) -> dict[str, Any]:
     """Clicks Start Training, and waits for its outcome."""
 
     def outcome() -> Any:
@@ -115,8 +115,8 @@ def train(project: Project, backend: Served) -> dict[str, Any]:
     return wait_for(outcome, TRAINING_LIMIT, "the training")
 
 
-def predict(backend: Served, project: int, label_config: str, scenes: list[Scene]) -> list[dict[str, Any]]:
-    tasks = [{"id": i, "data": {"image": data_uri(scene.image)}} for i, scene in enumerate(scenes)]
+def predict(backend: ServeProcess, project: int, label_config: str, scenes: list[Scene]) -> list[dict[str, Any]]:
+    tasks = [{"id": i, "data": {"image": to_data_uri(scene.image)}} for i, scene in enumerate(scenes)]
     body = {
         "tasks": tasks,
         "label_config": label_config,
@@ -127,10 +127,10 @@ def predict(backend: Served, project: int, label_config: str, scenes: list[Scene
 
 
 def detections(answer: dict[str, Any]) -> list[Detection]:
-    return [Detection(pixel_box(r), r["score"], r["value"]["rectanglelabels"][0]) for r in answer["result"]]
+    return [Detection(to_pixel_box(r), r["score"], r["value"]["rectanglelabels"][0]) for r in answer["result"]]
 
 
-def ap50(backend: Served, project: int, labels: tuple[str, ...], scenes: dict[str, list[Scene]]) -> dict[str, float]:
+def ap50(backend: ServeProcess, project: int, labels: tuple[str, ...], scenes: dict[str, list[Scene]]) -> dict[str, float]:
     """Of each label on its scenes, with all scores: a threshold written into the config goes before learned ones."""
     figures = {}
     for label, shown in scenes.items():
@@ -140,7 +140,7 @@ def ap50(backend: Served, project: int, labels: tuple[str, ...], scenes: dict[st
     return figures
 
 
-def ap50_of_old_phrases(backend: Served, project: int, pictures: int = 80) -> float:
+def ap50_of_old_phrases(backend: ServeProcess, project: int, pictures: int = 80) -> float:
     rng, found, wanted = np.random.default_rng(99), [], []
     for _ in range(pictures):
         scene = draw_scene(rng, 320, 240)
@@ -158,7 +158,7 @@ def picture_of(scenes: list[Scene], before: list[dict], after: list[dict], label
         images = [scenes[i].image.copy() for i in shown]
         for i, image in zip(shown, images, strict=True):
             draw_regions(image, answers[i]["result"], list(labels))
-        rows.append(beside(images))
+        rows.append(place_side_by_side(images))
     sheet = Image.new("RGB", (rows[0].width, 2 * rows[0].height + 8), "white")
     sheet.paste(rows[0], (0, 0))
     sheet.paste(rows[1], (0, rows[0].height + 8))
@@ -166,12 +166,12 @@ def picture_of(scenes: list[Scene], before: list[dict], after: list[dict], label
     sheet.save(SCREENSHOTS / "learning.png")
 
 
-def version(project: Project, backend: Served) -> str:
+def version(project: Project, backend: ServeProcess) -> str:
     body = {"project": str(project.number), "schema": config((NEW, *OLD))}
     return requests.post(f"{backend.url}/setup", json=body, timeout=10).json()["model_version"]
 
 
-def test_a_new_word_is_learned_and_the_old_ones_are_kept(studio: LabelStudio, backend: Served) -> None:
+def test_a_new_word_is_learned_and_the_old_ones_are_kept(studio: LabelStudio, backend: ServeProcess) -> None:
     labels, others = (NEW, *OLD), draw(40, seed=8)
     scenes = {NEW: others, **{label: draw(50, 5, label) for label in OLD}}
     shown = draw(60, seed=3)
@@ -200,7 +200,7 @@ def test_a_new_word_is_learned_and_the_old_ones_are_kept(studio: LabelStudio, ba
     assert predict(backend, number, config(labels), others) == answers_before
 
 
-def test_random_boxes_change_nothing(studio: LabelStudio, backend: Served) -> None:
+def test_random_boxes_change_nothing(studio: LabelStudio, backend: ServeProcess) -> None:
     rng = np.random.default_rng(4)
 
     def anywhere(number: int, scene: Scene) -> list[tuple[tuple, str]]:
@@ -213,13 +213,13 @@ def test_random_boxes_change_nothing(studio: LabelStudio, backend: Served) -> No
     print(outcome)
     assert (outcome["state"], outcome["version"]) == ("done", "")
     assert (
-        "fine-tuning brought nothing" in outcome["text"] or "are not surely better" in outcome["text"]
+        "fine-tuning did not improve" in outcome["text"] or "are not significantly better" in outcome["text"]
     )  # it was tried
     assert predict(backend, project.number, config(OLD), draw(20, seed=6)) == before
     assert "promoted" not in run(backend, "versions", "list", "--project", str(project.number)).stdout
 
 
-def test_thresholds_follow_what_annotators_delete(studio: LabelStudio, backend: Served) -> None:
+def test_thresholds_follow_what_annotators_delete(studio: LabelStudio, backend: ServeProcess) -> None:
     """Of one label annotators keep only what is sure; that alone is learned."""
     labels, strict, limit = ("circle", "star", "square"), "star", 0.5
     env = {"LABEL_STUDIO_URL": studio.url, "LABEL_STUDIO_API_KEY": LEGACY_TOKEN}

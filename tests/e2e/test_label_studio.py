@@ -15,21 +15,21 @@ from backend.demo import samples
 from backend.images.decoding import ImageLoader
 from backend.images.sources import ImageFetcher
 from backend.labelstudio.client import LabelStudioClient
-from backend.monitoring.project_stats import BOX_OUTCOMES
+from backend.monitoring.feedback import BOX_OUTCOMES
 from tests.e2e.browser import open_browser, screenshot
 from tests.e2e.studio import LEGACY_TOKEN, PASSWORD, USER, LabelStudio, Project
-from tests.scenes import config_for, encode, recall, scenes
-from tests.servers import ROOT, Served, http_server, reply, wait_for
+from tests.scenes import compute_recall, encode, make_labeling_config, make_scenes
+from tests.servers import ROOT, ServeProcess, http_server, send_reply, wait_for
 
 pytestmark = pytest.mark.timeout(600)
 
-DRAWN = scenes(12, (640, 480), seed=5)
+DRAWN = make_scenes(12, (640, 480), seed=5)
 
 
 @pytest.fixture(scope="module")
-def backend(studio: LabelStudio, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def backend(studio: LabelStudio, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeProcess]:
     keys = {"LABEL_STUDIO_URL": studio.url, "LABEL_STUDIO_API_KEY": studio.personal_access_token}
-    server = Served(tmp_path_factory.mktemp("backend"), **keys)
+    server = ServeProcess(tmp_path_factory.mktemp("backend"), **keys)
     try:
         server.wait_until_ready()
         yield server
@@ -38,9 +38,9 @@ def backend(studio: LabelStudio, tmp_path_factory: pytest.TempPathFactory) -> It
 
 
 @pytest.fixture(scope="module")
-def project(studio: LabelStudio, backend: Served) -> Project:
+def project(studio: LabelStudio, backend: ServeProcess) -> Project:
     pictures = {f"scene-{i:02}.png": encode(scene.image) for i, scene in enumerate(DRAWN)}
-    project = studio.create_project("shapes", config_for(DRAWN), pictures)
+    project = studio.create_project("shapes", make_labeling_config(DRAWN), pictures)
     project.connect(backend.url)
     return project
 
@@ -52,7 +52,7 @@ def test_retrieve_predictions_puts_rectangles_on_the_shapes(project: Project) ->
     assert sorted(by_task) == [task["id"] for task in tasks]
     assert len(project.predictions()) == len(tasks)
     drawn = {task["id"]: DRAWN[int(task["data"]["image"].split("scene-")[1][:2])] for task in tasks}
-    found = [recall(by_task[number]["result"], scene) for number, scene in drawn.items()]
+    found = [compute_recall(by_task[number]["result"], scene) for number, scene in drawn.items()]
     assert statistics.mean(found) > 0.85, found
     assert {prediction["model_version"] for prediction in by_task.values()} == {project.model_version()}
 
@@ -76,7 +76,7 @@ def test_interactive_prediction(project: Project) -> None:
     assert answer["data"]["result"]
 
 
-def test_annotations_are_saved_quickly_and_recorded(project: Project, backend: Served) -> None:
+def test_annotations_are_saved_quickly_and_recorded(project: Project, backend: ServeProcess) -> None:
     task, start = project.tasks()[1]["id"], time.monotonic()
     created = project.studio.call("POST", f"/api/tasks/{task}/annotations", json={"result": [], "lead_time": 1})
     assert time.monotonic() - start < 1
@@ -84,15 +84,15 @@ def test_annotations_are_saved_quickly_and_recorded(project: Project, backend: S
     project.studio.call("POST", f"/api/ml/{project.backend}/train", json={})
 
 
-def test_a_picture_that_fails_leaves_the_others_and_is_asked_again(studio: LabelStudio, backend: Served) -> None:
-    project = studio.create_project("broken", config_for(DRAWN), {"scene-00.png": encode(DRAWN[0].image)})
+def test_a_picture_that_fails_leaves_the_others_and_is_asked_again(studio: LabelStudio, backend: ServeProcess) -> None:
+    project = studio.create_project("broken", make_labeling_config(DRAWN), {"scene-00.png": encode(DRAWN[0].image)})
     body = [{"data": {"image": "http://127.0.0.1:1/gone.png"}}]
     studio.call("POST", f"/api/projects/{project.number}/import", json=body)
     project.connect(backend.url)
     good, bad = project.tasks()
     project.action("retrieve_tasks_predictions", [good["id"], bad["id"]])
     assert [prediction["task"] for prediction in project.predictions()] == [good["id"]]
-    assert f"task {bad['id']}: the picture could not be fetched" in backend.text()
+    assert f"task {bad['id']}: the image could not be fetched" in backend.read_log()
 
 
 @pytest.mark.parametrize("kind", ["legacy token", "personal access token"])
@@ -103,17 +103,17 @@ def test_uploaded_pictures_open_with_either_key(studio: LabelStudio, project: Pr
     assert ImageLoader(ImageFetcher(LabelStudioClient(studio.url, key), 10**7), 10**7).load(uri).size == (640, 480)
 
 
-def test_pictures_of_its_storages_are_found(studio: LabelStudio, backend: Served) -> None:
+def test_pictures_of_its_storages_are_found(studio: LabelStudio, backend: ServeProcess) -> None:
     asked: list[tuple[str, str | None]] = []
 
     def bucket(handler: BaseHTTPRequestHandler) -> None:
         asked.append((handler.command, handler.headers["Authorization"]))
-        reply(handler, encode(DRAWN[0].image) if handler.command == "GET" else b"")
+        send_reply(handler, encode(DRAWN[0].image) if handler.command == "GET" else b"")
 
     folder = studio.files / "pictures"
     folder.mkdir()
     (folder / "a b.png").write_bytes(encode(DRAWN[0].image))
-    project = studio.create_project("storages", config_for(DRAWN), {})
+    project = studio.create_project("storages", make_labeling_config(DRAWN), {})
     with http_server(bucket) as url:
         common = {"project": project.number, "title": "pictures", "use_blob_urls": True}
         keys = {"aws_access_key_id": "id", "aws_secret_access_key": "key", "region_name": "eu-central-1"}
@@ -124,17 +124,17 @@ def test_pictures_of_its_storages_are_found(studio: LabelStudio, backend: Served
         project.connect(backend.url)
         project.action("retrieve_tasks_predictions", [task["id"] for task in project.tasks()])
     local, cloud = project.predictions()
-    assert recall(local["result"], DRAWN[0]) == recall(cloud["result"], DRAWN[0]) > 0.5
+    assert compute_recall(local["result"], DRAWN[0]) == compute_recall(cloud["result"], DRAWN[0]) > 0.5
     assert asked[-1] == ("GET", None)  # of the backend, with the signature in the address
 
 
-def check(backend: Served, project: str, **env: str) -> subprocess.CompletedProcess[str]:
+def check(backend: ServeProcess, project: str, **env: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "backend", "check", "--project", project]
     given = {**os.environ, "MODEL": "demo", "MODEL_DIR": str(backend.model_dir), **env}
     return subprocess.run(command, cwd=ROOT, env=given, capture_output=True, text=True, timeout=60, check=False)
 
 
-def test_check_says_what_works_and_what_does_not(studio: LabelStudio, backend: Served, project: Project) -> None:
+def test_check_says_what_works_and_what_does_not(studio: LabelStudio, backend: ServeProcess, project: Project) -> None:
     keys = {"LABEL_STUDIO_URL": studio.url, "LABEL_STUDIO_API_KEY": studio.personal_access_token}
     good = check(backend, str(project.number), **keys)
     assert good.returncode == 0, good.stdout + good.stderr
@@ -150,7 +150,7 @@ def test_check_says_what_works_and_what_does_not(studio: LabelStudio, backend: S
     assert "does not answer at http://127.0.0.1:1" in away.stdout
 
 
-def test_the_boxes_are_seen_in_the_browser(studio: LabelStudio, backend: Served) -> None:
+def test_the_boxes_are_seen_in_the_browser(studio: LabelStudio, backend: ServeProcess) -> None:
     pictures = {path.name: path.read_bytes() for path in sorted(samples.FOLDER.glob("*.jpg"))}
     project = studio.create_project("samples", (samples.FOLDER / "labeling_config.xml").read_text(), pictures)
     project.connect(backend.url)
@@ -178,7 +178,7 @@ def test_the_boxes_are_seen_in_the_browser(studio: LabelStudio, backend: Served)
     assert len(listed) == len(most["result"]) >= 3
 
 
-def totals(backend: Served, project: Project) -> list[int]:
+def totals(backend: ServeProcess, project: Project) -> list[int]:
     """What the status page says of the boxes of a project: kept, changed, deleted, drawn."""
     cards = requests.get(f"{backend.url}/status", timeout=10).json()["projects"]
     (boxes,) = [card["boxes"] for card in cards if card["project"] == str(project.number)]

@@ -9,26 +9,26 @@ import pytest
 import requests
 
 from tests.e2e.studio import LEGACY_TOKEN, LabelStudio, Project, running_label_studio
-from tests.scenes import config_for, data_uri, scenes
-from tests.servers import Served, free_port, wait_for
+from tests.scenes import make_labeling_config, make_scenes, to_data_uri
+from tests.servers import ServeProcess, find_free_port, wait_for
 
 pytestmark = pytest.mark.timeout(900)
 
 TASKS = 250
 AWAY = 60 if os.environ.get("CHAOS") == "full" else 10  # s, besides what its start takes
-DRAWN = scenes(5, (96, 96))
+DRAWN = make_scenes(5, (96, 96))
 
 
-def start_backend(folder: Path, url: str) -> Served:
+def start_backend(folder: Path, url: str) -> ServeProcess:
     folder.mkdir()
-    served = Served(folder, LABEL_STUDIO_URL=url, LABEL_STUDIO_API_KEY=LEGACY_TOKEN, BATCH_SIZE="5")
+    served = ServeProcess(folder, LABEL_STUDIO_URL=url, LABEL_STUDIO_API_KEY=LEGACY_TOKEN, BATCH_SIZE="5")
     served.wait_until_ready()
     return served
 
 
-def create_project(studio: LabelStudio, title: str, backend: Served) -> Project:
-    project = studio.create_project(title, config_for(DRAWN), {})
-    tasks = [{"data": {"image": data_uri(DRAWN[i % 5].image), "number": i}} for i in range(TASKS)]
+def create_project(studio: LabelStudio, title: str, backend: ServeProcess) -> Project:
+    project = studio.create_project(title, make_labeling_config(DRAWN), {})
+    tasks = [{"data": {"image": to_data_uri(DRAWN[i % 5].image), "number": i}} for i in range(TASKS)]
     studio.call("POST", f"/api/projects/{project.number}/import", json=tasks)
     project.connect(backend.url)
     return project
@@ -65,11 +65,11 @@ def test_another_label_studio_with_the_same_numbers_is_left_alone(studio: LabelS
     try:
         project = create_project(studio, "strange", backend)
         ids = [task["id"] for task in project.tasks()][:60]
-        others = [data_uri(DRAWN[(i + 1) % 5].image) for i in range(60)]  # not what the project holds
+        others = [to_data_uri(DRAWN[(i + 1) % 5].image) for i in range(60)]  # not what the project holds
         elsewhere = [{"id": number, "data": {"image": uri}} for number, uri in zip(ids, others, strict=True)]
-        body = {"tasks": elsewhere, "label_config": config_for(DRAWN), "project": f"{project.number}.1", "params": {}}
+        body = {"tasks": elsewhere, "label_config": make_labeling_config(DRAWN), "project": f"{project.number}.1", "params": {}}
         requests.post(f"{backend.url}/predict", json=body, timeout=60)
-        wait_for(lambda: "is not the one that asks" in backend.text(), 30, "a line in the log")
+        wait_for(lambda: "has other data than the requesting project" in backend.read_log(), 30, "a line in the log")
         assert project.predictions() == []
         answers = requests.post(f"{backend.url}/predict", json=body, timeout=60).json()["results"]
         assert all("result" in answer for answer in answers)  # pulled from now on
@@ -78,7 +78,7 @@ def test_another_label_studio_with_the_same_numbers_is_left_alone(studio: LabelS
 
 
 def test_label_studio_goes_away_while_predictions_are_pushed(tmp_path: Path) -> None:
-    port, folder = free_port(), tmp_path / "studio"
+    port, folder = find_free_port(), tmp_path / "studio"
     folder.mkdir()
     with running_label_studio(folder, port) as studio:
         backend = start_backend(tmp_path / "b", studio.url)
