@@ -29,10 +29,10 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 @contextlib.contextmanager
 def running_redis(folder: Path) -> Iterator[str]:
     path = folder / "r.sock"
-    process = subprocess.Popen(private_redis.command(private_redis.find_server(), path, folder))
+    process = subprocess.Popen(private_redis.build_command(private_redis.find_server(), path, folder))
     try:
-        private_redis.wait_until_ready(private_redis.url(path))
-        yield private_redis.url(path)
+        private_redis.wait_until_ready(private_redis.make_url(path))
+        yield private_redis.make_url(path)
     finally:
         process.kill()
         process.wait()

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from backend.cli.supervisor import _devices
+from backend.cli.supervisor import list_devices
 from backend.errors import SettingsError
 from backend.settings import Settings
 
@@ -96,11 +96,11 @@ def test_pictures_are_shown_behind_a_door_or_where_asked_for() -> None:
 def test_a_worker_for_each_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("backend.cli.supervisor.NVIDIA", tmp_path)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert _devices("auto") == ["auto"]
-    assert _devices("cuda:1, cuda:3") == ["cuda:1", "cuda:3"]
+    assert list_devices("auto") == ["auto"]
+    assert list_devices("cuda:1, cuda:3") == ["cuda:1", "cuda:3"]
     for number in range(3):
         (tmp_path / f"0000:0{number}:00.0").mkdir()
-    assert _devices("auto") == ["cuda:0", "cuda:1", "cuda:2"]
+    assert list_devices("auto") == ["cuda:0", "cuda:1", "cuda:2"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,0")
-    assert _devices("cuda") == ["cuda:0", "cuda:1"]
-    assert _devices("cpu") == ["cpu"]
+    assert list_devices("cuda") == ["cuda:0", "cuda:1"]
+    assert list_devices("cpu") == ["cpu"]

