@@ -1,4 +1,4 @@
-"""`check`: one line for each thing that must work: what was tried, what came back, and what to do about it."""
+"""The command `check`: one line for each thing that must work, with what came back or what to do about it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from backend.queue.redis import connect
 from backend.registry.checkpoint import find_checkpoint
 from backend.settings import Settings
 
-BLOCKS_LOCAL = (
+NO_MODELS_CONNECTED = (
     "none. If connecting answers 403 'reserved network address', Label Studio refuses private addresses: "
     "start it with ML_BLOCK_LOCAL_IP=false and SSRF_PROTECTION_ENABLED=false"
 )
@@ -25,80 +25,89 @@ BLOCKS_LOCAL = (
 
 @dataclass(frozen=True)
 class CheckResult:
-    """What was tried, what came back or is to be done, and whether it is well."""
+    """The outcome of one check.
 
-    tried: str
-    found: str
-    is_well: bool
+    Attributes:
+        subject: what was checked.
+        detail: what came back, or what is wrong and what to do about it.
+        is_ok: the check passed.
+    """
+
+    subject: str
+    detail: str
+    is_ok: bool
 
     def __str__(self) -> str:
-        return f"{'ok  ' if self.is_well else 'FAIL'}  {self.tried}: {self.found}"
+        return f"{'ok  ' if self.is_ok else 'FAIL'}  {self.subject}: {self.detail}"
 
 
 def check(settings: Settings, project: str) -> Iterator[CheckResult]:
-    """Tries one thing after the other; `project` is a number, or empty to leave out what needs one."""
-    studio = LabelStudioClient(settings.label_studio_url, settings.label_studio_api_key)
-    yield _tried("MODEL", lambda: find_checkpoint(settings.model).source)
-    yield _tried("Redis", lambda: _redis(settings))
-    yield _tried("workers", lambda: _workers(settings))
+    """Runs the checks one after the other.
+
+    Args:
+        settings: with the URL of a Redis.
+        project: its number; empty: no check of a project.
+
+    Yields:
+        The result of each check, as soon as it is known.
+    """
+    queue = PredictQueue(connect(settings.redis_url))
+    label_studio = LabelStudioClient(settings.label_studio_url, settings.label_studio_api_key)
+    yield _run_check("MODEL", lambda: find_checkpoint(settings.model).source)
+    yield _run_check("Redis", lambda: f"{queue.count_waiting()} chunks are waiting")
+    yield _run_check("workers", lambda: _count_workers(queue))
     if not settings.label_studio_url:
-        yield CheckResult(
-            "Label Studio", "LABEL_STUDIO_URL is not set: uploads cannot be read, nothing can be pushed", False
-        )
+        detail = "LABEL_STUDIO_URL is not set: uploads cannot be read, nothing can be pushed"
+        yield CheckResult("Label Studio", detail, is_ok=False)
         return
-    yield _tried("Label Studio", lambda: studio.get_version())
-    yield _tried("LABEL_STUDIO_API_KEY", lambda: f"{studio.get_token_type()} of {studio.whoami()}")
+    yield _run_check("Label Studio", label_studio.get_version)
+    yield _run_check("LABEL_STUDIO_API_KEY", lambda: f"{label_studio.get_token_type()} of {label_studio.whoami()}")
     if project:
-        yield from _project(settings, studio, project)
+        yield from _check_project(settings, label_studio, project)
 
 
-def _tried(tried: str, attempt: Callable[[], str]) -> CheckResult:
+def _run_check(subject: str, attempt: Callable[[], str]) -> CheckResult:
+    """Makes a result from what `attempt` returns, or from the BackendError that it raises."""
     try:
-        return CheckResult(tried, attempt(), True)
+        return CheckResult(subject, attempt(), is_ok=True)
     except BackendError as error:
-        return CheckResult(tried, str(error), False)
+        return CheckResult(subject, str(error), is_ok=False)
 
 
-def _redis(settings: Settings) -> str:
-    return f"{PredictQueue(connect(settings.redis_url)).count_waiting()} chunks are waiting"
+def _count_workers(queue: PredictQueue) -> str:
+    count = queue.count_ready_workers()
+    if not count:
+        raise BackendError("none has its model loaded; see the log of `serve`, or start `worker`")
+    return f"{count} ready"
 
 
-def _workers(settings: Settings) -> str:
-    ready = PredictQueue(connect(settings.redis_url)).count_ready_workers()
-    if not ready:
-        raise BackendError("none has its model loaded; look into the log of `serve`, or start `worker`")
-    return f"{ready} ready"
+def _check_project(settings: Settings, label_studio: LabelStudioClient, project: str) -> Iterator[CheckResult]:
+    subject = f"labeling config of project {project}"
+    try:
+        plan = read_plan(label_studio.get_label_config(project), settings.box_threshold, settings.nms_iou)
+    except BackendError as error:
+        yield CheckResult(subject, str(error), is_ok=False)
+    else:
+        labels = [f"{label.name}: {', '.join(label.phrases)}" for control in plan.controls for label in control.labels]
+        yield CheckResult(subject, "; ".join(labels) or "labels come with the task", is_ok=True)
+        yield _run_check("one image of it", lambda: _load_first_image(settings, label_studio, project, plan))
+    yield _run_check("models connected to it", lambda: _list_models(label_studio, project))
 
 
-def _project(settings: Settings, studio: LabelStudioClient, project: str) -> Iterator[CheckResult]:
-    config: list[Plan] = []
-
-    def plan() -> str:
-        config.append(read_plan(studio.get_label_config(project), settings.box_threshold, settings.nms_iou))
-        labels = [label for control in config[0].controls for label in control.labels]
-        return "; ".join(f"{label.name}: {', '.join(label.phrases)}" for label in labels) or "labels come with the task"
-
-    yield _tried(f"labeling config of project {project}", plan)
-    if config:
-        yield _tried("one picture of it", lambda: _picture(settings, studio, project, config[0]))
-    yield _tried("models connected to it", lambda: _backends(studio, project))
-
-
-def _picture(settings: Settings, studio: LabelStudioClient, project: str, plan: Plan) -> str:
-    task = studio.get_first_task(project)
+def _load_first_image(settings: Settings, label_studio: LabelStudioClient, project: str, plan: Plan) -> str:
+    """Loads the first image of the project's first task, and describes it."""
+    task = label_studio.get_first_task(project)
     if task is None:
         raise BackendError("the project has no tasks")
-    sources = ImageFetcher.from_settings(settings, studio)
-    view = next(iter(expand_targets(plan, task["data"])), None)
-    if view is None:
+    target = next(iter(expand_targets(plan, task["data"])), None)
+    if target is None:
         raise BackendError("the task's list of images is empty or missing")
-    picture = ImageLoader(sources, settings.max_image_pixels).load(view.uri, task["id"])
-    return f"task {task['id']}: {picture.size[0]} x {picture.size[1]} pixels"
+    fetcher = ImageFetcher.from_settings(settings, label_studio)
+    image = ImageLoader(fetcher, settings.max_image_pixels).load(target.uri, task["id"])
+    return f"task {task['id']}: {image.size[0]} x {image.size[1]} pixels"
 
 
-def _backends(studio: LabelStudioClient, project: str) -> str:
-    rows = studio.list_ml_backends(project)
-    states = [
-        f"{parse_origin(row['url'])} {json.dumps(row.get('readable_state'))}" for row in rows
-    ]
-    return ", ".join(states) or BLOCKS_LOCAL
+def _list_models(label_studio: LabelStudioClient, project: str) -> str:
+    models = label_studio.list_ml_backends(project)
+    states = [f"{parse_origin(model['url'])} {json.dumps(model.get('readable_state'))}" for model in models]
+    return ", ".join(states) or NO_MODELS_CONNECTED

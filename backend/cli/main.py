@@ -13,10 +13,11 @@ from typing import Any, TypeVar
 import click
 
 from backend import __version__
+from backend.cli.preannotate import preannotate as run_preannotate
 from backend.cli.process import EXIT_UNUSABLE
 from backend.cli.supervisor import build_gunicorn_command, stop_on_signals
-from backend.cli.supervisor import serve as run_everything
-from backend.cli.versions import add_commands, follow, report
+from backend.cli.supervisor import serve as run_supervisor
+from backend.cli.versions import add_versions_commands, follow_training, report_outcome
 from backend.delivery.import_watcher import ImportWatcher
 from backend.delivery.pusher import Pusher
 from backend.errors import BackendError, CheckpointError, SettingsError
@@ -27,10 +28,10 @@ from backend.queue.private_redis import resolve_redis_url
 from backend.queue.redis import connect
 from backend.queue.training_queue import TrainingQueue
 from backend.settings import Settings, describe_setting
-from backend.training.training_worker import run as serve_fit
+from backend.training import training_worker
 
-# Turns that one of torch's threads waits for the others before it sleeps. The default is without end: two busy
-# processes on the same cores then hold each other up, fifty times over (docs/benchmarks.md).
+# Iterations for which an idle OpenMP thread of torch spins before it sleeps. Without a limit, two busy processes on the
+# same cores slow each other down fifty-fold (docs/benchmarks.md).
 SPIN_COUNT = "1000"
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -62,7 +63,7 @@ def cli() -> None:
 @settings_options
 def serve(**options: str | None) -> None:
     """Run everything: web front, workers and, without REDIS_URL, a private Redis."""
-    sys.exit(run_everything(_settings(options)))
+    sys.exit(run_supervisor(_settings(options)))
 
 
 @cli.command()
@@ -75,7 +76,10 @@ def web(**options: str | None) -> None:
 
 
 @cli.command()
-@click.option("--queue", type=click.Choice(["predict", "fit"]), default="predict", help="its work; default: predict")
+@click.option(
+    "--queue", type=click.Choice(["predict", "fit"]), default="predict",
+    help="predictions, or trainings (fit); default: predict",
+)  # fmt: skip
 @settings_options
 def worker(queue: str, **options: str | None) -> None:
     """Run one worker alone, with REDIS_URL or beside a running server."""
@@ -84,128 +88,126 @@ def worker(queue: str, **options: str | None) -> None:
     code = 0
     try:
         if queue == "predict":
-            from backend.prediction.predict_worker import (
-                run as serve_predict,  # loads torch: only this command pays for it
-            )
+            from backend.prediction import predict_worker  # loads torch: the other commands do without
 
-            serve_predict(settings)
-        elif serve_fit(settings):
+            predict_worker.run(settings)
+        elif training_worker.run(settings):
             os.execv(sys.executable, [sys.executable, "-m", "backend", *sys.argv[1:]])  # noqa: S606
     except BackendError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         code = EXIT_UNUSABLE if isinstance(error, (SettingsError, CheckpointError)) else 1
     logging.shutdown()
-    os._exit(code)  # Python would wait for a download that hangs
+    os._exit(code)  # a normal exit would wait for a download that hangs
 
 
 @cli.command()
 @settings_options
 def push(**options: str | None) -> None:
-    """Run the pusher alone: it brings predictions of large requests into Label Studio."""
+    """Run the pusher alone, which stores the predictions of large requests in Label Studio."""
     settings = resolve_redis_url(_settings(options))
     if not (settings.label_studio_url and settings.label_studio_api_key):
         raise SettingsError("set LABEL_STUDIO_URL and LABEL_STUDIO_API_KEY: without them nothing can be pushed")
-    studio = LabelStudioClient(settings.label_studio_url, settings.label_studio_api_key)
+    label_studio = LabelStudioClient(settings.label_studio_url, settings.label_studio_api_key)
     stop, name = stop_on_signals(), make_worker_name()
     if settings.preannotate_on_import:
-        imports = ImportWatcher(settings, connect(settings.redis_url), studio, name)
-        threading.Thread(target=imports.run, args=(stop,), daemon=True).start()
-    Pusher(connect(settings.redis_url), studio, name).run(stop)
+        watcher = ImportWatcher(settings, connect(settings.redis_url), label_studio, name)
+        threading.Thread(target=watcher.run, args=(stop,), daemon=True).start()
+    Pusher(connect(settings.redis_url), label_studio, name).run(stop)
 
 
 @cli.command()
-@click.option("--project", default="", metavar="NUMBER", help="project whose config and one picture are tried")
+@click.option("--project", default="", metavar="NUMBER", help="also check this project's config and one of its images")
 @settings_options
 def check(project: str, **options: str | None) -> None:
-    """Try everything that must work, and say what does not; exit code 1 if anything fails."""
-    from backend.cli.check import check as try_everything  # loads numpy: the supervisor and the front do without
+    """Check Redis, workers, model and Label Studio, line by line. Exit code 1: a check failed."""
+    from backend.cli.check import check as run_checks  # loads numpy: the supervisor and the web front do without
 
     settings = resolve_redis_url(_settings({**options, "log_level": "ERROR"}))
-    lines = []
-    for line in try_everything(settings, project):
-        print(line, flush=True)
-        lines.append(line)
-    if not all(line.is_well for line in lines):
-        sys.exit(1)
+    has_failed = False
+    for result in run_checks(settings, project):
+        print(result, flush=True)
+        has_failed |= not result.is_ok
+    sys.exit(1 if has_failed else 0)
 
 
 @cli.command()
-@click.option("--project", required=True, metavar="NUMBER", help="of Label Studio")
+@click.option("--project", required=True, metavar="NUMBER", help="the project's number in Label Studio")
 @settings_options
 def train(project: str, **options: str | None) -> None:
-    """Learn from a project's annotations, as Start Training does, and show how it goes; Ctrl-C leaves it running."""
+    """Train on a project's annotations, as Start Training does. Ctrl-C ends the display, not the training."""
     settings = resolve_redis_url(_settings(options))
     if not (settings.label_studio_url and settings.label_studio_api_key):
         raise SettingsError("training reads annotations: set LABEL_STUDIO_URL and LABEL_STUDIO_API_KEY")
     if not project.isdigit():
         raise SettingsError("--project must be a project's number")
-    trainings = TrainingQueue(connect(settings.redis_url))
-    trainings.start(project, settings.train)
-    sys.exit(report(follow(trainings, project)))
+    queue = TrainingQueue(connect(settings.redis_url))
+    queue.start(project, settings.train)
+    sys.exit(report_outcome(follow_training(queue, project)))
 
 
 @cli.command()
-@click.option("--project", required=True, metavar="NUMBER", help="of Label Studio")
-@click.option("--tasks", default="", metavar="NUMBERS", help="only these, with commas between")
-@click.option("--view", default="", metavar="NUMBER", help="only those of this tab of the Data Manager")
-@click.option("--limit", type=int, default=0, metavar="COUNT", help="at most so many")
-@click.option("--dry-run", is_flag=True, help="say what would be done")
-@click.option("--replace", is_flag=True, help="delete this model's older predictions once the new ones are in")
+@click.option("--project", required=True, metavar="NUMBER", help="the project's number in Label Studio")
+@click.option("--tasks", default="", metavar="NUMBERS", help="predict only these tasks, comma-separated")
+@click.option("--view", default="", metavar="NUMBER", help="predict only the tasks of this Data Manager tab")
+@click.option("--limit", type=int, default=0, metavar="COUNT", help="predict at most this many tasks")
+@click.option("--dry-run", is_flag=True, help="report what would be predicted, and stop")
+@click.option("--replace", is_flag=True, help="delete this model's older predictions once the new ones are stored")
 @settings_options
 def preannotate(
     project: str, tasks: str, view: str, limit: int, dry_run: bool, replace: bool, **options: str | None
 ) -> None:
-    """Predict a whole project; Ctrl-C stops, and the same command goes on. Exit code 1: some tasks failed."""
-    from backend.cli.preannotate import preannotate as run  # loads the pusher: other commands do without
-
-    settings = resolve_redis_url(
-        _settings({"log_level": "ERROR", **{k: v for k, v in options.items() if v is not None}})
-    )
+    """Predict a whole project. Ctrl-C stops it, and the same command resumes it. Exit code 1: some tasks failed."""
+    settings = resolve_redis_url(_settings({**options, "log_level": options["log_level"] or "ERROR"}))
     try:
-        sys.exit(run(settings, project, tasks, view, limit, dry_run, replace))
+        sys.exit(run_preannotate(settings, project, tasks, view, limit, dry_run, replace))
     except KeyboardInterrupt:
-        print("stopped; what is on its way is still brought in, and the same command goes on", file=sys.stderr)
+        print("stopped; queued predictions are still delivered, and the same command resumes", file=sys.stderr)
         sys.exit(130)
 
 
 @cli.command()
 @click.argument("images", nargs=-1, required=True)
-@click.option("--labels", default="", metavar="NAMES", help='what to look for, such as "red circle, blue square"')
-@click.option("--labels-file", type=click.Path(exists=True, dir_okay=False), help="a file with one of them a line")
+@click.option("--labels", default="", metavar="NAMES", help='what to detect, such as "red circle, blue square"')
+@click.option("--labels-file", type=click.Path(exists=True, dir_okay=False), help="a file with one label per line")
 @click.option("--labels-from", type=click.Path(exists=True, dir_okay=False), help="a labeling config as XML")
 @click.option("--out", required=True, type=click.Path(file_okay=False), help="folder to write")
-@click.option("--format", "formats", default="yolo", help="of yolo, coco and labelstudio, with commas between")
-@click.option("--val", type=click.FloatRange(0, 1), default=0.2, help="share of pictures for validation; default: 0.2")
-@click.option("--preview", is_flag=True, help="draw the boxes on copies of the pictures, and a sheet for each label")
-@click.option("--zip", "as_zip", is_flag=True, help="pack the folder as well")
-@click.option("--sample", type=int, default=0, metavar="COUNT", help="try so many first: counts by threshold, sheets")
-@click.option("--force", is_flag=True, help="write a finished folder anew")
+@click.option("--format", "formats", default="yolo", help="yolo, coco, labelstudio, comma-separated; default: yolo")
+@click.option("--val", type=click.FloatRange(0, 1), default=0.2, help="share of images for validation; default: 0.2")
+@click.option("--preview", is_flag=True, help="draw the boxes on copies of the images, and a contact sheet per label")
+@click.option("--zip", "as_zip", is_flag=True, help="also pack the folder")
+@click.option(
+    "--sample", type=int, default=0, metavar="COUNT",
+    help="try this many random images first: box counts by threshold, contact sheets",
+)  # fmt: skip
+@click.option("--force", is_flag=True, help="overwrite a finished folder")
 @settings_options
 def label(
     images: tuple[str, ...], labels: str, labels_file: str | None, labels_from: str | None, out: str, formats: str,
     val: float, preview: bool, as_zip: bool, sample: int, force: bool, **options: str | None,
 ) -> None:  # fmt: skip
-    """Label pictures in files, folders or patterns; the same command goes on where it was stopped."""
-    from backend.cli import label as bulk  # loads Pillow: other commands do without
+    """Label images in files, folders or patterns. Ctrl-C stops it, and the same command resumes it. Exit code 1: some
+    images failed.
+    """
+    from backend.cli import label as command  # loads Pillow: other commands do without
 
-    chosen = tuple(word.strip() for word in formats.split(","))
-    if not set(chosen) <= set(bulk.FORMATS):
-        raise SettingsError(f"--format must be of {', '.join(bulk.FORMATS)}")
-    config = bulk.config_from(labels, labels_file, labels_from)
-    settings = _settings({"log_level": "ERROR", **{k: v for k, v in options.items() if v is not None}})
-    wanted = bulk.LabelOptions(Path(out), chosen, val, preview, as_zip, sample, force)
+    format_names = tuple(name.strip() for name in formats.split(","))
+    if not set(format_names) <= set(command.FORMATS):
+        raise SettingsError(f"--format must be of {', '.join(command.FORMATS)}")
+    label_config = command.read_label_config(labels, labels_file, labels_from)
+    settings = _settings({**options, "log_level": options["log_level"] or "ERROR"})
+    label_options = command.LabelOptions(Path(out), format_names, val, preview, as_zip, sample, force)
     try:
-        sys.exit(bulk.label(settings, images, config, wanted))
+        sys.exit(command.label(settings, images, label_config, label_options))
     except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
+        print("stopped; the same command resumes", file=sys.stderr)
         sys.exit(130)
 
 
-add_commands(cli, settings_options, _settings)
+add_versions_commands(cli, settings_options, _settings)
 
 
 def main() -> None:
-    """The program; an error that the user can mend ends it with one line and exit code 2."""
+    """Runs the program; an error that the user can correct ends it with one line and exit code 2."""
     try:
         cli(standalone_mode=False)
     except click.ClickException as error:

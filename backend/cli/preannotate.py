@@ -1,4 +1,4 @@
-"""The command `preannotate`."""
+"""The command `preannotate`: predicts a whole project, with a progress bar and a list of failures."""
 
 from __future__ import annotations
 
@@ -17,59 +17,69 @@ from backend.settings import Settings
 
 
 def preannotate(
-    settings: Settings, project: str, numbers: str, view: str, limit: int, dry_run: bool, replace: bool
+    settings: Settings, project: str, tasks: str, view: str, limit: int, dry_run: bool, replace: bool
 ) -> int:
-    """Runs the command; returns its exit code: 0 all done, 1 some failed.
+    """Predicts the tasks of a project that have no prediction of the current version.
+
+    Args:
+        settings: with the URL of a Redis.
+        project: its number.
+        tasks: the numbers of the tasks to predict, comma-separated; empty: all.
+        view: the number of the Data Manager tab whose tasks are predicted; empty: all.
+        limit: how many tasks to predict at most; 0: all.
+        dry_run: only report what would be predicted.
+        replace: delete older predictions of this model.
+
+    Returns:
+        The exit code: 0 if all tasks were predicted, 1 if some failed.
 
     Raises:
-        SettingsError: an option is not what it must be.
-        BackendError: it could not run.
+        SettingsError: an option is invalid.
+        BackendError: the run cannot go on.
     """
     if not (settings.label_studio_url and settings.label_studio_api_key):
         raise SettingsError("set LABEL_STUDIO_URL and LABEL_STUDIO_API_KEY: without them there are no tasks to read")
     if not project.isdigit():
         raise SettingsError("--project must be a project's number")
-    wanted = _numbers(numbers)
-    studio = LabelStudioClient(settings.label_studio_url, settings.label_studio_api_key)
+    numbers = [word.strip() for word in tasks.split(",") if word.strip()]
+    if not all(number.isdigit() for number in numbers):
+        raise SettingsError("--tasks must be task numbers, comma-separated")
+    task_ids = [int(number) for number in numbers]
+    label_studio = LabelStudioClient(settings.label_studio_url, settings.label_studio_api_key)
     connection = connect(settings.redis_url)
-    run = Preannotation(settings, connection, studio, project)
+    run = Preannotation(settings, connection, label_studio, project)
     with redis_errors():
         run.project_model.save_summary(connection)  # for the status page
-    count = run.count_pending(wanted)
-    print(f"project {project}: {count} tasks have no prediction of {run.project_model.model_version}", file=sys.stderr)
+    pending = run.count_pending(task_ids)
+    version = run.project_model.model_version
+    print(f"project {project}: {pending} tasks have no prediction of {version}", file=sys.stderr)
     if dry_run:
         for control in run.project_model.plan.controls:
             for label in control.labels:
                 print(f"{control.from_name}: {label.name}: {', '.join(label.phrases)}; from {label.threshold}")
         return 0
-    most = limit or (sys.maxsize if view else count)
-    shown = BulkProgress(connection, f"preannotate-{project}", f"preannotate, project {project}")
-    most_there = min(most, count)
-    with contextlib.closing(shown), tqdm(total=most_there, unit="task", file=sys.stderr) as bar:
+    max_tasks = limit or (sys.maxsize if view else pending)  # the tasks of a view are not counted
+    expected = min(max_tasks, pending)
+    progress = BulkProgress(connection, f"preannotate-{project}", f"preannotate, project {project}")
+    with contextlib.closing(progress), tqdm(total=expected, unit="task", file=sys.stderr) as bar:
 
-        def progress(done: int, failed: int) -> None:
+        def on_progress(done: int, failed: int) -> None:
             bar.n = done
             bar.set_postfix(failed=failed, refresh=False)
             bar.refresh()
-            shown.report(done, failed, most_there)
+            progress.report(done, failed, expected)
 
-        tally = run.run(run.open_cursor(wanted, view), most, progress, replace)
-    return _sum_up(tally, Path(f"preannotate-{project}-failures.csv"))
-
-
-def _numbers(text: str) -> list[int]:
-    words = [word.strip() for word in text.split(",") if word.strip()]
-    if not all(word.isdigit() for word in words):
-        raise SettingsError("--tasks must be task numbers with commas between")
-    return [int(word) for word in words]
+        summary = run.run(run.open_cursor(task_ids, view), max_tasks, on_progress, replace)
+    return _report_summary(summary, Path(f"preannotate-{project}-failures.csv"))
 
 
-def _sum_up(tally: PreannotationSummary, path: Path) -> int:
-    print(f"{tally.done - len(tally.failures)} tasks predicted, {len(tally.failures)} failed")
-    if not tally.failures:
+def _report_summary(summary: PreannotationSummary, failures_path: Path) -> int:
+    """Prints how many tasks failed and why, and writes them to a file; returns the exit code."""
+    print(f"{summary.done - len(summary.failures)} tasks predicted, {len(summary.failures)} failed")
+    if not summary.failures:
         return 0
-    for reason, count in tally.count_by_reason().most_common():
+    for reason, count in summary.count_by_reason().most_common():
         print(f"  {count}: {reason}")
-    tally.write_failures(path)
-    print(f"each of them is in {path}; the same command tries them again")
+    summary.write_failures(failures_path)
+    print(f"{failures_path} lists the failed tasks; the same command tries them again")
     return 1

@@ -1,4 +1,4 @@
-"""What `serve` prints once it is up: the URL, whether the model is ready, one real prediction, and what to click."""
+"""Prints, once `serve` is up: the URL, when the model is ready, one real prediction, and the next steps."""
 
 from __future__ import annotations
 
@@ -13,81 +13,81 @@ import requests
 
 from backend.settings import Settings
 
+READY_POLL = 0.2  # s between two requests of /ready
+READY_TIMEOUT = 5  # s for which a request of /ready may take
 SAMPLES = Path(__file__).parent.parent / "demo" / "samples"
-SAMPLE = SAMPLES / "sample-1.jpg"
+SAMPLE_IMAGE = SAMPLES / "sample-1.jpg"
 LABELING_CONFIG = SAMPLES / "labeling_config.xml"
 
 NEXT_STEPS = """
 Before Label Studio can use it:
   - start Label Studio with ML_BLOCK_LOCAL_IP=false SSRF_PROTECTION_ENABLED=false
-    (1.23.1 and newer refuse a backend on this machine otherwise)
-  - start this server with LABEL_STUDIO_URL and LABEL_STUDIO_API_KEY, or it cannot open uploaded pictures{missing}
+    (since 1.23.1 it refuses a backend on this machine otherwise)
+  - start this server with LABEL_STUDIO_URL and LABEL_STUDIO_API_KEY, or it cannot read uploaded images{missing}
 Then, in Label Studio:
   1. Settings > Labeling Interface > Code: paste {config}
   2. Settings > Model > Connect Model: any name, backend URL {url}
-  3. Import the pictures in {samples}
+  3. Import the images in {samples}
   4. Data Manager: select them, Actions > Retrieve predictions, open one
-What it does: {url}/; phrases and thresholds to try: {url}/playground
+Status: {url}/; try phrases and thresholds: {url}/playground
 Ctrl-C stops everything."""
 
 
-def welcome(settings: Settings, say: Callable[[str], None], stop: threading.Event) -> None:
-    """Waits until a worker is ready, then shows a prediction made through the HTTP route like any other."""
+def welcome(settings: Settings, echo: Callable[[str], None], stop: threading.Event) -> None:
+    """Waits until a worker is ready, then shows a prediction made through the HTTP route like any other.
+
+    Args:
+        settings: those of the server.
+        echo: prints a line.
+        stop: ends the waiting.
+    """
     url = f"http://localhost:{settings.port}" + (f"/s/{settings.path_secret}" if settings.path_secret else "")
-    say(f"starting on {url}; loading {settings.model}")
-    start = time.monotonic()
-    while not _is_ready(url):
-        if stop.wait(0.2):
-            return
-    say(f"model ready after {time.monotonic() - start:.1f} s")
-    try:
-        prediction, took = sample_prediction(settings, url)
-        for line in _describe(prediction, took):
-            say(line)
-    except requests.RequestException as error:
-        say(f"the sample prediction failed: {error}")
-    missing = "" if settings.label_studio_url and settings.label_studio_api_key else " (not set now)"
-    say(NEXT_STEPS.format(config=LABELING_CONFIG, url=url, samples=SAMPLES, missing=missing))
-
-
-def _local() -> requests.Session:
-    """For calls to this machine: a proxy of the shell would not find it."""
     session = requests.Session()
-    session.trust_env = False
-    return session
-
-
-def _is_ready(url: str) -> bool:
+    session.trust_env = False  # a proxy set in the shell would not reach this machine
+    echo(f"starting on {url}; loading {settings.model}")
+    start = time.monotonic()
+    while not _is_ready(session, url):
+        if stop.wait(READY_POLL):
+            return
+    echo(f"model ready after {time.monotonic() - start:.1f} s")
     try:
-        return _local().get(f"{url}/ready", timeout=5).ok
+        for line in _predict_sample(session, settings, url):
+            echo(line)
+    except requests.RequestException as error:
+        echo(f"the sample prediction failed: {error}")
+    missing = "" if settings.label_studio_url and settings.label_studio_api_key else " (not set now)"
+    echo(NEXT_STEPS.format(config=LABELING_CONFIG, url=url, samples=SAMPLES, missing=missing))
+
+
+def _is_ready(session: requests.Session, url: str) -> bool:
+    try:
+        return session.get(f"{url}/ready", timeout=READY_TIMEOUT).ok
     except requests.RequestException:
         return False
 
 
-def sample_prediction(settings: Settings, url: str) -> tuple[dict[str, Any], float]:
-    """One bundled picture through POST /predict: the answer for it and the seconds that it took.
+def _predict_sample(session: requests.Session, settings: Settings, url: str) -> Iterator[str]:
+    """Predicts a bundled image through POST /predict, and yields lines that describe the answer.
 
     Raises:
         requests.RequestException: the web front does not answer, or answers with an error.
     """
-    picture = base64.b64encode(SAMPLE.read_bytes()).decode()
+    image = base64.b64encode(SAMPLE_IMAGE.read_bytes()).decode()
     body = {
-        "tasks": [{"id": 1, "data": {"image": f"data:image/jpeg;base64,{picture}"}}],
+        "tasks": [{"id": 1, "data": {"image": f"data:image/jpeg;base64,{image}"}}],
         "label_config": LABELING_CONFIG.read_text(),
     }
     login = (settings.basic_auth_user, settings.basic_auth_pass) if settings.basic_auth_user else None
     start = time.monotonic()
-    reply = _local().post(f"{url}/predict", json=body, auth=login, timeout=settings.predict_deadline + 10)
-    reply.raise_for_status()
-    return reply.json()["results"][0], time.monotonic() - start
-
-
-def _describe(prediction: dict[str, Any], took: float) -> Iterator[str]:
+    response = session.post(f"{url}/predict", json=body, auth=login, timeout=settings.predict_deadline + 10)
+    response.raise_for_status()
+    prediction: dict[str, Any] = response.json()["results"][0]
+    duration = time.monotonic() - start
     if "error" in prediction:
         yield f"the sample prediction failed: {prediction['error']['detail']}"
         return
-    yield f"sample prediction of {SAMPLE.name} by {prediction['model_version']} in {1000 * took:.0f} ms:"
+    yield f"sample prediction of {SAMPLE_IMAGE.name} by {prediction['model_version']} in {1000 * duration:.0f} ms:"
     for region in prediction["result"]:
         box = {key: round(region["value"][key]) for key in ("x", "y", "width", "height")}
-        where = "x {x}%, y {y}%, {width}% wide, {height}% high".format(**box)
-        yield f"  {region['value']['rectanglelabels'][0]}  score {region['score']:.2f}  {where}"
+        place = "x {x}%, y {y}%, {width}% wide, {height}% high".format(**box)
+        yield f"  {region['value']['rectanglelabels'][0]}  score {region['score']:.2f}  {place}"

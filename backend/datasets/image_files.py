@@ -1,11 +1,11 @@
-"""Pictures in folders: which there are, what they are called, and which of them are for validation."""
+"""Image files in folders: which there are, their names in the data set, and their split."""
 
 from __future__ import annotations
 
 import glob
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,63 +16,83 @@ SUFFIXES = frozenset([".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", 
 
 @dataclass(frozen=True)
 class ImageFile:
-    """A picture: its path, its path below the folder that was asked for, and its name in what is written."""
+    """An image file.
+
+    Attributes:
+        path: where the file is.
+        key: its path below the given folder, or as it was given; no other file of the run has it.
+        name: its file name in the data set; no other file of the run has it, even without the suffix.
+    """
 
     path: Path
     key: str
     name: str
 
-    def is_for_validation(self, share: float) -> bool:
-        """Told by the key alone, so that the same picture stays where it is when others come."""
-        place = int.from_bytes(hashlib.sha256(self.key.encode(errors="replace")).digest()[:4], "big")
-        return place / 2**32 < share
+    def is_for_validation(self, validation_share: float) -> bool:
+        """Returns whether the image is in the validation split, which gets this share of all images (0..1).
+
+        The key alone decides, so that an image stays in its split when others are added.
+        """
+        digest = hashlib.sha256(self.key.encode(errors="replace")).digest()
+        return int.from_bytes(digest[:4], "big") / 2**32 < validation_share
 
 
-def find_images(words: Sequence[str]) -> list[ImageFile]:
-    """The pictures of files, folders (with all below them) and patterns, each once, by name.
+def find_images(arguments: Sequence[str], excluded_folders: Sequence[Path] = ()) -> list[ImageFile]:
+    """Finds the images of files, folders (recursively) and glob patterns, each once.
+
+    Args:
+        arguments: the files, folders and patterns.
+        excluded_folders: folders whose images are left out, such as those that the run itself writes.
+
+    Returns:
+        The images, sorted by name.
 
     Raises:
-        SettingsError: one of them leads to nothing.
+        SettingsError: one of the arguments leads to no image.
     """
-    found: dict[Path, str] = {}
-    for word in words:
-        rows = list(_of(word, is_alone=len(words) == 1))
-        if not rows:
-            raise SettingsError(f"{word}: no pictures there")
-        for path, key in rows:
-            found.setdefault(path.resolve(), key)
-    return sorted(_named(found), key=lambda file: file.name)
+    excluded = [folder.resolve() for folder in excluded_folders]
+    keys: dict[Path, str] = {}  # by resolved path
+    for argument in arguments:
+        has_images = False
+        for path, key in _list_images(argument, is_alone=len(arguments) == 1):
+            resolved = path.resolve()
+            if not any(resolved.is_relative_to(folder) for folder in excluded):
+                has_images = True
+                keys.setdefault(resolved, key)
+        if not has_images:
+            raise SettingsError(f"{argument}: no images there")
+    return sorted(_assign_names(keys), key=lambda file: file.name)
 
 
-def _of(word: str, is_alone: bool = False) -> Iterator[tuple[Path, str]]:
-    """Pictures and their keys: paths as they were asked for, or below the one folder that was."""
-    path = Path(word)
+def _list_images(argument: str, is_alone: bool = False) -> Iterator[tuple[Path, str]]:
+    """Yields paths and keys; a key is relative to the folder where that is the only argument."""
+    path = Path(argument)
     if path.is_dir():
         base = path if is_alone else Path()
-        yield from ((p, p.relative_to(base).as_posix().lstrip("/")) for p in path.rglob("*") if _is_picture(p))
+        for child in path.rglob("*"):
+            if child.is_file() and child.suffix.lower() in SUFFIXES:
+                yield child, child.relative_to(base).as_posix().lstrip("/")
     elif path.is_file():
         yield path, path.as_posix().lstrip("/")
     else:
-        for match in glob.glob(word, recursive=True):
-            yield from _of(match)
+        for match in glob.glob(argument, recursive=True):
+            yield from _list_images(match)
 
 
-def _is_picture(path: Path) -> bool:
-    return path.is_file() and path.suffix.lower() in SUFFIXES
+def _assign_names(keys: Mapping[Path, str]) -> Iterator[ImageFile]:
+    """Yields the files with their names.
 
-
-def _named(found: dict[Path, str]) -> Iterator[ImageFile]:
-    """Each keeps its name; those whose labels would share a file get their folders in front, or the suffix behind.
-
-    Everything lies in one folder, because not all that read YOLO look into folders below.
+    All images of a split share one folder, because not every reader of YOLO data sets looks into subfolders. Each file
+    keeps its name, except those whose label files would have the same name: these get their folders as a prefix, or
+    else their suffix behind the stem.
     """
-    stems = Counter(Path(key).stem for key in found.values())
-    taken: set[str] = set()
-    for path, key in found.items():
+    stem_counts = Counter(Path(key).stem for key in keys.values())
+    taken_stems: set[str] = set()
+    for path, key in keys.items():
         name = path.name
-        if stems[path.stem] > 1:
+        if stem_counts[path.stem] > 1:
             name = key.replace("/", "__")
-        if Path(name).stem in taken:
+        if Path(name).stem in taken_stems:
             name = f"{Path(name).stem}-{path.suffix[1:].lower()}{path.suffix}"
-        taken.add(Path(name).stem)
+        taken_stems.add(Path(name).stem)
         yield ImageFile(path, key, name)

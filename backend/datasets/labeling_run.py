@@ -15,6 +15,7 @@ from xml.sax.saxutils import quoteattr
 from PIL import Image
 from redis import Redis
 
+from backend.boxes import Box, Detection
 from backend.datasets.formats import LabeledImage
 from backend.datasets.image_files import ImageFile
 from backend.errors import BackendError, SettingsError
@@ -156,15 +157,18 @@ def _read_image_field(plan: Plan) -> str:
 
 
 def to_labeled_image(file: ImageFile, row: Row) -> LabeledImage:
-    """Converts a row with a prediction to boxes in pixels."""
+    """Converts a row with a prediction to boxes in pixels; reads the image's size from its file."""
     with Image.open(file.path) as image:
         width, height = read_oriented_size(image)
-    regions = [region for region in row["prediction"]["result"] if read_label(region)]
-    boxes = tuple((read_label(region), region["score"], _to_pixels(region, width, height)) for region in regions)
-    return LabeledImage(file, width, height, boxes, row["prediction"])
+    detections = tuple(
+        Detection(_to_pixels(region, width, height), region["score"], read_label(region))
+        for region in row["prediction"]["result"]
+        if read_label(region)
+    )
+    return LabeledImage(file, width, height, detections, row["prediction"])
 
 
-def _to_pixels(region: Mapping[str, Any], width: int, height: int) -> tuple[float, float, float, float]:
+def _to_pixels(region: Mapping[str, Any], width: int, height: int) -> Box:
     """Converts a region's box from percent to xyxy in pixels."""
     value = region["value"]
     x, y = value["x"] * width / 100, value["y"] * height / 100
