@@ -173,7 +173,7 @@ def test_the_boxes_are_seen_in_the_browser(studio: LabelStudio, backend: ServePr
         page.get_by_label("Submit current annotation").click()
         wait_for(lambda: totals(backend, project) == [len(most["result"]), 0, 0, 0], 20, "boxes that count as kept")
         page.goto(backend.url)
-        page.wait_for_selector("#pictures figure")
+        page.wait_for_selector("#images figure")
         screenshot(page, "status")
     assert len(listed) == len(most["result"]) >= 3
 

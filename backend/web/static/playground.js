@@ -1,224 +1,231 @@
-// The playground: one look for one picture and labeling config; sliders then cut its boxes at once.
+// The playground: one prediction for an image and a labeling config; the sliders then filter its boxes in the browser.
 
-import { colourOf, cut, draw, element } from "./boxes.js";
+import { colourOf, count, drawBoxes, element, filterBoxes } from "./boxes.js";
 
 const SAMPLES = ["sample-1.jpg", "sample-2.jpg", "sample-3.jpg"];
-const FIRST = "ring\nstar\nSquare: purple square, blue square";
-const at = (id) => document.getElementById(id);
+const INITIAL_PHRASES = "ring\nstar\nSquare: purple square, blue square"; // which the bundled model knows
+const byId = (id) => document.getElementById(id);
 
-let picture = ""; // as a data: address
-let answer = null; // with the question: the labeling config, and which of the two tabs it came from
-let looks = 0; // so many were begun: an answer to an earlier one comes too late
-const thresholds = new Map(); // by the tag that holds a label and its place there: two controls may share one
+let image = ""; // a data: URI
+let answer = null; // of the backend, with the config that it was requested for, and which tab that came from
+let requests = 0; // sent so far: the answer to any but the last one is ignored
+const thresholds = new Map(); // by `keyOf` a label: controls that share their labels share the thresholds too
 
-const keyOf = (row) => `${row.holder}\n${row.number}`;
-const isByConfig = () => at("tab-config").getAttribute("aria-selected") === "true";
+const keyOf = (label) => `${label.holder}\n${label.number}`;
+const isConfigTab = () => byId("tab-config").getAttribute("aria-selected") === "true";
 
-// -- what is asked ---------------------------------------------------------------------------------------------------
+// -- the request ---------------------------------------------------------------------------------------------------
 
-function configOf(lines) {
-  const view = document.implementation.createDocument(null, "View"), root = view.documentElement;
-  const tag = (parent, name, attributes) => {
-    const made = view.createElement(name);
-    Object.entries(attributes).forEach((pair) => made.setAttribute(...pair));
-    parent.append(made);
-    return made;
+/** Makes a labeling config from lines of "label" or "label: phrase, phrase". */
+function makeConfig(lines) {
+  const xml = document.implementation.createDocument(null, "View"), root = xml.documentElement;
+  const addTag = (parent, name, attributes) => {
+    const tag = xml.createElement(name);
+    Object.entries(attributes).forEach(([attribute, value]) => tag.setAttribute(attribute, value));
+    parent.append(tag);
+    return tag;
   };
-  tag(root, "Image", { name: "image", value: "$image" });
-  const control = tag(root, "RectangleLabels", { name: "label", toName: "image" });
+  addTag(root, "Image", { name: "image", value: "$image" });
+  const control = addTag(root, "RectangleLabels", { name: "label", toName: "image" });
   for (const line of lines.split("\n").filter((text) => text.trim())) {
     const [value, phrases] = line.includes(":") ? line.split(/:(.*)/s) : [line, ""];
-    tag(control, "Label", { value: value.trim(), ...(phrases.trim() ? { predicted_values: phrases.trim() } : {}) });
+    addTag(control, "Label", { value: value.trim(), ...(phrases.trim() ? { predicted_values: phrases.trim() } : {}) });
   }
-  return indented(root);
+  return formatXml(root);
 }
 
-function indented(tag, depth = 0) {
-  const space = "  ".repeat(depth), children = [...tag.children];
-  const empty = tag.cloneNode(false);
-  const text = new XMLSerializer().serializeToString(empty);
-  if (!children.length) return space + text;
-  const open = text.replace(/\s*\/>$/, ">").replace(new RegExp(`</${tag.tagName}>$`), "");
-  return `${space}${open}\n${children.map((child) => indented(child, depth + 1)).join("\n")}\n${space}</${tag.tagName}>`;
+function formatXml(tag, depth = 0) {
+  const indent = "  ".repeat(depth), children = [...tag.children];
+  const emptyTag = new XMLSerializer().serializeToString(tag.cloneNode(false));
+  if (!children.length) return indent + emptyTag;
+  const openingTag = emptyTag.replace(/\s*\/>$/, ">").replace(new RegExp(`</${tag.tagName}>$`), "");
+  return `${indent}${openingTag}\n${children.map((child) => formatXml(child, depth + 1)).join("\n")}\n${indent}</${tag.tagName}>`;
 }
 
-const asked = () => (isByConfig() ? at("config").value : configOf(at("phrases").value));
-
-async function look() {
-  say("");
-  if (!picture) return say("Choose a picture first.");
-  const number = ++looks, question = { config: asked(), isByConfig: isByConfig() };
-  at("busy").textContent = "looking…";
+async function detect() {
+  showError("");
+  if (!image) return showError("Choose an image first.");
+  const number = ++requests, isByConfig = isConfigTab();
+  const config = isByConfig ? byId("config").value : makeConfig(byId("phrases").value);
+  byId("progress").textContent = "detecting…";
   try {
-    const body = JSON.stringify({ image: picture, label_config: question.config, project: project() });
-    const reply = await fetch("playground/look", { method: "POST", body, headers: { "Content-Type": "application/json" } });
-    const found = await reply.json();
-    if (number !== looks) return;
-    if (!reply.ok) throw new Error(found.error?.detail || `the web front answered ${reply.status}`);
-    take({ ...found, ...question });
+    const body = JSON.stringify({ image, label_config: config, project: getProject() });
+    const response = await fetch("playground/look", { method: "POST", body, headers: { "Content-Type": "application/json" } });
+    const result = await response.json();
+    if (number !== requests) return;
+    if (!response.ok) throw new Error(result.error?.detail || `The backend answered HTTP ${response.status}.`);
+    showAnswer({ ...result, config, isByConfig });
   } catch (error) {
-    if (number === looks) say(error instanceof TypeError ? "The web front does not answer." : error.message);
+    if (number === requests) showError(error instanceof TypeError ? "The backend does not answer." : error.message);
   } finally {
-    if (number === looks) at("busy").textContent = "";
+    if (number === requests) byId("progress").textContent = "";
   }
 }
 
-function say(text) {
-  at("trouble").textContent = text;
-  at("trouble").hidden = !text;
+function showError(text) {
+  byId("error").textContent = text;
+  byId("error").hidden = !text;
 }
 
-// -- what is seen ----------------------------------------------------------------------------------------------------
+// -- the answer ----------------------------------------------------------------------------------------------------
 
-function take(found) {
-  answer = found;
+function showAnswer(newAnswer) {
+  answer = newAnswer;
   thresholds.clear();
-  found.labels.forEach((row) => thresholds.set(keyOf(row), row.threshold));
-  const own = found.labels.filter((row, i) => found.labels.findIndex((other) => keyOf(other) === keyOf(row)) === i);
-  at("sliders").replaceChildren(...own.map(slider));
-  at("all").min = found.lowest;
-  at("all").value = Math.min(...thresholds.values());
-  at("results").hidden = false;
+  const labelsByKey = new Map(); // the first of those that share a threshold
+  for (const label of answer.labels) {
+    thresholds.set(keyOf(label), label.threshold);
+    if (!labelsByKey.has(keyOf(label))) labelsByKey.set(keyOf(label), label);
+  }
+  byId("sliders").replaceChildren(...[...labelsByKey.values()].map(makeSlider));
+  byId("all").min = answer.lowest;
+  byId("all").value = Math.min(...thresholds.values());
+  byId("results").hidden = false;
   refresh();
 }
 
-function slider(row) {
-  const swatch = element("i", { className: "swatch" }), colour = colourOf(row.label, labels());
+function makeSlider(label) {
+  const swatch = element("i", { className: "swatch" }), colour = colourOf(label.label, getLabelNames());
   swatch.style.background = colour;
-  const name = element("span", {}, swatch, row.label, element("small", { textContent: row.phrases.join(", ") }));
-  const input = element("input", { type: "range", min: answer.lowest, max: 1, step: 0.01, value: row.threshold, ariaLabel: `threshold of ${row.label}` });
-  input.style.setProperty("--own", colour);
-  input.dataset.own = keyOf(row);
-  input.addEventListener("input", () => { thresholds.set(keyOf(row), Number(input.value)); refresh(); });
+  const name = element("span", {}, swatch, label.label, element("small", { textContent: label.phrases.join(", ") }));
+  const input = element("input", { type: "range", min: answer.lowest, max: 1, step: 0.01, value: label.threshold, ariaLabel: `threshold of ${label.label}` });
+  input.style.setProperty("--slider-colour", colour);
+  input.dataset.key = keyOf(label);
+  input.addEventListener("input", () => { thresholds.set(keyOf(label), Number(input.value)); refresh(); });
   return element("label", { className: "slider" }, name, input, element("output"));
 }
 
-const labels = () => [...new Set(answer.labels.map((row) => row.label))];
+const getLabelNames = () => [...new Set(answer.labels.map((label) => label.label))];
 
-function threshold(control, place) {
+/** Returns the threshold of a label by its place; a negative phrase has the lowest threshold of its control. */
+function thresholdOf(control, place) {
   if (place !== null) return thresholds.get(keyOf(answer.labels[place]));
-  return Math.min(...answer.labels.filter((row) => row.control === control).map((row) => thresholds.get(keyOf(row))));
+  return Math.min(...answer.labels.filter((label) => label.control === control).map((label) => thresholds.get(keyOf(label))));
 }
 
+/** Shows what the thresholds keep: boxes, their numbers, and the labeling config. */
 function refresh() {
-  const boxes = cut(answer.boxes, threshold, answer.nms_iou).map((box) => ({ ...box, ...pick(answer.labels[box.place]) }));
-  draw(at("frame"), boxes, labels());
-  for (const input of at("sliders").querySelectorAll("input")) {
-    const own = input.dataset.own, count = boxes.filter((box) => box.key === own).length;
-    input.nextElementSibling.textContent = `${thresholds.get(own).toFixed(2)}, ${count} box${count === 1 ? "" : "es"}`;
+  const boxes = filterBoxes(answer.boxes, thresholdOf, answer.nms_iou).map((box) => {
+    const label = answer.labels[box.place];
+    return { ...box, label: label.label, key: keyOf(label) };
+  });
+  drawBoxes(byId("frame"), boxes, getLabelNames());
+  for (const input of byId("sliders").querySelectorAll("input")) {
+    const key = input.dataset.key, boxesOfLabel = boxes.filter((box) => box.key === key);
+    input.nextElementSibling.textContent = `${thresholds.get(key).toFixed(2)}, ${count(boxesOfLabel.length, "box", "es")}`;
   }
-  at("all-value").textContent = Number(at("all").value).toFixed(2);
-  at("summary").textContent = `${boxes.length} box${boxes.length === 1 ? "" : "es"} by ${answer.model_version}`;
-  at("result").value = matching();
+  byId("all-value").textContent = Number(byId("all").value).toFixed(2);
+  byId("summary").textContent = `${count(boxes.length, "box", "es")} by ${answer.model_version}`;
+  byId("result").value = makeConfigWithThresholds();
 }
 
-const pick = (row) => ({ label: row.label, key: keyOf(row) });
-
-/** The labeling config that was looked at, with the thresholds that are set now. */
-function matching() {
+/** Returns the labeling config of the answer, with the thresholds of the sliders. */
+function makeConfigWithThresholds() {
   const config = new DOMParser().parseFromString(answer.config, "text/xml");
-  for (const row of answer.labels) {
-    const holder = [...config.querySelectorAll("RectangleLabels, Labels")].find((tag) => (tag.getAttribute("name") || "") === row.holder);
-    const named = [...(holder?.querySelectorAll("Label") || [])].filter((tag) => tag.getAttribute("alias") || tag.getAttribute("value"));
-    named[row.number]?.setAttribute("model_score_threshold", String(Math.round(thresholds.get(keyOf(row)) * 1000) / 1000));
+  for (const label of answer.labels) {
+    const holder = [...config.querySelectorAll("RectangleLabels, Labels")].find((tag) => (tag.getAttribute("name") || "") === label.holder);
+    const labelTags = [...(holder?.querySelectorAll("Label") || [])].filter((tag) => tag.getAttribute("alias") || tag.getAttribute("value"));
+    labelTags[label.number]?.setAttribute("model_score_threshold", String(Math.round(thresholds.get(keyOf(label)) * 1000) / 1000));
   }
-  return answer.isByConfig ? new XMLSerializer().serializeToString(config.documentElement) : indented(config.documentElement);
+  // A config that people wrote keeps its layout.
+  return answer.isByConfig ? new XMLSerializer().serializeToString(config.documentElement) : formatXml(config.documentElement);
 }
 
-async function copy() {
-  at("result").select();
+async function copyConfig() {
+  byId("result").select();
   try {
-    await navigator.clipboard.writeText(at("result").value);
-    at("copied").textContent = "copied";
-  } catch {
-    at("copied").textContent = document.execCommand("copy") ? "copied" : "press Ctrl+C";
+    await navigator.clipboard.writeText(byId("result").value);
+    byId("copied").textContent = "copied";
+  } catch { // no clipboard on a page without HTTPS
+    byId("copied").textContent = document.execCommand("copy") ? "copied" : "press Ctrl+C";
   }
-  setTimeout(() => { at("copied").textContent = ""; }, 3000);
+  setTimeout(() => { byId("copied").textContent = ""; }, 3000);
 }
 
-// -- pictures --------------------------------------------------------------------------------------------------------
+// -- the input -----------------------------------------------------------------------------------------------------
 
-async function open(blob) {
-  say("");
-  picture = await new Promise((done, failed) => {
+async function openImage(blob) {
+  showError("");
+  image = await new Promise((resolve, reject) => {
     const reader = new FileReader();
-    reader.onload = () => done(reader.result);
-    reader.onerror = failed;
+    reader.onload = () => resolve(reader.result);
+    reader.onerror = reject;
     reader.readAsDataURL(blob);
   });
-  at("picture").src = picture;
-  at("frame").hidden = false;
-  at("invitation").hidden = true;
-  draw(at("frame"), [], []);
-  at("results").hidden = true; // what is there belongs to another picture
-  at("summary").textContent = "";
-  at("drop").ariaLabel = "Choose another picture";
-  await look();
+  byId("image").src = image;
+  byId("frame").hidden = false;
+  byId("invitation").hidden = true;
+  drawBoxes(byId("frame"), [], []);
+  byId("results").hidden = true; // they belong to the previous image
+  byId("summary").textContent = "";
+  byId("drop").ariaLabel = "Choose another image";
+  await detect();
 }
 
 async function openSample(name) {
-  await open(await (await fetch(`playground/samples/${name}`)).blob());
+  await openImage(await (await fetch(`playground/samples/${name}`)).blob());
 }
 
-function onFiles(files) {
-  if (files.length) open(files[0]);
-  at("file").value = ""; // the same file may be chosen again
+function openFirst(files) {
+  if (files.length) openImage(files[0]);
+  byId("file").value = ""; // so that the same file can be chosen again
 }
 
 function selectTab(name) {
-  for (const own of ["phrases", "config"]) {
-    const tab = at(`tab-${own}`), is = own === name;
-    tab.setAttribute("aria-selected", String(is));
-    tab.tabIndex = is ? 0 : -1;
-    at(`by-${own}`).hidden = !is;
+  for (const other of ["phrases", "config"]) {
+    const tab = byId(`tab-${other}`), isSelected = other === name;
+    tab.setAttribute("aria-selected", String(isSelected));
+    tab.tabIndex = isSelected ? 0 : -1;
+    byId(`panel-${other}`).hidden = !isSelected;
   }
-  if (name === "config" && !at("config").value) at("config").value = configOf(at("phrases").value);
+  if (name === "config" && !byId("config").value) byId("config").value = makeConfig(byId("phrases").value);
 }
 
-const project = () => new URLSearchParams(location.search).get("project") || "";
+const getProject = () => new URLSearchParams(location.search).get("project") || "";
 
+/** Shows the labeling config of the project that the page's URL names. */
 async function openProject() {
-  if (!project()) return;
-  const reply = await fetch(`playground/config/${encodeURIComponent(project())}`);
-  const found = await reply.json();
-  if (!reply.ok) return say(found.error.detail);
-  at("config").value = found.label_config;
+  if (!getProject()) return;
+  const response = await fetch(`playground/config/${encodeURIComponent(getProject())}`);
+  const result = await response.json();
+  if (!response.ok) return showError(result.error.detail);
+  byId("config").value = result.label_config;
   selectTab("config");
 }
 
-function listen() {
-  const drop = at("drop");
-  for (const kind of ["dragover", "drop"]) document.addEventListener(kind, (event) => event.preventDefault()); // beside it the browser would leave the page
-  drop.addEventListener("click", () => at("file").click());
-  at("file").addEventListener("change", () => onFiles(at("file").files));
+function addListeners() {
+  const drop = byId("drop");
+  for (const kind of ["dragover", "drop"]) document.addEventListener(kind, (event) => event.preventDefault()); // a file dropped beside the frame would replace the page
+  drop.addEventListener("click", () => byId("file").click());
+  byId("file").addEventListener("change", () => openFirst(byId("file").files));
   drop.addEventListener("dragover", (event) => { event.preventDefault(); drop.classList.add("over"); });
   drop.addEventListener("dragleave", () => drop.classList.remove("over"));
-  drop.addEventListener("drop", (event) => { event.preventDefault(); drop.classList.remove("over"); onFiles(event.dataTransfer.files); });
-  document.addEventListener("paste", (event) => onFiles(event.clipboardData.files));
-  at("go").addEventListener("click", look);
-  document.addEventListener("keydown", (event) => { if (event.ctrlKey && event.key === "Enter") look(); });
-  at("copy").addEventListener("click", copy);
-  at("all").addEventListener("input", () => {
-    for (const input of at("sliders").querySelectorAll("input")) {
-      input.value = at("all").value;
-      thresholds.set(input.dataset.own, Number(input.value));
+  drop.addEventListener("drop", (event) => { event.preventDefault(); drop.classList.remove("over"); openFirst(event.dataTransfer.files); });
+  document.addEventListener("paste", (event) => openFirst(event.clipboardData.files));
+  byId("detect").addEventListener("click", detect);
+  document.addEventListener("keydown", (event) => { if (event.ctrlKey && event.key === "Enter") detect(); });
+  byId("copy").addEventListener("click", copyConfig);
+  byId("all").addEventListener("input", () => {
+    for (const input of byId("sliders").querySelectorAll("input")) {
+      input.value = byId("all").value;
+      thresholds.set(input.dataset.key, Number(input.value));
     }
     refresh();
   });
-  for (const name of ["phrases", "config"]) at(`tab-${name}`).addEventListener("click", () => selectTab(name));
+  for (const name of ["phrases", "config"]) byId(`tab-${name}`).addEventListener("click", () => selectTab(name));
   document.querySelector("[role=tablist]").addEventListener("keydown", (event) => {
     if (!["ArrowLeft", "ArrowRight"].includes(event.key)) return;
-    const other = isByConfig() ? "phrases" : "config";
+    const other = isConfigTab() ? "phrases" : "config";
     selectTab(other);
-    at(`tab-${other}`).focus();
+    byId(`tab-${other}`).focus();
   });
 }
 
-at("phrases").value = FIRST;
-at("samples").append(...SAMPLES.map((name, i) => {
+byId("phrases").value = INITIAL_PHRASES;
+byId("samples").append(...SAMPLES.map((name, i) => {
   const button = element("button", { type: "button", ariaLabel: `sample ${i + 1}` }, element("img", { src: `playground/samples/${name}`, alt: "" }));
   button.addEventListener("click", () => openSample(name));
   return button;
 }));
-listen();
+addListeners();
 openProject();
