@@ -16,27 +16,27 @@ from playwright.sync_api import expect
 
 from tests.e2e.browser import open_browser, screenshot
 from tests.e2e.studio import LEGACY_TOKEN, LabelStudio, Project
-from tests.scenes import config_for, data_uri, encode, scenes
-from tests.servers import ROOT, Served, http_server, reply, wait_for
+from tests.scenes import encode, make_labeling_config, make_scenes, to_data_uri
+from tests.servers import ROOT, ServeProcess, http_server, send_reply, wait_for
 
 pytestmark = pytest.mark.timeout(900)
 
 TASKS, BROKEN = 1000, 3
-DRAWN = scenes(5, (96, 96))
-JPEGS = [encode(scene.image, "JPEG", quality=95) for scene in DRAWN]
+SCENES = make_scenes(5, (96, 96))
+JPEGS = [encode(scene.image, "JPEG", quality=95) for scene in SCENES]
 
 
 @pytest.fixture(scope="module")
-def pictures() -> Iterator[str]:
-    with http_server(lambda request: reply(request, JPEGS[int(Path(request.path).stem) % len(JPEGS)])) as url:
+def images_url() -> Iterator[str]:
+    with http_server(lambda request: send_reply(request, JPEGS[int(Path(request.path).stem) % len(JPEGS)])) as url:
         yield url
 
 
 @pytest.fixture(scope="module")
-def backend(studio: LabelStudio, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def backend(studio: LabelStudio, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeProcess]:
     folder = tmp_path_factory.mktemp("bulk")
     keys = {"LABEL_STUDIO_URL": studio.url, "LABEL_STUDIO_API_KEY": LEGACY_TOKEN}
-    server = Served(folder, PREANNOTATE_ON_IMPORT="true", **keys)
+    server = ServeProcess(folder, PREANNOTATE_ON_IMPORT="true", **keys)
     try:
         server.wait_until_ready()
         yield server
@@ -44,93 +44,98 @@ def backend(studio: LabelStudio, tmp_path_factory: pytest.TempPathFactory) -> It
         server.stop()
 
 
-def create_project(studio: LabelStudio, pictures: str, count: int) -> Project:
-    project = studio.create_project("bulk", config_for(DRAWN), {})
-    tasks = [{"data": {"image": f"{pictures}/{number}.jpg"}} for number in range(count)]
+def create_project(studio: LabelStudio, images_url: str, count: int) -> Project:
+    project = studio.create_project("bulk", make_labeling_config(SCENES), {})
+    tasks = [{"data": {"image": f"{images_url}/{number}.jpg"}} for number in range(count)]
     if tasks:
         studio.call("POST", f"/api/projects/{project.number}/import", json=tasks)
     return project
 
 
-def start(backend: Served, folder: Path, *words: str) -> subprocess.Popen[str]:
-    """`preannotate` as a process of its own, in a folder of its own."""
+def start_preannotate(backend: ServeProcess, folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    """Starts `preannotate` as a process of its own, in this folder."""
     given = {"MODEL": "demo", "MODEL_DIR": str(backend.model_dir), "PYTHONPATH": str(ROOT)}
     keys = {name: value for name, value in backend.env.items() if name.startswith("LABEL_STUDIO")}
-    command = [sys.executable, "-m", "backend", "preannotate", *words]
+    command = [sys.executable, "-m", "backend", "preannotate", *arguments]
     return subprocess.Popen(
         command, cwd=folder, env={**os.environ, **given, **keys}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 
 
-def per_task(project: Project) -> collections.Counter:
+def count_by_task(project: Project) -> collections.Counter:
+    """Counts the predictions of each task."""
     return collections.Counter(prediction["task"] for prediction in project.predictions())
 
 
-def times_of_single_tasks(backend: Served, count: int) -> list[float]:
-    """Seconds until an annotator who opens a task sees its boxes."""
+def measure_single_tasks(backend: ServeProcess, count: int) -> list[float]:
+    """Measures the seconds until an annotator who opens a task sees its boxes."""
     times = []
     for number in range(count):
-        data = {"image": data_uri(scenes(1, (96, 96), seed=1000 + number)[0].image)}
-        body = {"tasks": [{"id": number, "data": data}], "label_config": config_for(DRAWN), "project": "999.1"}
-        begin = time.monotonic()
+        data = {"image": to_data_uri(make_scenes(1, (96, 96), seed=1000 + number)[0].image)}
+        body = {
+            "tasks": [{"id": number, "data": data}],
+            "label_config": make_labeling_config(SCENES),
+            "project": "999.1",
+        }
+        start = time.monotonic()
         answer = requests.post(f"{backend.url}/predict", json=body, timeout=60).json()
-        times.append(time.monotonic() - begin)
+        times.append(time.monotonic() - start)
         assert "result" in answer["results"][0]
     return times
 
 
-def look_at_the_status_page(backend: Served, project: Project) -> None:
-    """While the command is at work: its first look comes well before its last task."""
+def check_status_page(backend: ServeProcess, project: Project) -> None:
+    """Checks that the status page shows the running command; it is opened well before the last task is done."""
     with open_browser() as browser:
         page = browser.new_page(viewport={"width": 1200, "height": 900})
         page.goto(backend.url)
-        shown = page.locator("#running")
-        expect(shown).to_contain_text(f"preannotate, project {project.number}", timeout=15_000)
+        running = page.locator("#running")
+        expect(running).to_contain_text(f"preannotate, project {project.number}", timeout=15_000)
         screenshot(page, "preannotate")
 
 
 def test_a_project_of_1000_tasks_with_the_command_killed_twice(
-    studio: LabelStudio, backend: Served, pictures: str, tmp_path: Path
+    studio: LabelStudio, backend: ServeProcess, images_url: str, tmp_path: Path
 ) -> None:
-    project = create_project(studio, pictures, TASKS)
-    number = ("--project", str(project.number))
-    dry, _ = start(backend, tmp_path, *number, "--dry-run").communicate(timeout=60)
+    project = create_project(studio, images_url, TASKS)
+    option = ("--project", str(project.number))
+    dry, _ = start_preannotate(backend, tmp_path, *option, "--dry-run").communicate(timeout=60)
     assert f"{TASKS} tasks have no prediction of demo-" in dry, dry
     assert project.predictions() == []
-    for least in (1, 300):
-        killed = start(backend, tmp_path, *number)
-        wait_for(lambda least=least: len(project.predictions()) >= least, 120, "some predictions")
+    for count in (1, 300):
+        killed = start_preannotate(backend, tmp_path, *option)
+        wait_for(lambda count=count: len(project.predictions()) >= count, 120, "some predictions")
         killed.send_signal(signal.SIGKILL)
         killed.communicate(timeout=10)
-    last = start(backend, tmp_path, *number)
-    look_at_the_status_page(backend, project)
-    opened = times_of_single_tasks(backend, 10)
-    said, _ = last.communicate(timeout=300)
-    assert last.returncode == 0, said[-3000:]
-    assert statistics.median(opened) < 1, opened  # a chunk takes about 0.2 s, and Label Studio shares the cores
-    wait_for(lambda: len(per_task(project)) == TASKS, 60, "a prediction for every task")
+    resumed = start_preannotate(backend, tmp_path, *option)
+    check_status_page(backend, project)
+    seconds = measure_single_tasks(backend, 10)
+    output, _ = resumed.communicate(timeout=300)
+    assert resumed.returncode == 0, output[-3000:]
+    assert statistics.median(seconds) < 1, seconds  # a chunk takes about 0.2 s, and Label Studio shares the cores
+    wait_for(lambda: len(count_by_task(project)) == TASKS, 60, "a prediction for every task")
     time.sleep(3)
-    assert set(per_task(project).values()) == {1}
-    again = start(backend, tmp_path, *number)
-    said, _ = again.communicate(timeout=60)
-    assert (again.returncode, "0 tasks predicted" in said) == (0, True), said
+    assert set(count_by_task(project).values()) == {1}
+    again = start_preannotate(backend, tmp_path, *option)
+    output, _ = again.communicate(timeout=60)
+    assert (again.returncode, "0 tasks predicted" in output) == (0, True), output
 
 
 def test_failures_are_listed_and_old_versions_replaced(
-    studio: LabelStudio, backend: Served, pictures: str, tmp_path: Path
+    studio: LabelStudio, backend: ServeProcess, images_url: str, tmp_path: Path
 ) -> None:
-    project = create_project(studio, pictures, 20)
+    project = create_project(studio, images_url, 20)
     bad = [{"data": {"image": f"http://127.0.0.1:1/{number}.jpg"}} for number in range(BROKEN)]
     studio.call("POST", f"/api/projects/{project.number}/import", json=bad)
     tasks = [task["id"] for task in project.tasks()]
     foreign = {"task": tasks[0], "result": [], "score": 0.5, "model_version": "somebody-else"}
     old = [{"task": task, "result": [], "score": 0.5, "model_version": "demo-00000000"} for task in tasks[:5]]
     studio.call("POST", f"/api/projects/{project.number}/import/predictions", json=[foreign, *old])
-    run = start(backend, tmp_path, "--project", str(project.number), "--replace")
-    said, _ = run.communicate(timeout=120)
-    assert run.returncode == 1, said
-    assert f"20 tasks predicted, {BROKEN} failed" in said
+    run = start_preannotate(backend, tmp_path, "--project", str(project.number), "--replace")
+    output, _ = run.communicate(timeout=120)
+    assert run.returncode == 1, output
+    assert f"20 tasks predicted, {BROKEN} failed" in output
     rows = (tmp_path / f"preannotate-{project.number}-failures.csv").read_text().splitlines()
     assert [row.split(",")[:2] for row in rows[1:]] == [[str(task), "image"] for task in tasks[20:]]
     versions = collections.Counter(p["model_version"] for p in project.predictions())
@@ -139,32 +144,32 @@ def test_failures_are_listed_and_old_versions_replaced(
     assert "demo-00000000" not in versions
 
 
-def test_tasks_are_predicted_as_they_are_imported(studio: LabelStudio, backend: Served, pictures: str) -> None:
-    project = create_project(studio, pictures, 0)
+def test_tasks_are_predicted_as_they_are_imported(studio: LabelStudio, backend: ServeProcess, images_url: str) -> None:
+    project = create_project(studio, images_url, 0)
     project.connect(backend.url)
     for count in (10, 25):
-        tasks = [{"data": {"image": f"{pictures}/{number}.jpg"}} for number in range(count)]
+        tasks = [{"data": {"image": f"{images_url}/{number}.jpg"}} for number in range(count)]
         studio.call("POST", f"/api/projects/{project.number}/import", json=tasks)
-    wait_for(lambda: len(per_task(project)) == 35, 60, "predictions")
+    wait_for(lambda: len(count_by_task(project)) == 35, 60, "predictions")
     time.sleep(3)
-    assert set(per_task(project).values()) == {1}
+    assert set(count_by_task(project).values()) == {1}
 
 
-def test_only_some_tasks(studio: LabelStudio, backend: Served, pictures: str, tmp_path: Path) -> None:
-    project = create_project(studio, pictures, 12)
+def test_only_some_tasks(studio: LabelStudio, backend: ServeProcess, images_url: str, tmp_path: Path) -> None:
+    project = create_project(studio, images_url, 12)
     tasks = [task["id"] for task in project.tasks()]
     some = ",".join(map(str, tasks[:5]))
-    for words, count in ((("--tasks", some, "--limit", "2"), 2), (("--tasks", some), 5), (("--limit", "3"), 8)):
-        run = start(backend, tmp_path, "--project", str(project.number), *words)
-        said, _ = run.communicate(timeout=60)
-        assert run.returncode == 0, said
+    for arguments, count in ((("--tasks", some, "--limit", "2"), 2), (("--tasks", some), 5), (("--limit", "3"), 8)):
+        run = start_preannotate(backend, tmp_path, "--project", str(project.number), *arguments)
+        output, _ = run.communicate(timeout=60)
+        assert run.returncode == 0, output
         assert len(project.predictions()) == count
     tab = studio.call("POST", "/api/dm/views", json={"project": project.number, "data": {"title": "all"}})["id"]
-    run = start(backend, tmp_path, "--project", str(project.number), "--view", str(tab))
-    said, _ = run.communicate(timeout=60)
-    assert run.returncode == 0, said
-    assert set(per_task(project).values()) == {1}
-    assert len(per_task(project)) == 12
-    wrong = start(backend, tmp_path, "--project", "99999")
-    said, _ = wrong.communicate(timeout=60)
-    assert (wrong.returncode, "Traceback" in said) == (2, False), said
+    run = start_preannotate(backend, tmp_path, "--project", str(project.number), "--view", str(tab))
+    output, _ = run.communicate(timeout=60)
+    assert run.returncode == 0, output
+    assert set(count_by_task(project).values()) == {1}
+    assert len(count_by_task(project)) == 12
+    wrong = start_preannotate(backend, tmp_path, "--project", "99999")
+    output, _ = wrong.communicate(timeout=60)
+    assert (wrong.returncode, "Traceback" in output) == (2, False), output
