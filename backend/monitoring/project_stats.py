@@ -12,12 +12,12 @@ from redis import Redis
 from backend.labelstudio.labeling_config import Plan
 from backend.monitoring.feedback import BOX_OUTCOMES, OUTCOMES_KEY
 
-LAST_REQUESTS_KEY = "gdino:projects:seen"  # sorted set: project -> time of its last setup; never expires
+LAST_USED_KEY = "gdino:projects:seen"  # sorted set: project -> when it was last used (s since the epoch); never expires
 SUMMARIES_KEY = "gdino:projects:cards"  # hash: project -> JSON: version, created, labels, of; never expires
-MAX_PROJECTS = 1000  # projects in the two above; those whose last setup is oldest are dropped
+MAX_PROJECTS = 1000  # projects in the two above; those whose last use is oldest are dropped
 
 LABEL_CONFIG_KEY = "gdino:projects:config:"  # + project -> its labeling config, XML
-LABEL_CONFIG_TTL = 90 * 24 * 3600  # s since the project's last setup
+LABEL_CONFIG_TTL = 90 * 24 * 3600  # s since the project was last used
 MAX_LABEL_CONFIG_LENGTH = 200_000  # characters; a longer labeling config is not kept
 
 MAX_SHOWN_PROJECTS = 20  # projects on the status page and in `/metrics`
@@ -29,7 +29,9 @@ MAX_TEXT_LENGTH = 200  # characters of a label or phrase in a summary
 def save_summary(
     connection: Redis, project: str, version: str, plan: Plan | None, label_config: str, created_at: int | None = None
 ) -> None:
-    """Saves the summary of a project that was just set up; drops the oldest summaries beyond `MAX_PROJECTS`.
+    """Saves the summary of a project that is used now; the least recently used beyond `MAX_PROJECTS` are dropped.
+
+    A project is used when it connects, before every retrieval, and by `preannotate`.
 
     Args:
         connection: to Redis.
@@ -53,19 +55,19 @@ def save_summary(
     ]
     summary = {"version": version, "created": created_at, "labels": labels[:MAX_SUMMARY_LABELS], "of": len(labels)}
     with connection.pipeline() as pipeline:
-        pipeline.zadd(LAST_REQUESTS_KEY, {project: time.time()})
+        pipeline.zadd(LAST_USED_KEY, {project: time.time()})
         pipeline.hset(SUMMARIES_KEY, project, json.dumps(summary))
         if len(label_config) <= MAX_LABEL_CONFIG_LENGTH:
             pipeline.set(LABEL_CONFIG_KEY + project, label_config.encode(errors="replace"), ex=LABEL_CONFIG_TTL)
-        pipeline.zrange(LAST_REQUESTS_KEY, 0, -MAX_PROJECTS - 1)
+        pipeline.zrange(LAST_USED_KEY, 0, -MAX_PROJECTS - 1)
         dropped = pipeline.execute()[-1]
     if dropped:
         connection.hdel(SUMMARIES_KEY, *dropped)
-        connection.zrem(LAST_REQUESTS_KEY, *dropped)
+        connection.zrem(LAST_USED_KEY, *dropped)
 
 
 def get_label_config(connection: Redis, project: str) -> str:
-    """Returns a project's labeling config as of its last setup; empty where none is known. Raises RedisError."""
+    """Returns a project's labeling config as of its last use; empty where none is known. Raises RedisError."""
     label_config = connection.get(LABEL_CONFIG_KEY + project)
     return label_config.decode() if isinstance(label_config, bytes) else ""
 
@@ -83,8 +85,8 @@ def list_model_versions(connection: Redis) -> list[str]:
 
 
 def get_shown_model_versions(connection: Redis) -> dict[str, str]:
-    """Returns the model version of each of the `MAX_SHOWN_PROJECTS` projects set up last; raises RedisError."""
-    projects: list[bytes] = connection.zrange(LAST_REQUESTS_KEY, 0, MAX_SHOWN_PROJECTS - 1, desc=True)  # type: ignore[assignment]
+    """Returns the model version of each of the `MAX_SHOWN_PROJECTS` projects used last; raises RedisError."""
+    projects: list[bytes] = connection.zrange(LAST_USED_KEY, 0, MAX_SHOWN_PROJECTS - 1, desc=True)  # type: ignore[assignment]
     summaries = connection.hmget(SUMMARIES_KEY, projects) if projects else []
     return {
         project.decode(): json.loads(summary)["version"]
@@ -94,13 +96,13 @@ def get_shown_model_versions(connection: Redis) -> dict[str, str]:
 
 
 def get_project_summaries(connection: Redis) -> list[dict[str, Any]]:
-    """Lists the summaries of the `MAX_SHOWN_PROJECTS` projects set up last, the last one first; raises RedisError.
+    """Lists the summaries of the `MAX_SHOWN_PROJECTS` projects used last, the last one first; raises RedisError.
 
     Each has project, time, version, created, labels, of (the number of all labels), and boxes: by label, what
     annotators made of them.
     """
     projects: list[tuple[bytes, float]] = connection.zrange(
-        LAST_REQUESTS_KEY, 0, MAX_SHOWN_PROJECTS - 1, desc=True, withscores=True
+        LAST_USED_KEY, 0, MAX_SHOWN_PROJECTS - 1, desc=True, withscores=True
     )  # type: ignore[assignment]
     if not projects:
         return []
