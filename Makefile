@@ -63,6 +63,7 @@ e2e: install-dev install-studio  ## Run the tests against a real Label Studio an
 
 bench: install-dev  ## Measure start-up, latency, memory, the queue, bulk work and the detector
 	@$(BIN)/python -m tests.bench.serving
+	@$(BIN)/python -m tests.bench.enqueue
 	@$(BIN)/python -m tests.bench.queue
 	@$(BIN)/python -m tests.bench.bulk
 	@$(BIN)/python -m tests.bench.detector

@@ -1,0 +1,44 @@
+"""`make bench`: what it costs the web front to cut 10,000 tasks into chunks and enqueue them, in CPU seconds."""
+
+import tempfile
+import time
+from pathlib import Path
+
+from backend.queue.predict_queue import PredictQueue
+from backend.queue.redis import connect
+from backend.registry.project_model import ProjectModel
+from backend.settings import Settings
+from tests.bench.serving import show
+from tests.conftest import running_redis
+
+TASKS, BATCH, RUNS = 10_000, 16, 7
+LABELS = (4, 20, 100)
+
+
+def make_config(labels: int) -> str:
+    rows = "".join(f'<Label value="label {number}"/>' for number in range(labels))
+    return (
+        '<View><Image name="image" value="$image"/>'
+        f'<RectangleLabels name="label" toName="image">{rows}</RectangleLabels></View>'
+    )
+
+
+def main() -> None:
+    tasks = [{"id": i, "data": {"image": f"http://127.0.0.1:1/images/{i:06}.jpg"}} for i in range(TASKS)]
+    times: dict[int, list[float]] = {labels: [] for labels in LABELS}
+    with tempfile.TemporaryDirectory() as folder, running_redis(Path(folder)) as url:
+        connection = connect(url)
+        for run in range(RUNS + 1):
+            for labels in LABELS:
+                start = time.process_time()
+                chunks = ProjectModel(Settings(model="demo"), make_config(labels)).make_chunks(tasks, BATCH)
+                PredictQueue(connection).enqueue(chunks, project="1")
+                if run:  # the first run also sets up what is set up lazily
+                    times[labels].append(1000 * (time.process_time() - start))
+                connection.flushdb()
+    for labels in LABELS:
+        show(f"10,000 tasks with {labels} labels, made and enqueued", "ms", times[labels])
+
+
+if __name__ == "__main__":
+    main()
