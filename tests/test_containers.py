@@ -17,7 +17,7 @@ import yaml
 from jsonschema import Draft7Validator
 
 from backend.cli.main import cli
-from backend.queue.private_redis import command as redis_command
+from backend.queue.private_redis import build_command as build_redis_command
 from backend.settings import Settings
 from backend.web.app import create_app
 from model import GroundingDINO
@@ -231,7 +231,7 @@ def test_nobody_but_the_backend_reaches_redis() -> None:
 
 
 def test_redis_keeps_what_the_private_one_keeps() -> None:
-    words = redis_command("redis-server", Path("socket"), Path("folder"))
+    words = build_redis_command("redis-server", Path("socket"), Path("folder"))
     private = dict(zip(words[1::2], words[2::2], strict=True))
     for given in (shlex.split(SERVICES["redis"]["command"]), _container(PODS["redis"])["args"]):
         options = dict(zip(given[1::2], given[2::2], strict=True))

@@ -130,7 +130,9 @@ def detections(answer: dict[str, Any]) -> list[Detection]:
     return [Detection(to_pixel_box(r), r["score"], r["value"]["rectanglelabels"][0]) for r in answer["result"]]
 
 
-def ap50(backend: ServeProcess, project: int, labels: tuple[str, ...], scenes: dict[str, list[Scene]]) -> dict[str, float]:
+def ap50(
+    backend: ServeProcess, project: int, labels: tuple[str, ...], scenes: dict[str, list[Scene]]
+) -> dict[str, float]:
     """Of each label on its scenes, with all scores: a threshold written into the config goes before learned ones."""
     figures = {}
     for label, shown in scenes.items():

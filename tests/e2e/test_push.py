@@ -67,7 +67,12 @@ def test_another_label_studio_with_the_same_numbers_is_left_alone(studio: LabelS
         ids = [task["id"] for task in project.tasks()][:60]
         others = [to_data_uri(DRAWN[(i + 1) % 5].image) for i in range(60)]  # not what the project holds
         elsewhere = [{"id": number, "data": {"image": uri}} for number, uri in zip(ids, others, strict=True)]
-        body = {"tasks": elsewhere, "label_config": make_labeling_config(DRAWN), "project": f"{project.number}.1", "params": {}}
+        body = {
+            "tasks": elsewhere,
+            "label_config": make_labeling_config(DRAWN),
+            "project": f"{project.number}.1",
+            "params": {},
+        }
         requests.post(f"{backend.url}/predict", json=body, timeout=60)
         wait_for(lambda: "has other data than the requesting project" in backend.read_log(), 30, "a line in the log")
         assert project.predictions() == []
