@@ -27,10 +27,8 @@ from backend.training.rehearsal import choose_vocabulary, pseudo_label
 log = logging.getLogger(__name__)
 
 MIN_TRAIN_IMAGES, MIN_EVALUATION_IMAGES = 10, 5
-MAX_EVALUATED, MAX_VALIDATION_EXAMPLES = (
-    500,
-    150,
-)  # images to calibrate and to gate on; images to score after each epoch
+MAX_EVALUATED = 500  # images to calibrate and to gate on
+MAX_VALIDATION_EXAMPLES = 150  # images to score after each epoch
 BATCH_SIZES = (4, 2, 1)  # images; the next is tried when memory runs out
 MAX_BOXES = 300  # on an image to train on: the model has too few queries for more
 MAX_PARAMETERS_ON_CPU = 20_000_000  # to fine-tune more takes days there
