@@ -101,9 +101,8 @@ class VersionStore:
         folder = self._get_folder(version_id)
         try:
             row = json.loads((folder / VERSION_FILE).read_text())
-            missing = (
-                {f.name for f in dataclasses.fields(Version)} - {"format"} - set(row)
-            )  # older files have no format
+            required = {field.name for field in dataclasses.fields(Version)} - {"format"}  # older files have none
+            missing = required - set(row)
             if missing:
                 raise ValueError(f"no {min(missing)}")
             version = VERSION.validate_python(row)
