@@ -51,7 +51,7 @@ class GroundingDINO:
         """Prepares the model.
 
         Args:
-            project_id: as Label Studio writes it: the project's number, and after a dot when it was made.
+            project_id: as Label Studio writes it: the project's number, a dot, and when it was created.
             label_config: XML.
             settings: of this process; those of the environment by default.
         """
@@ -243,11 +243,11 @@ class GroundingDINO:
             return []
 
     def get(self, key: str) -> str | None:
-        """Returns what label-studio-ml's own front asks a model for: its `model_version`."""
+        """Returns the value of a key, as label-studio-ml's own server reads it: only `model_version` is known."""
         return self.model_version if key == "model_version" else None
 
     def set_extra_params(self, extra_params: Any) -> None:
-        """Does nothing; part of label-studio-ml's interface. The settings and the labeling config say it all."""
+        """Does nothing; part of label-studio-ml's interface. The settings and the labeling config hold everything."""
 
     def count_ready_workers(self) -> int:
         """Counts the live workers whose model is loaded.

@@ -1,4 +1,4 @@
-"""Prometheus metrics. Each process counts on its own; workers publish theirs to the web server.
+"""Prometheus metrics. Each process counts on its own; workers publish theirs to the web front.
 
 They cross Redis in the Prometheus text format, under a key that expires with the process.
 """
@@ -94,7 +94,7 @@ def render_metrics() -> bytes:
 
 
 def merge_metrics(texts: Mapping[str, str]) -> Iterator[Metric]:
-    """Merges the metrics of other processes: each family once, its samples told apart by the label `worker`.
+    """Merges the metrics of other processes: each family once, its samples distinguished by the label `worker`.
 
     Args:
         texts: metrics in the Prometheus text format, by worker name.

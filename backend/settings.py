@@ -116,7 +116,7 @@ class Settings(BaseSettings):
 
     @property
     def may_show_images(self) -> bool:
-        """Whether the status page shows images: not where anybody could look at them."""
+        """True if the status page shows images; `auto` shows them behind a login or a secret path, and for `demo`."""
         if self.show_pictures == "auto":
             return bool(self.basic_auth_user or self.path_secret or self.model == "demo")
         return self.show_pictures == "true"
@@ -127,7 +127,7 @@ KINDS = {"int_parsing": "a whole number", "float_parsing": "a number", "finite_n
 
 
 def _describe(error: ValidationError) -> str:
-    """Describes the first wrong setting: its variable and what it must be; never the value of a text, or a secret."""
+    """Describes the first wrong setting: its variable and what it must be; never a text, which may be a secret."""
     first = error.errors(include_url=False)[0]
     variable, kind = str(first["loc"][0]).upper() if first["loc"] else "", first["type"]
     context = first.get("ctx", {})

@@ -5,7 +5,7 @@ supervisor     `serve`: web front, workers, pusher and a private Redis as one gr
 process        child processes that are started, restarted and stopped together
 welcome        what `serve` prints once a worker is ready
 check          `check`: one line for each thing that must work
-label          `label`: a folder of images becomes a data set, and a killed run resumes
+label          `label`: a folder of images becomes a dataset, and a killed run resumes
 preannotate    `preannotate`: a whole project, with a progress bar
 versions       `versions list|show|promote|rollback`, and the progress of `train`
 

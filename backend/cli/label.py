@@ -1,7 +1,7 @@
-"""The command `label`: a folder of images becomes a labeled data set.
+"""The command `label`: a folder of images becomes a labeled dataset.
 
-`.answers.jsonl` in the folder that is written marks it as ours, and holds the answers so far; `.finished` is written
-last. A run that was killed at any point leaves the first without the second, and the same command resumes it.
+`.answers.jsonl` marks the output folder as ours and holds the answers so far; `.finished` is written last. A run that
+is killed at any point leaves the first without the second, and the same command resumes it.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def _is_server_running(settings: Settings) -> bool:
 
 
 def _predict(run: LabelingRun, files: Sequence[ImageFile], progress: BulkProgress) -> None:
-    """Predicts what has no answer yet, with a progress bar, and lists the images that failed."""
+    """Predicts the images without a prediction, with a progress bar, and lists those that failed."""
     done = len(run.load_predictions().keys() & {file.key for file in files})
     failures: dict[str, str] = {}  # by key
     bar = tqdm(total=len(files), initial=done, unit="image", file=sys.stderr)

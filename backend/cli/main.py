@@ -38,7 +38,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def settings_options(command: Command) -> Command:
-    """One option for each setting; the command gets those that were given as keyword arguments."""
+    """Adds an option for each setting; the command gets the given ones as keyword arguments."""
     for name, field in reversed(Settings.model_fields.items()):
         default = f"; default: {field.default}" if field.default != "" else ""
         help_text = f"{describe_setting(name)}{default}; variable: {name.upper()}"
@@ -47,7 +47,7 @@ def settings_options(command: Command) -> Command:
 
 
 def _settings(options: dict[str, str | None]) -> Settings:
-    """The environment, with what was given on the command line on top."""
+    """Reads the settings, options before environment variables, and sets up logging."""
     settings = Settings(**{name: value for name, value in options.items() if value})
     set_up_logging(settings)
     return settings
@@ -78,7 +78,7 @@ def web(**options: str | None) -> None:
 @cli.command()
 @click.option(
     "--queue", type=click.Choice(["predict", "fit"]), default="predict",
-    help="predictions, or trainings (fit); default: predict",
+    help="predict: run predictions; fit: run trainings; default: predict",
 )  # fmt: skip
 @settings_options
 def worker(queue: str, **options: str | None) -> None:

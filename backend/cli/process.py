@@ -97,7 +97,7 @@ class ProcessGroup:
         """Starts and restarts the processes until `stop` is set.
 
         Returns:
-            The exit status for the whole: 0, or EXIT_UNUSABLE where a process cannot work at all. It has said why.
+            The exit status: 0, or EXIT_UNUSABLE if a process cannot work at all; that process has logged why.
         """
         while not stop.wait(POLL_INTERVAL):
             for process in self._list_processes():

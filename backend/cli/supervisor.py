@@ -1,4 +1,4 @@
-"""`serve`: the web front, the workers and, where none is configured, a private Redis, as one supervised group."""
+"""`serve`: web front, workers, pusher and, where none is configured, a private Redis, as one supervised group."""
 
 from __future__ import annotations
 
@@ -65,12 +65,12 @@ def temporary_workers(settings: Settings) -> Iterator[Settings]:
     """Runs workers, and a Redis where none is configured, for as long as the context lasts.
 
     Yields:
-        The settings that lead to them.
+        The settings, with the URL of that Redis.
 
     Raises:
         SettingsError: MODEL_DIR is in use or cannot be written, or Redis does not start.
         CheckpointError: there is no such MODEL.
-        SystemExit: the workers cannot work at all; they have said why.
+        SystemExit: the workers cannot work at all; they have logged why.
     """
     stop, statuses = threading.Event(), [0]
     with _run_group(settings, stop) as (group, running):
@@ -79,7 +79,7 @@ def temporary_workers(settings: Settings) -> Iterator[Settings]:
         def supervise() -> None:
             statuses[0] = group.supervise(stop)
             if statuses[0]:
-                _thread.interrupt_main()  # it waits for answers that nobody will give
+                _thread.interrupt_main()  # it waits for answers that will never come
 
         thread = threading.Thread(target=supervise, daemon=True)
         thread.start()
@@ -107,7 +107,7 @@ def _run_group(settings: Settings, stop: threading.Event) -> Iterator[tuple[Proc
             private_redis.wait_until_ready(settings.redis_url, CONFIGURED_REDIS_TIMEOUT, stop.is_set)
         else:
             settings = _start_private_redis(group, settings, Path(socket_dir), stop)
-        with contextlib.suppress(RedisError):  # it may have gone again, or we are told to stop
+        with contextlib.suppress(RedisError):  # it may have gone again, or we are stopping
             remove_stale_heartbeats(connect(settings.redis_url))
         try:
             yield group, settings
@@ -116,7 +116,7 @@ def _run_group(settings: Settings, stop: threading.Event) -> Iterator[tuple[Proc
 
 
 def _start_private_redis(group: ProcessGroup, settings: Settings, socket_dir: Path, stop: threading.Event) -> Settings:
-    """Starts the private Redis and returns the settings that lead to it."""
+    """Starts the private Redis and returns the settings with its URL."""
     path, data_dir = socket_dir / "redis.sock", settings.model_dir / "redis"
     command = private_redis.build_command(private_redis.find_server(), path, data_dir.resolve())
     server = ManagedProcess("private Redis", command, {}, echo)
@@ -143,7 +143,7 @@ def _make_process(name: str, arguments: list[str], env: Mapping[str, str]) -> Ma
 
 
 def list_devices(device: str) -> list[str]:
-    """Lists the devices of a DEVICE setting; counts GPUs without torch, which would be a gigabyte of memory here."""
+    """Lists the devices of a DEVICE setting; counts GPUs without torch, which takes a gigabyte of memory."""
     if device not in ("auto", "cuda"):
         return [name.strip() for name in device.split(",")]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -162,7 +162,7 @@ def _check_port(port: int) -> None:
 
 @contextlib.contextmanager
 def lock_data_dir(folder: Path) -> Iterator[None]:
-    """Makes MODEL_DIR and keeps a second server out of it: two would write one Redis file.
+    """Creates MODEL_DIR and locks it: two servers would write the same Redis file.
 
     Raises:
         SettingsError: the folder cannot be written, or is in use.

@@ -14,7 +14,7 @@ import requests
 from backend.settings import Settings
 
 READY_POLL = 0.2  # s between two requests of /ready
-READY_TIMEOUT = 5  # s for which a request of /ready may take
+READY_TIMEOUT = 5  # s that a request of /ready may take
 SAMPLES = Path(__file__).parent.parent / "demo" / "samples"
 SAMPLE_IMAGE = SAMPLES / "sample-1.jpg"
 LABELING_CONFIG = SAMPLES / "labeling_config.xml"

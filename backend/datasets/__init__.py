@@ -1,4 +1,4 @@
-"""A plain folder of images becomes a labeled data set.
+"""A plain folder of images becomes a labeled dataset.
 
 image_files    finds the images, and gives each a key, a name and a split
 labeling_run   sends them through the queue, and saves every answer, so that a run can resume

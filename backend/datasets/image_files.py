@@ -1,4 +1,4 @@
-"""Image files in folders: which there are, their names in the data set, and their split."""
+"""Image files in folders: which there are, their names in the dataset, and their split."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ImageFile:
     Attributes:
         path: where the file is.
         key: its path below the given folder, or as it was given; no other file of the run has it.
-        name: its file name in the data set; no other file of the run has it, even without the suffix.
+        name: its file name in the dataset; no other file of the run has it, even without the suffix.
     """
 
     path: Path
@@ -82,7 +82,7 @@ def _list_images(argument: str, is_alone: bool = False) -> Iterator[tuple[Path, 
 def _assign_names(keys: Mapping[Path, str]) -> Iterator[ImageFile]:
     """Yields the files with their names.
 
-    All images of a split share one folder, because not every reader of YOLO data sets looks into subfolders. Each file
+    All images of a split share one folder, because not every reader of YOLO datasets looks into subfolders. Each file
     keeps its name, except those whose label files would have the same name: these get their folders as a prefix, or
     else their suffix behind the stem.
     """

@@ -57,7 +57,7 @@ class LabelingRun:
     """One run over some images."""
 
     def __init__(self, settings: Settings, connection: Redis, label_config: str, out: Path) -> None:
-        """Reads the config; raises LabelingConfigError or SettingsError where it cannot serve for a folder."""
+        """Reads the config; raises LabelingConfigError or SettingsError if it does not suit a folder."""
         self._settings, self._queue = settings, PredictQueue(connection)
         self.project_model = ProjectModel(settings, label_config)
         self.label_config, self.field = label_config, _read_image_field(self.project_model.plan)
@@ -92,7 +92,7 @@ class LabelingRun:
                 on_answer(row)
 
     def _predict(self, files: Sequence[ImageFile]) -> Iterator[Row]:
-        """Yields a row for each file, keeping the workers busy without filling Redis."""
+        """Yields a row for each file; keeps the workers busy without filling Redis."""
         waiting, sent = deque(files), deque[SentChunk]()
         while waiting or sent:
             while waiting and self._has_room(sent):

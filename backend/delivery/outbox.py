@@ -1,6 +1,6 @@
 """The outbox: chunks whose predictions are pending in Label Studio, and claims on who delivers each prediction.
 
-Label Studio stores a prediction as often as it is given. So whoever delivers one claims it first: the answer to a
+Label Studio stores every copy of a prediction that it gets. So whoever delivers one claims it first: the answer to a
 request (a pull), or the pusher (pushing, and pushed once Label Studio has confirmed it).
 """
 
@@ -23,7 +23,7 @@ ORDER_KEY = "gdino:outbox"  # sorted set: chunk id -> when it was requested
 ENTRIES_KEY = "gdino:outbox:entries"  # hash: chunk id -> JSON: OutboxEntry
 DELIVERED_KEY = "gdino:delivered:"  # + project:version -> hash: task -> delivery and time
 DELIVERED_TTL = 7 * 24 * 3600  # s
-MISMATCHED_KEY = "gdino:strange:"  # + project that is another one at LABEL_STUDIO_URL
+MISMATCHED_KEY = "gdino:strange:"  # + project, if LABEL_STUDIO_URL has another one of that number
 MISMATCHED_TTL = 600  # s until the project is compared again
 
 
@@ -157,6 +157,6 @@ class Outbox:
             self._connection.set(MISMATCHED_KEY + project, 1, ex=MISMATCHED_TTL)
 
     def is_mismatched(self, project: str) -> bool:
-        """Returns whether the project was marked as another one."""
+        """Returns whether the project is marked as mismatched."""
         with redis_errors():
             return bool(self._connection.exists(MISMATCHED_KEY + project))

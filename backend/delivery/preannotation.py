@@ -66,7 +66,7 @@ class PreannotationSummary:
 
 
 class TaskCursor:
-    """Reads tasks page by page and gives out as many at a time as are wanted; a page that fails is read again."""
+    """Reads tasks page by page and hands out any number at a time; a page that fails is read again."""
 
     def __init__(
         self, read_page: Callable[[int], Sequence[Task]], find_next: Callable[[int, Sequence[Task]], int]

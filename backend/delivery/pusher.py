@@ -1,18 +1,18 @@
 """The pusher: imports predictions into Label Studio, each exactly once per model version.
 
-Label Studio saves what it pulls one by one (0.14 s each) and gives up after 100 s; an import of 250 takes it 0.7 s.
+Label Studio saves pulled predictions one by one (0.14 s each) and gives up after 100 s; an import of 250 takes 0.7 s.
 
 What happens to an entry of the outbox, by the state of its chunk:
 
 | chunk    | the pusher                                                                         |
 |----------|------------------------------------------------------------------------------------|
-| WAITING  | looks again later                                                                  |
-| FAILED   | enqueues it again, MAX_FAILED_ATTEMPTS times in all                                |
-| MISSING  | enqueues it again, for as long as the entry is not older than MAX_AGE              |
+| WAITING  | checks again later                                                                 |
+| FAILED   | enqueues it again, until it has failed MAX_FAILED_ATTEMPTS times                   |
+| MISSING  | enqueues it again, until the entry is older than MAX_AGE                           |
 | ANSWERED | claims its tasks, imports the claimed predictions, confirms them, drops the entry  |
 
-A task that is claimed already is imported only if its claim is an import whose end was never heard (PUSHING) and Label
-Studio does not have its prediction.
+A task with an earlier claim is imported only if that claim is an unconfirmed import (PUSHING) and Label Studio lacks
+the prediction.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from backend.queue.worker_metrics import publish_metrics
 log = logging.getLogger(__name__)
 
 SCAN_LIMIT = 512  # entries read from the head of the outbox at a time
-MAX_UNFINISHED = 64  # unfinished entries in a row, behind which none is read: chunks are predicted in their order
+MAX_UNFINISHED = 64  # unfinished entries in a row, after which the scan ends: chunks are predicted in order
 MAX_PREDICTIONS_PER_IMPORT, MAX_REGIONS_PER_IMPORT = 5000, 40_000  # about 12 MB
 # An import makes Label Studio recount all tasks of the project (0.6 ms each with SQLite), however small it is. So while
 # more predictions are being made, the pusher waits IMPORT_BACKOFF times the duration of the last import.
@@ -54,7 +54,7 @@ IMPORT_BACKOFF, MAX_IMPORT_BACKOFF = 5, 60  # times, s
 POLL_INTERVAL = 1.0  # s
 MAX_BACKOFF = 15  # s between two attempts while Label Studio is unavailable
 UNCONFIRMED_WAIT = 20  # s before checking whether an unacknowledged import was stored
-MAX_FAILED_ATTEMPTS = 3  # of a worker, at a chunk that fails as a whole
+MAX_FAILED_ATTEMPTS = 3  # attempts at a chunk that fails as a whole
 MAX_AGE = 3 * 24 * 3600  # s for which an entry may wait for its answers
 LEASE_KEY, LEASE_TTL = "gdino:pusher", 90  # s, longer than Label Studio takes to store an import
 
@@ -193,13 +193,13 @@ class Pusher:
         self._outbox.remove([answered.entry for answered in entries])
 
     def _verify_project(self, entry: OutboxEntry) -> bool:
-        """Returns whether Label Studio's project of this number has the data of a task that was requested."""
+        """Returns whether Label Studio's project of this number has the data of a requested task."""
         if entry.project in self._verified_projects:
             return True
         for task in entry.chunk.tasks:
             data = self._label_studio.get_task_data(entry.project, task.id)
             if data is None:
-                continue  # deleted meanwhile, or another Label Studio: the next task tells
+                continue  # deleted meanwhile, or another Label Studio: the next task decides
             if all(data.get(field) == value for field, value in task.data.items()):
                 self._verified_projects.add(entry.project)
                 return True

@@ -154,7 +154,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=DEMO_CHECKPOINT, help="folder to write (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=5000, help="training steps of 8 images (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and the images (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights and the images (default: %(default)s)")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)

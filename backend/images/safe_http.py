@@ -30,7 +30,7 @@ class BlockedAddress(HTTPError):
 
 
 def is_public(address: Address) -> bool:
-    """Tells whether an address is on the public internet; an IPv6 address that embeds an IPv4 one is judged by that."""
+    """Returns whether an address is public; an IPv6 address that embeds an IPv4 one is judged by that."""
     if isinstance(address, ipaddress.IPv6Address):
         embedded = address.ipv4_mapped or address.sixtofour or (address.teredo or (None, None))[1]
         if address in NAT64:
@@ -67,7 +67,7 @@ class AllowedHosts:
             self._names.add(((name or host).strip("[]"), int(port) if colon else None))
 
     def is_allowed(self, host: str, port: int, address: Address) -> bool:
-        """Tells whether a connection to this host and port, which has this address, may be used."""
+        """Returns whether a connection to this host and port, which has this address, may be used."""
         is_named = not self._names.isdisjoint({(host.lower(), None), (host.lower(), port)})
         return is_public(address) or is_named or any(address in network for network in self._networks)
 

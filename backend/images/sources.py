@@ -199,7 +199,7 @@ class ImageFetcher:
 
 
 def _is_transient(error: Exception) -> bool:
-    """Tells whether an open connection was lost; one that is refused or times out would fail again."""
+    """Returns whether an open connection was lost; one that is refused or times out would fail again."""
     is_lost = isinstance(error, (requests.ConnectionError, requests.exceptions.ChunkedEncodingError, HTTPError))
     return is_lost and not is_connect_failure(error) and not isinstance(error, requests.Timeout)
 

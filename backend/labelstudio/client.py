@@ -184,7 +184,7 @@ class LabelStudioClient:
 
         Args:
             project: id of the project.
-            model_version: whose predictions are looked for.
+            model_version: tasks with a prediction of this version are left out.
             after_id: of the last task that is already known; 0 for the first page.
             task_ids: restricts the tasks to these, if given.
 
@@ -295,7 +295,7 @@ class LabelStudioClient:
 
 
 def is_connect_failure(error: Exception) -> bool:
-    """Tells whether a request failed before anything was sent."""
+    """Returns whether a request failed before anything was sent."""
     reason = getattr(error.args[0], "reason", None) if error.args else None
     return isinstance(error, requests.ConnectTimeout) or isinstance(reason, NewConnectionError)
 

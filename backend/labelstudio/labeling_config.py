@@ -56,7 +56,7 @@ class Control:
 
 @dataclass(frozen=True)
 class Plan:
-    """What one labeling config asks of the detector."""
+    """One labeling config, as far as the detector needs it: controls with their labels, and prompts."""
 
     controls: tuple[Control, ...]
     prompt_names: tuple[str, ...]  # TextArea tags into which annotators type phrases

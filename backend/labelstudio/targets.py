@@ -22,7 +22,7 @@ MAX_TARGETS = 500  # of one task, all controls together
 
 @dataclass(frozen=True)
 class DetectionQuery:
-    """What to detect on an image; targets with equal queries share a forward pass."""
+    """The labels, negative phrases and suppression of a target; targets with equal queries share a forward pass."""
 
     labels: tuple[Label, ...]
     negative_phrases: tuple[str, ...]

@@ -160,7 +160,7 @@ def _get_outcome(region: Mapping[str, Any], annotation: Mapping[str, Any]) -> st
 
 @dataclass(frozen=True)
 class AnnotationEvent:
-    """What a webhook event says about one annotation."""
+    """One annotation, as a webhook event reports it."""
 
     annotation: int  # its id
     task: int | None  # id of its task, where the event names it
@@ -169,7 +169,7 @@ class AnnotationEvent:
     outcomes: Mapping[str, Sequence[int]] = field(default_factory=dict)  # by label: OutcomeCounts
 
     def to_json(self) -> str:
-        """Returns the JSON that is kept of it."""
+        """Returns the event as the JSON that Redis keeps."""
         return json.dumps(
             {
                 "task": self.task,

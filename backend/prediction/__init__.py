@@ -1,4 +1,4 @@
-"""What a predict worker runs: a chunk of tasks in, one answer for each task out.
+"""The predict worker and its job: a chunk of tasks in, one answer for each task out.
 
 - `predict_worker`: the process: loads the model, keeps the worker alive, runs RQ's loop.
 - `predict_job`: the job: targets, images, detection, answers; the second attempt of a lost chunk.

@@ -1,6 +1,6 @@
 """Redis and RQ: the queues, what travels through them, and what keeps them going when something dies.
 
-- `redis`: connections, errors, values that expire; `private_redis`: the bundled server, where none is configured.
+- `redis`: connections, errors, values that expire; `private_redis`: a server of our own, where none is configured.
 - `messages`: chunks, answers and training requests, each with the number of its format.
 - `predict_queue`, `training_queue`: the two queues as the web front and the commands use them.
 - `allowed_job`: RQ jobs that can run nothing but their worker's own functions.

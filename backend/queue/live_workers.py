@@ -1,6 +1,6 @@
 """The workers that are alive: each has a key in Redis that expires without its heartbeats.
 
-RQ's own heartbeat does not tell whether the model is loaded, and stops while a job runs in the worker's process.
+RQ's own heartbeat does not show whether the model is loaded, and stops while a job runs in the worker's process.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class WorkerInfo(BaseModel):
     batch_size: int | None = None
     host: str
     pid: int
-    process_start: int | None  # clock ticks since the machine's boot; None where the system does not tell
+    process_start: int | None  # clock ticks since the machine's boot; None where it is unknown
 
 
 def make_worker_name() -> str:
@@ -81,7 +81,7 @@ def _is_running(info: WorkerInfo) -> bool:
 
 
 def _read_process_start(pid: int) -> int | None:
-    """Reads when a process was started, which tells it from an earlier one of the same number (proc(5)).
+    """Reads when a process was started, which distinguishes it from an earlier one with its id (proc(5)).
 
     None for a zombie, which nothing may ever reap in a container, and where the system has no /proc.
     """

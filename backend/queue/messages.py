@@ -1,7 +1,7 @@
-"""What travels through Redis: chunks of tasks to the workers, and their answers back.
+"""The messages that travel through Redis: chunks of tasks to the workers, and their answers back.
 
-Every message carries the number of its format and refuses fields that it does not know, so a part of another version
-fails loudly instead of losing what it cannot read.
+Every message carries the number of its format and refuses unknown fields, so a process of another version of the
+backend fails loudly instead of losing them.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class VersionId(BaseModel):
 
 
 class Chunk(Message):
-    """The tasks of one job, with all that a worker has to know to answer them."""
+    """The tasks of one job, with all that a worker needs to answer them."""
 
     tasks: tuple[ChunkTask, ...]
     plan: Plan
@@ -88,7 +88,7 @@ class ErrorDetail(BaseModel):
 
 
 class TaskError(BaseModel):
-    """Why a task has no prediction."""
+    """The answer for a task without a prediction."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -22,19 +22,19 @@ from backend.queue.recovery import LostChunk
 from backend.queue.redis import redis_errors
 
 PREDICT = "predict"  # the queue's name
-DEFAULT_BATCH_SIZE = 4  # images, while no worker is ready to say what it wants
+DEFAULT_BATCH_SIZE = 4  # images, while no worker is ready
 JOB_TIMEOUT = 3600  # s; a task of 500 pages on a CPU takes as long, and the watchdog ends what hangs
 MAX_WAITING_CHUNKS = 100_000  # about 300 MB of Redis
-RESULT_TTL = 3600  # s for which the answers of a chunk are kept, for whoever requests the same again
+RESULT_TTL = 3600  # s for which the answers of a chunk are kept, for repeated requests
 ENQUEUE_ATTEMPTS = 3  # to replace a job that concurrent requests may replace too
-RETRY_POLL = 0.1  # s between two looks at a job that failed once and will run again
+RETRY_POLL = 0.1  # s between two polls of a job that failed once and will run again
 POLL_TIMEOUT = 1  # s; shorter than SOCKET_TIMEOUT, so that waiting for a job does not look like a dead Redis
 
 MOVE_TO_FRONT_SCRIPT = "if redis.call('LREM', KEYS[1], 1, ARGV[1]) == 1 then redis.call('LPUSH', KEYS[1], ARGV[1]) end"
 
 
 class ChunkState(enum.Enum):
-    """How a chunk stands. MISSING: it was never enqueued, or its answers are older than `RESULT_TTL`."""
+    """The state of a chunk. MISSING: it was never enqueued, or its answers are older than `RESULT_TTL`."""
 
     WAITING = "waiting"
     ANSWERED = "answered"
@@ -72,7 +72,7 @@ class PredictQueue:
             project: whose they are, for the status page; None keeps them off it.
 
         Raises:
-            Overloaded: too many chunks wait; those at the front are always taken.
+            Overloaded: too many chunks wait; those for the front are always accepted.
         """
         with redis_errors():
             if not at_front and len(self._queue) + len(chunks) > MAX_WAITING_CHUNKS:
@@ -98,7 +98,7 @@ class PredictQueue:
                 )
             except DuplicateJobError:
                 if job := self._reuse_or_delete(chunk.id):
-                    if at_front:  # an annotator does not wait behind the bulk that requested the same before
+                    if at_front:  # an annotator does not wait behind the bulk request for the same chunk
                         self._connection.eval(MOVE_TO_FRONT_SCRIPT, 1, self._queue.key, chunk.id)
                     return job
         raise QueueUnavailable("concurrent requests keep replacing this job; try again")
@@ -140,7 +140,7 @@ class PredictQueue:
                     time.sleep(RETRY_POLL)
 
     def get_result(self, chunk: Chunk) -> ChunkResult:
-        """Looks a chunk up without waiting."""
+        """Returns the state and answers of a chunk without waiting."""
         with redis_errors():
             job = fetch_job(chunk.id, self._connection)
             result = get_final_result(job) if job else None
@@ -168,7 +168,7 @@ class PredictQueue:
             return len(get_live_workers(self._connection, READY_KEY))
 
     def get_batch_size(self) -> int:
-        """Returns the images of one job: as many as the ready worker with the smallest batch wants."""
+        """Returns the number of images for one job: the smallest batch size among the ready workers."""
         with redis_errors():
             workers = get_live_workers(self._connection, READY_KEY)
         return min((w.batch_size for w in workers.values() if w.batch_size), default=DEFAULT_BATCH_SIZE)

@@ -1,7 +1,7 @@
 """Recovery of jobs whose worker died: back to the front of the queue within seconds.
 
-A chunk that was lost once is predicted task by task, with a note in Redis of the task at work. When a second worker
-dies beside such a note, its task is to blame: that task fails alone, and the rest goes on.
+A chunk that was lost once is predicted task by task, with a note in Redis of the task at work. If another worker dies
+while there is such a note, that task is to blame: it fails alone, and the rest goes on.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 CHUNK_KEY = "gdino:chunk:"  # + job id -> hash: deaths, at (index of the task at work), and answers by index of the task
 CHUNK_TTL = 24 * 3600  # s
-LOCK_KEY = "gdino:recovery:"  # + queue: held while a worker looks for lost jobs
+LOCK_KEY = "gdino:recovery:"  # + queue: held while a worker requeues lost jobs
 LOCK_MS = 1500
 MAX_WORKER_DEATHS = 20  # over one chunk; what is left of it then fails
 
@@ -76,7 +76,7 @@ class LostChunk:
 
 
 def _describe_task(job: Job | None, index: int) -> tuple[str, str]:
-    """Returns the project and the id of a chunk's task for the log, as far as the job tells."""
+    """Returns the project and the id of a chunk's task for the log, as far as the job holds them."""
     try:
         assert job
         return str(job.meta.get("project") or "-"), str(job.args[0]["tasks"][index]["id"])
@@ -92,13 +92,13 @@ def get_lost_chunk() -> LostChunk | None:
 
 
 class Recovery:
-    """Finds the jobs of dead workers. Every worker looks every few seconds; to look twice does no harm.
+    """Finds the jobs of dead workers. Every worker checks every few seconds; checking twice does no harm.
 
     It reads what RQ 3.0 keeps of jobs at work; a contract test covers that.
     """
 
     def __init__(self, connection: Redis, queue: Queue, ready_key: str) -> None:
-        """`ready_key` begins the keys of the live workers of this queue."""
+        """Prepares the recovery of one queue; `ready_key` is the prefix of the keys of its live workers."""
         self._connection, self._queue, self._ready_key = connection, queue, ready_key
 
     def requeue_lost(self) -> None:
@@ -108,7 +108,7 @@ class Recovery:
             RedisError: Redis does not answer.
         """
         if not self._connection.set(LOCK_KEY + self._queue.name, 1, nx=True, px=LOCK_MS):
-            return  # another worker is looking
+            return  # another worker is checking
         registry = self._queue.started_job_registry
         for job_id, execution_id in registry.get_job_and_execution_ids(cleanup=False):
             job = fetch_job(job_id, self._connection)

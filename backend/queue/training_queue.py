@@ -1,4 +1,4 @@
-"""The queue "fit": one training a project, its progress and its outcome."""
+"""The queue "fit": one training per project, its progress and its outcome."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class TrainingQueue:
         return True
 
     def report(self, project: str, state: str, **details: Any) -> None:
-        """Saves how far a training is.
+        """Saves the progress of a training.
 
         Args:
             project: its number.

@@ -22,19 +22,19 @@ from backend.settings import Settings
 
 log = logging.getLogger(__name__)
 
-RQ_WORKER_TTL = 20  # s; only RQ's own list of workers depends on it: how soon a job is requeued is READY_TTL
+RQ_WORKER_TTL = 20  # s; only RQ's own list of workers depends on it: a lost job is requeued after READY_TTL
 HEARTBEAT_INTERVAL = 2  # s; several heartbeats may be late before a worker counts as dead
 
 
 @contextlib.contextmanager
 def heartbeat(settings: Settings, queue: str, key: str, info: WorkerInfo) -> Iterator[str]:
-    """Keeps this worker alive in Redis for as long as the context lasts, and looks for lost jobs of its queue.
+    """Keeps this worker alive in Redis for as long as the context lasts, and requeues lost jobs of its queue.
 
     Args:
         settings: of this process.
         queue: the name of the worker's queue.
         key: READY_KEY or FIT_READY_KEY.
-        info: what others want to know of this worker.
+        info: describes this worker to the others.
 
     Yields:
         The worker's name.
@@ -70,7 +70,7 @@ class Worker(SimpleWorker):
     is_stopped = False
 
     def request_stop(self, signum: Any, frame: Any) -> None:
-        """Stops after the current job, as RQ's own method."""
+        """Stops after the current job, as RQ's own method does."""
         self.is_stopped = True
         super().request_stop(signum, frame)  # type: ignore[no-untyped-call]
 
@@ -91,7 +91,7 @@ def make_worker(settings: Settings, queue: str, name: str, functions: Mapping[st
 def run_worker(
     settings: Settings, queue: str, name: str, functions: Mapping[str, JobFunction], max_jobs: int | None = None
 ) -> bool:
-    """Runs jobs until SIGTERM or SIGINT, or until `max_jobs` are done; returns whether it was not asked to stop.
+    """Runs jobs until SIGTERM or SIGINT, or until `max_jobs` are done; returns False if it was asked to stop.
 
     Raises:
         QueueUnavailable: Redis does not answer.

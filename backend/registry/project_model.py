@@ -20,7 +20,7 @@ from backend.settings import Settings
 
 log = logging.getLogger(__name__)
 
-# Cached, because a checkpoint keeps its fingerprint, for which it read every byte of its files.
+# Cached, because a checkpoint object keeps its fingerprint, and computing it reads every byte of its files.
 find_checkpoint_once = functools.cache(find_checkpoint)
 
 
@@ -34,7 +34,7 @@ class ProjectModel:
             settings: of this process.
             label_config: XML, as the project has it.
             project: its number; empty where there is none.
-            created_at: when the project was made, in seconds since the epoch, where it is known.
+            created_at: when the project was created, in seconds since the epoch, where it is known.
         """
         self._settings, self._label_config = settings, label_config
         self._project, self._created_at = project, created_at
@@ -93,7 +93,7 @@ class ProjectModel:
 
         Args:
             tasks: as Label Studio sends them.
-            size: the most tasks of one chunk.
+            size: maximum number of tasks in a chunk.
             context: what the annotator is typing, in a request for interactive work.
             plan: instead of the project's own.
 

@@ -46,7 +46,7 @@ class Version:
     id: str
     checkpoint: str  # fingerprint of the base checkpoint
     parent: str  # the version that served before; empty: the base checkpoint
-    created: int  # when the project was made, in seconds since the epoch: a reset database reuses its number
+    created: int  # when the project was created, in seconds since the epoch: a reset database reuses its number
     weights: str = ""  # SHA-256 of the file of weights; empty where only thresholds were trained
     thresholds: ThresholdChanges = field(default_factory=dict)
     metrics: Mapping[str, Any] = field(default_factory=dict)
@@ -144,7 +144,7 @@ class VersionStore:
 
         Args:
             checkpoint: fingerprint of the base checkpoint; a version of another one does not fit it.
-            created_at: when the project was made, where it is known; a version of another project does not serve it.
+            created_at: when the project was created, where it is known; a version of another project does not serve it.
 
         Returns:
             The version; None: the base checkpoint.

@@ -40,7 +40,7 @@ class TrainingSet:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train and how long. An epoch has each annotated example once, but for its limits on samples."""
+    """The training configuration. An epoch has each annotated example once, within the limits on samples."""
 
     train: str = "encoder"  # a key of FROZEN_PREFIXES
     epochs: int = 30

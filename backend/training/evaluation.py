@@ -32,7 +32,7 @@ class Metrics:
 
     @property
     def f1(self) -> float:
-        """Returns the harmonic mean of precision and recall."""
+        """The harmonic mean of precision and recall."""
         total = self.precision + self.recall
         return 2 * self.precision * self.recall / total if total else 0.0
 

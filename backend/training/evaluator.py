@@ -37,7 +37,7 @@ class Evaluator:
 
     @functools.cached_property
     def truth(self) -> Truth:
-        """Returns the true boxes in pixels."""
+        """The true boxes in pixels."""
         truth = []
         for example in self.examples:
             width, height = self.images.load_input(example.target.uri).size
@@ -49,7 +49,7 @@ class Evaluator:
 
     @functools.cached_property
     def current_thresholds(self) -> list[Thresholds]:
-        """Returns the thresholds that the serving version uses."""
+        """The thresholds of the serving version."""
         return [{label.name: label.threshold for label in e.target.query.labels} for e in self.examples]
 
     def predict(self, detector: Detector) -> Predictions:

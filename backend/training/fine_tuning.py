@@ -84,7 +84,7 @@ def choose_autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 @dataclass
 class TrainState:
-    """What resuming needs, saved after each epoch.
+    """The state that resuming needs, saved after each epoch.
 
     Of model and EMA only the trained parameters are saved. A file is not checked against the examples or the config
     that it was saved with: the caller deletes it before another training.

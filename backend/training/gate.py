@@ -15,7 +15,7 @@ MIN_GAIN = 0.01  # in AP50 plus F1, below which a new version is not worth it; a
 
 
 def passes_gate(before: EvalResult, after: EvalResult) -> bool:
-    """Tells if AP50 and F1 together rise significantly (paired bootstrap over images), and neither drops.
+    """Returns whether AP50 and F1 together rise significantly (paired bootstrap over images), and neither drops.
 
     Args:
         before: of the serving version.

@@ -60,7 +60,7 @@ class TrainingInputs:
 
     @property
     def train_examples(self) -> list[Example]:
-        """Returns the examples to fine-tune on."""
+        """The examples to fine-tune on."""
         return [e for e in self.examples if e.split == "train" and len(e.truth) <= MAX_BOXES]
 
     def make_evaluator(self, splits: Collection[Split], max_examples: int = MAX_EVALUATED) -> Evaluator:

@@ -1,6 +1,6 @@
 """Pseudo-labels: examples of what the base model already knows. Training on them too keeps it from forgetting.
 
-The base model detects words of its vocabulary, and pairs of the words that it found, on the images of the new examples.
+The base model detects words of its vocabulary, and pairs of the detected words, on the images of the new examples.
 Its detections become the truth of further examples (Li and Hoiem, "Learning without forgetting", 2016).
 """
 
@@ -52,7 +52,7 @@ def pseudo_label(
     """Makes examples of the images of other examples, with phrases other than those of their labels.
 
     Args:
-        examples: what is to be trained on; of more than `MAX_IMAGES` images, a random choice is labeled.
+        examples: those to train on; of more than `MAX_IMAGES` images, a random choice is labeled.
         images: of the examples.
         detector: of the base model.
         vocabulary: words to try.

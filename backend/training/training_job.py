@@ -255,7 +255,7 @@ class _Training:
             result: of the pipeline.
             plan: of the labeling config, without trained thresholds.
             serving: the version that serves.
-            created: when the project was made.
+            created: when the project was created.
             data: fingerprint of the examples.
         """
         configured = {c.from_name: {label.name: label.threshold for label in c.labels} for c in plan.controls}

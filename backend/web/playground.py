@@ -1,7 +1,7 @@
 """The playground's data: one image and one labeling config, predicted so that every threshold can be tried.
 
 The page filters the boxes in the browser while the sliders move. Which of several overlapping boxes is kept depends on
-the thresholds, so the answer holds all boxes down to `MIN_SCORE`, those of negative phrases included, and
+the thresholds, so the response holds all boxes down to `MIN_SCORE`, those of negative phrases included, and
 `static/boxes.js` filters them as the detector would.
 """
 
@@ -30,7 +30,7 @@ from backend.settings import Settings
 from backend.web.request_body import parse_string_fields
 
 MAX_CONCURRENT_PREDICTIONS = 16  # requests; each holds a thread, and its image lies in Redis
-MIN_SCORE = 0.05  # lowest score of the boxes in an answer, unless a threshold of the config is lower
+MIN_SCORE = 0.05  # lowest score of the boxes in a response, unless a threshold of the config is lower
 IMAGE_FIELD = "image"
 NEGATIVE = "-"  # the label of a box that fits a negative phrase; other labels are numbers
 PROJECT_NUMBER = re.compile(r"[0-9]{1,18}")

@@ -32,7 +32,7 @@ def register_status(blueprint: Blueprint, settings: Settings, get_connection: Ca
 
 
 def read_status(settings: Settings, connection: Redis, seen: str = "") -> dict[str, Any]:
-    """Reads all that the status page shows, as plain JSON; `error` stands for the queue while Redis is away.
+    """Reads all that the status page shows, as plain JSON; while Redis is away, `error` replaces what it holds.
 
     Args:
         settings: of this process.
