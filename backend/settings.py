@@ -40,19 +40,19 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(frozen=True, extra="forbid", env_ignore_empty=True, protected_namespaces=())
 
     model: str = _setting("IDEA-Research/grounding-dino-tiny", "hub id, folder, original `.pth` file, or `demo`")
-    model_dir: Path = _setting(Path("data"), "data directory: trained versions and the bundled Redis's files")
+    model_dir: Path = _setting(Path("data"), "data directory: trained versions and the private Redis's files")
     device: str = _setting(
         "auto", "torch device of the workers, or several, comma-separated; `auto`: all GPUs, or the CPU"
     )
     workers: int = _setting(0, "predict workers that `serve` starts; 0: one per device", ge=0)
-    redis_url: str = _setting("", "the queue's Redis; empty: the bundled one is started", repr=False)
+    redis_url: str = _setting("", "the queue's Redis; empty: `serve` starts a private one", repr=False)
     label_studio_url: str = _setting("", "where this machine reaches Label Studio; needed for uploaded images")
     label_studio_api_key: str = _setting("", "legacy token or personal access token of Label Studio", repr=False)
     basic_auth_user: str = _setting("", "user of basic auth; empty: no login")
     basic_auth_pass: str = _setting("", "password of basic auth", repr=False)
     path_secret: str = _setting("", "serve everything under `/s/<secret>` only", repr=False)
     box_threshold: float = _setting(
-        0.3, "lowest score of a box, where the labeling config names none", "0 to 1", ge=0, le=1, allow_inf_nan=False
+        0.3, "lowest score of a box, if the labeling config names none", "0 to 1", ge=0, le=1, allow_inf_nan=False
     )
     nms_iou: float = _setting(
         0.7, "of boxes that overlap more, only the best is kept; 1 keeps all", "IoU, 0 to 1", ge=0, le=1,
@@ -68,7 +68,7 @@ class Settings(BaseSettings):
     preannotate_on_import: bool = _setting(False, "`true`: predict tasks as they are imported, with a key")
     forward_timeout: int = _setting(120, "time after which a forward pass counts as hung", "seconds", ge=1)
     allowed_image_hosts: str = _setting("", "comma-separated private hosts or networks that images may be fetched from")
-    local_files_document_root: str = _setting("", "Label Studio's folder of local files, where it is mounted here too")
+    local_files_document_root: str = _setting("", "Label Studio's folder of local files, if it is mounted here too")
     max_image_pixels: int = _setting(100_000_000, "largest image", "pixels", ge=1)
     max_image_bytes: int = _setting(50_000_000, "largest image file", "bytes", ge=1)
     port: int = _setting(9090, "port of the web front", ge=1, le=65535)
