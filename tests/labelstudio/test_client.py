@@ -14,12 +14,12 @@ from tests.servers import http_server, send_reply
 LEGACY = "0123456789abcdef0123456789abcdef01234567"
 
 
-def jwt(**payload: object) -> str:
+def make_jwt(**payload: object) -> str:
     body = base64.urlsafe_b64encode(json.dumps(payload).encode()).decode().rstrip("=")
     return f"eyJhbGciOiJIUzI1NiJ9.{body}.c2lnbmF0dXJl"
 
 
-PAT = jwt(token_type="refresh", exp=9_999_999_999)
+PAT = make_jwt(token_type="refresh", exp=9_999_999_999)
 
 
 def test_a_legacy_token_is_sent_as_it_is() -> None:
@@ -60,7 +60,7 @@ def test_ports_have_defaults() -> None:
 
 
 def test_a_personal_access_token_is_exchanged_once_for_many_threads() -> None:
-    access, requests = jwt(exp=time.time() + 300), []
+    access, requests = make_jwt(exp=time.time() + 300), []
 
     def answer(handler: BaseHTTPRequestHandler) -> None:
         requests.append((handler.path, handler.rfile.read(int(handler.headers["Content-Length"]))))
@@ -80,7 +80,7 @@ def test_a_personal_access_token_is_exchanged_once_for_many_threads() -> None:
 
 
 def test_an_access_token_is_renewed_before_it_expires() -> None:
-    tokens = iter([jwt(exp=time.time() + 30), jwt(exp=time.time() + 300)])
+    tokens = iter([make_jwt(exp=time.time() + 30), make_jwt(exp=time.time() + 300)])
     with http_server(lambda handler: send_reply(handler, json.dumps({"access": next(tokens)}).encode())) as url:
         client = LabelStudioClient(url, PAT)
         assert client.auth_headers(url) != client.auth_headers(url)
@@ -125,7 +125,7 @@ def test_a_refused_connection_is_an_error() -> None:
         LabelStudioClient("http://127.0.0.1:1", PAT).auth_headers("http://127.0.0.1:1/")
 
 
-@pytest.mark.parametrize("token", ["opaque", "a.!.c", jwt(exp=None), jwt()])
+@pytest.mark.parametrize("token", ["opaque", "a.!.c", make_jwt(exp=None), make_jwt()])
 def test_an_access_token_without_expiry_lasts_five_minutes(token: str) -> None:
     with http_server(lambda handler: send_reply(handler, json.dumps({"access": token}).encode())) as url:
         client = LabelStudioClient(url, PAT)

@@ -11,14 +11,14 @@ from backend.errors import LabelingConfigError
 from backend.labelstudio.labeling_config import Label, Plan, clean_phrase, read_plan, to_phrase
 
 
-def config(labels: str, control: str = "", image: str = 'value="$image"') -> str:
+def make_config(labels: str, control: str = "", image: str = 'value="$image"') -> str:
     return (
         f'<View><Image name="img" {image}/>'
         f'<RectangleLabels name="box" toName="img" {control}>{labels}</RectangleLabels></View>'
     )
 
 
-def labels_of(xml: str, threshold: float = 0.3) -> tuple[Label, ...]:
+def read_labels(xml: str, threshold: float = 0.3) -> tuple[Label, ...]:
     return read_plan(xml, threshold, 0.7).controls[0].labels
 
 
@@ -37,12 +37,12 @@ def labels_of(xml: str, threshold: float = 0.3) -> tuple[Label, ...]:
         ("HTTPServer", "httpserver"),
     ],
 )
-def test_a_value_becomes_words(value: str, phrase: str) -> None:
+def test_a_labels_value_becomes_a_phrase(value: str, phrase: str) -> None:
     assert to_phrase(value) == phrase
 
 
 @given(st.text(min_size=1))
-def test_a_phrase_holds_nothing_that_splits_it(text: str) -> None:
+def test_a_clean_phrase_holds_no_delimiter_and_stays_as_it_is(text: str) -> None:
     phrase = clean_phrase(text)
     assert "." not in phrase
     assert "?" not in phrase
@@ -50,45 +50,47 @@ def test_a_phrase_holds_nothing_that_splits_it(text: str) -> None:
 
 
 def test_names_and_labels_are_read() -> None:
-    control = read_plan(config('<Label value="Cat"/><Label value="dog"/>'), 0.3, 0.7).controls[0]
+    control = read_plan(make_config('<Label value="Cat"/><Label value="dog"/>'), 0.3, 0.7).controls[0]
     assert (control.from_name, control.to_name, control.image_value) == ("box", "img", "$image")
     assert control.labels == (Label("Cat", ("cat",), 0.3), Label("dog", ("dog",), 0.3))
 
 
-def test_labels_nested_in_views_are_found() -> None:
-    assert [label.name for label in labels_of(config('<View><View><Label value="a b"/></View></View>'))] == ["a b"]
+def test_labels_nested_in_views_are_read() -> None:
+    assert [label.name for label in read_labels(make_config('<View><View><Label value="a b"/></View></View>'))] == [
+        "a b"
+    ]
 
 
-def test_an_alias_is_the_answer_and_the_value_the_phrase() -> None:
-    assert labels_of(config('<Label value="BigCat" alias="c1"/>')) == (Label("c1", ("big cat",), 0.3),)
+def test_an_alias_becomes_the_name_and_the_value_the_phrase() -> None:
+    assert read_labels(make_config('<Label value="BigCat" alias="c1"/>')) == (Label("c1", ("big cat",), 0.3),)
 
 
 def test_predicted_values_replace_the_value() -> None:
-    found = labels_of(config('<Label value="pet" predicted_values="Cat, small dog ,, cat"/>'))
-    assert found == (Label("pet", ("cat", "small dog"), 0.3),)
+    labels = read_labels(make_config('<Label value="pet" predicted_values="Cat, small dog ,, cat"/>'))
+    assert labels == (Label("pet", ("cat", "small dog"), 0.3),)
 
 
 def test_negative_phrases_are_read() -> None:
     control = read_plan(
-        config('<Label value="a"/>', 'model_negative_values="Shadow, , reflection"'), 0.3, 0.7
+        make_config('<Label value="a"/>', 'model_negative_values="Shadow, , reflection"'), 0.3, 0.7
     ).controls[0]
     assert control.negative_phrases == ("shadow", "reflection")
 
 
-def test_thresholds_go_from_setting_to_control_to_label() -> None:
+def test_a_threshold_of_a_label_wins_over_its_controls_and_the_setting() -> None:
     labels = '<Label value="a"/><Label value="b" model_score_threshold="0.7"/>'
-    assert [label.threshold for label in labels_of(config(labels), 0.25)] == [0.25, 0.7]
-    assert [label.threshold for label in labels_of(config(labels, 'model_score_threshold="0.5"'))] == [0.5, 0.7]
+    assert [label.threshold for label in read_labels(make_config(labels), 0.25)] == [0.25, 0.7]
+    assert [label.threshold for label in read_labels(make_config(labels, 'model_score_threshold="0.5"'))] == [0.5, 0.7]
 
 
 @pytest.mark.parametrize("value", ["high", "-0.1", "1.5", "nan", ""])
 def test_a_wrong_threshold_names_its_tag(value: str) -> None:
     with pytest.raises(LabelingConfigError, match="'cat' must be a number from 0 to 1"):
-        read_plan(config(f'<Label value="cat" model_score_threshold="{value}"/>'), 0.3, 0.7)
+        read_plan(make_config(f'<Label value="cat" model_score_threshold="{value}"/>'), 0.3, 0.7)
 
 
-def test_only_the_fields_that_are_read_leave_the_front() -> None:
-    plan = read_plan(config('<Label value="a"/>', image='value="$photo.url"'), 0.3, 0.7)
+def test_only_the_fields_that_the_plan_reads_are_selected() -> None:
+    plan = read_plan(make_config('<Label value="a"/>', image='value="$photo.url"'), 0.3, 0.7)
     assert plan.select_fields({"photo": {"url": "x"}, "patient": "secret"}) == {"photo": {"url": "x"}}
 
 
@@ -96,19 +98,19 @@ def test_only_the_fields_that_are_read_leave_the_front() -> None:
     "xml",
     [
         "<View></View>",
-        config(""),
-        config('<Label value="a"/>', 'model_skip="true"'),
+        make_config(""),
+        make_config('<Label value="a"/>', 'model_skip="true"'),
         '<View><RectangleLabels name="b" toName="text"><Label value="a"/></RectangleLabels></View>',
         '<View><Image name="i" value="$i"/><Choices name="c" toName="i"><Choice value="a"/></Choices></View>',
     ],
 )
-def test_nothing_to_predict_is_said(xml: str) -> None:
+def test_a_config_without_anything_to_predict_is_refused(xml: str) -> None:
     with pytest.raises(LabelingConfigError, match=r"no Image|with labels on an Image"):
         read_plan(xml, 0.3, 0.7)
 
 
 def test_a_skipped_control_leaves_the_others() -> None:
-    two = config('<Label value="a"/>', 'model_skip="true"').replace("</View>", "") + (
+    two = make_config('<Label value="a"/>', 'model_skip="true"').replace("</View>", "") + (
         '<RectangleLabels name="other" toName="img"><Label value="b"/></RectangleLabels></View>'
     )
     assert [control.from_name for control in read_plan(two, 0.3, 0.7).controls] == ["other"]
@@ -130,7 +132,7 @@ def test_a_config_that_cannot_be_read_says_why(xml: str, reason: str) -> None:
 
 
 def test_a_plan_survives_json() -> None:
-    plan = read_plan(config('<Label value="a" predicted_values="x, y"/><Label value="b" alias="c"/>'), 0.3, 0.7)
+    plan = read_plan(make_config('<Label value="a" predicted_values="x, y"/><Label value="b" alias="c"/>'), 0.3, 0.7)
     assert TypeAdapter(Plan).validate_python(json.loads(json.dumps(plan.payload))) == plan
 
 
@@ -144,7 +146,7 @@ def test_a_plan_survives_json() -> None:
         + "</Repeater>" * 100,
     ],
 )
-def test_a_config_that_would_explode_is_quick(body: str) -> None:
+def test_a_config_that_would_explode_is_read_or_refused_within_a_second(body: str) -> None:
     start = time.monotonic()
     with contextlib.suppress(LabelingConfigError):
         read_plan(f'<View><Image name="i" value="$i"/>{body}</View>', 0.3, 0.7)

@@ -1,4 +1,4 @@
-"""Messages fail loudly: no field of them can be forgotten on the way, and none slips through unread."""
+"""Messages fail loudly: a field that is missing, unknown or of another format is refused."""
 
 import copy
 import json
@@ -28,11 +28,11 @@ MESSAGES: list[tuple[type[Message], dict[str, Any]]] = [
     (ChunkAnswers, make_answers([PREDICTION, make_error("gone")])),
     (TrainingRequest, TrainingRequest(project="7", train="encoder", run="1").model_dump()),
 ]
-FREE = ("data", "result")  # what they hold is the user's
+FREE = ("data", "result")  # any content is allowed: it is the user's
 
 
 def find_objects(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The paths of all objects in a message that have a fixed set of fields."""
+    """Yields the paths of all objects in a message that have a fixed set of fields."""
     if isinstance(value, dict):
         yield path
         for key, inner in value.items():
@@ -43,7 +43,7 @@ def find_objects(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, 
             yield from find_objects(inner, (*path, index))
 
 
-def get(value: Any, path: tuple[Any, ...]) -> Any:
+def get_at(value: Any, path: tuple[Any, ...]) -> Any:
     for key in path:
         value = value[key]
     return value
@@ -52,14 +52,14 @@ def get(value: Any, path: tuple[Any, ...]) -> Any:
 CASES = [(kind, payload, path) for kind, payload in MESSAGES for path in find_objects(payload)]
 
 
-def test_the_cases_reach_every_level() -> None:
+def test_the_cases_cover_every_level() -> None:
     names = {path[-1] if path else "" for _, _, path in CASES}
     assert {"", "plan", "version", "prompt", "error"} <= names
     assert any("labels" in path for _, _, path in CASES)
 
 
 @pytest.mark.parametrize(("kind", "payload"), MESSAGES, ids=lambda value: getattr(value, "__name__", ""))
-def test_a_message_survives_its_way(kind: type[Message], payload: dict[str, Any]) -> None:
+def test_a_message_survives_json(kind: type[Message], payload: dict[str, Any]) -> None:
     message = read_message(kind, payload)
     assert json.loads(json.dumps(message.model_dump())) == json.loads(json.dumps(payload))
 
@@ -67,16 +67,16 @@ def test_a_message_survives_its_way(kind: type[Message], payload: dict[str, Any]
 @pytest.mark.parametrize(("kind", "payload", "path"), CASES)
 def test_an_unknown_field_is_refused(kind: type[Message], payload: dict[str, Any], path: tuple[Any, ...]) -> None:
     changed = copy.deepcopy(payload)
-    get(changed, path)["surprise"] = 1
+    get_at(changed, path)["surprise"] = 1
     with pytest.raises(MessageError, match=r"surprise.*same version of the backend everywhere"):
         read_message(kind, changed)
 
 
 @pytest.mark.parametrize(("kind", "payload", "path"), CASES)
-def test_a_forgotten_field_is_refused(kind: type[Message], payload: dict[str, Any], path: tuple[Any, ...]) -> None:
-    for field in get(payload, path):
+def test_a_missing_field_is_refused(kind: type[Message], payload: dict[str, Any], path: tuple[Any, ...]) -> None:
+    for field in get_at(payload, path):
         changed = copy.deepcopy(payload)
-        del get(changed, path)[field]
+        del get_at(changed, path)[field]
         with pytest.raises(MessageError, match=kind.__name__):
             read_message(kind, changed)
 
@@ -88,12 +88,12 @@ def test_another_format_is_refused(other: object) -> None:
 
 
 @pytest.mark.parametrize("other", [None, [], "chunk", 3])
-def test_what_is_no_object_is_refused(other: object) -> None:
+def test_a_message_that_is_no_object_is_refused(other: object) -> None:
     with pytest.raises(MessageError):
         read_message(Chunk, other)
 
 
-def test_equal_chunks_have_equal_ids_and_other_chunks_others() -> None:
+def test_only_equal_chunks_have_equal_ids() -> None:
     same = read_message(Chunk, json.loads(json.dumps(CHUNK.payload)))
     assert same.id == CHUNK.id
     assert make_chunk({"id": 1}).id != make_chunk({"id": 2}).id

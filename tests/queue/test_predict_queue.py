@@ -20,7 +20,7 @@ from tests.chunks import PREDICTION, make_answers, make_chunk, make_error
 CHUNK = make_chunk({"id": 1, "data": {"image": "http://x/?token=s3cret"}})
 
 
-def work(connection: Redis, **functions: JobFunction) -> None:
+def run_waiting_jobs(connection: Redis, **functions: JobFunction) -> None:
     """Runs all waiting jobs in this process, as a worker with these functions does."""
     job_class = AllowedJob.with_functions(functions)
     SimpleWorker([PREDICT], connection=connection, serializer=JSONSerializer, job_class=job_class).work(
@@ -48,7 +48,7 @@ def test_a_forged_job_does_not_run(connection: Redis, tmp_path: Path, name: str)
     mark = tmp_path / "pwned"
     queue = Queue(PREDICT, connection=connection, serializer=JSONSerializer)
     job = queue.enqueue(name, f"touch {mark}")
-    work(connection, predict=lambda payload: {})
+    run_waiting_jobs(connection, predict=lambda payload: {})
     assert not mark.exists()
     assert "runs only its own functions" in job.latest_result().exc_string
 
@@ -61,16 +61,16 @@ def test_forged_callbacks_do_not_run(connection: Redis, tmp_path: Path) -> None:
         connection.hset(f"rq:job:{job.id}", f"{kind}_callback_name", "os.system")
     allowed = AllowedJob.fetch(job.id, connection=connection, serializer=JSONSerializer)
     assert (allowed.success_callback, allowed.failure_callback, allowed.stopped_callback) == (None, None, None)
-    ran = []
-    work(connection, predict=lambda payload: ran.append(payload) or {})
-    assert len(ran) == 1
+    payloads = []
+    run_waiting_jobs(connection, predict=lambda payload: payloads.append(payload) or {})
+    assert len(payloads) == 1
     assert not mark.exists()
 
 
-def test_a_failed_job_answers_none(connection: Redis) -> None:
+def test_waiting_for_a_failed_job_returns_none(connection: Redis) -> None:
     queue = PredictQueue(connection)
     (job,) = queue.enqueue([make_chunk()])
-    work(connection)
+    run_waiting_jobs(connection)
     assert queue.wait(job, time.monotonic() + 5) is None
 
 
@@ -84,39 +84,39 @@ def test_waiting_ends_at_the_deadline(connection: Redis) -> None:
     assert Job.exists(job.id, connection=connection)
 
 
-def finish(connection: Redis, job: Job, answers: list[dict]) -> None:
-    """Leaves behind what a worker does of a job that it finished."""
+def finish_job(connection: Redis, job: Job, answers: list[dict]) -> None:
+    """Takes a job off the queue and stores its answers, as a worker does."""
     make_queue(PREDICT, connection).remove(job)
     Result.create(job, Result.Type.SUCCESSFUL, ttl=60, return_value=make_answers(answers))
 
 
-def test_what_waits_is_not_asked_for_twice(connection: Redis) -> None:
+def test_a_waiting_chunk_is_not_enqueued_again(connection: Redis) -> None:
     queue = PredictQueue(connection)
     first, again = queue.enqueue([CHUNK, CHUNK])
     assert first.id == again.id
     assert len(Queue(PREDICT, connection=connection, serializer=JSONSerializer)) == 1
 
 
-def test_what_was_answered_well_is_reused_and_what_failed_is_made_anew(connection: Redis) -> None:
+def test_a_prediction_is_reused_and_an_error_is_predicted_again(connection: Redis) -> None:
     queue = PredictQueue(connection)
     (job,) = queue.enqueue([CHUNK])
-    finish(connection, job, [PREDICTION])
+    finish_job(connection, job, [PREDICTION])
     assert queue.wait(queue.enqueue([CHUNK])[0], time.monotonic() + 1) == [Prediction(**PREDICTION)]
     connection.delete(f"rq:results:{job.id}")
-    finish(connection, job, [make_error("away")])
+    finish_job(connection, job, [make_error("away")])
     (new,) = queue.enqueue([CHUNK])
     assert new.latest_result() is None
     assert Queue(PREDICT, connection=connection, serializer=JSONSerializer).job_ids == [new.id]
 
 
-def test_a_redis_that_is_away_is_said_at_once() -> None:
+def test_an_unreachable_redis_is_reported_at_once() -> None:
     start = time.monotonic()
     with pytest.raises(QueueUnavailable, match="is Redis running"):
         PredictQueue(connect("redis://127.0.0.1:1")).enqueue([CHUNK])
     assert time.monotonic() - start < 3
 
 
-def test_an_annotator_overtakes_the_same_chunk_of_a_bulk(connection: Redis) -> None:
+def test_an_annotators_request_moves_a_waiting_chunk_to_the_front(connection: Redis) -> None:
     queue = PredictQueue(connection)
     chunks = [make_chunk({"id": number}) for number in range(3)]
     jobs = queue.enqueue(chunks)
@@ -125,7 +125,7 @@ def test_an_annotator_overtakes_the_same_chunk_of_a_bulk(connection: Redis) -> N
     assert waiting == [jobs[2].id, jobs[0].id, jobs[1].id]
 
 
-def test_jobs_are_as_large_as_the_smallest_worker_wants(connection: Redis) -> None:
+def test_the_batch_size_is_the_smallest_of_the_ready_workers(connection: Redis) -> None:
     queue = PredictQueue(connection)
     assert queue.get_batch_size() == 4
     for name, size in (("a", 16), ("b", 8)):

@@ -1,4 +1,4 @@
-"""What RQ keeps of jobs in hand is what our recovery reads: a contract test for the pinned version."""
+"""Our recovery reads what RQ keeps of jobs at work: a contract test for the pinned version."""
 
 import time
 
@@ -22,15 +22,15 @@ from tests.chunks import PREDICTION, make_answers, make_chunk, make_error
 ANSWERED = Prediction(**PREDICTION)
 
 
-def begin(connection: Redis, redis_url: str, worker: str) -> Job:
-    """A job that a worker of this name has in hand."""
+def begin_job(connection: Redis, redis_url: str, worker: str) -> Job:
+    """Enqueues a job and lets a worker of this name begin_job it."""
     (job,) = PredictQueue(connection).enqueue([make_chunk({"id": 1}, {"id": 2})])
     rq_worker = make_worker(Settings(redis_url=redis_url), PREDICT, worker, {})
-    taken, _ = rq_worker.dequeue_job_and_maintain_ttl(1)
-    assert taken.id == job.id
-    prepare_execution(rq_worker, taken)
+    dequeued, _ = rq_worker.dequeue_job_and_maintain_ttl(1)
+    assert dequeued.id == job.id
+    prepare_execution(rq_worker, dequeued)
     with connection.pipeline() as pipeline:
-        taken.prepare_for_execution(worker, pipeline)
+        dequeued.prepare_for_execution(worker, pipeline)
         pipeline.execute()
     return job
 
@@ -40,15 +40,15 @@ def recover(connection: Redis) -> None:
     Recovery(connection, make_queue(PREDICT, connection), READY_KEY).requeue_lost()
 
 
-def test_a_job_of_a_living_worker_stays(connection: Redis, redis_url: str) -> None:
-    begin(connection, redis_url, "living")
+def test_a_job_of_a_live_worker_is_not_requeued(connection: Redis, redis_url: str) -> None:
+    begin_job(connection, redis_url, "living")
     connection.set(READY_KEY + "living", 4)
     recover(connection)
     assert make_queue(PREDICT, connection).job_ids == []
 
 
 def test_a_job_of_a_dead_worker_goes_to_the_front_once(connection: Redis, redis_url: str) -> None:
-    job = begin(connection, redis_url, "dead")
+    job = begin_job(connection, redis_url, "dead")
     PredictQueue(connection).enqueue([make_chunk({"id": 3})])
     recover(connection)
     recover(connection)
@@ -58,7 +58,7 @@ def test_a_job_of_a_dead_worker_goes_to_the_front_once(connection: Redis, redis_
     assert LostChunk(connection, job.id).count_deaths() == 1
 
 
-def test_a_job_taken_but_not_begun_comes_back(
+def test_a_job_that_was_dequeued_but_not_begun_is_requeued(
     connection: Redis, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (job,) = PredictQueue(connection).enqueue([make_chunk({"id": 1})])
@@ -74,7 +74,7 @@ def test_a_job_taken_but_not_begun_comes_back(
     assert connection.llen(IntermediateQueue.get_intermediate_queue_key(queue.key)) == 0
 
 
-def test_the_task_in_hand_at_a_second_death_is_left_out(connection: Redis) -> None:
+def test_the_task_at_work_at_a_second_death_gets_an_error(connection: Redis) -> None:
     chunk = LostChunk(connection, "some-job")
     chunk.record_death()
     assert chunk.load_answers() == {}
@@ -88,7 +88,7 @@ def test_the_task_in_hand_at_a_second_death_is_left_out(connection: Redis) -> No
     assert answers[1].error.code == "worker_died"
 
 
-def test_what_a_dead_worker_kept_does_not_answer_the_next_asking(connection: Redis) -> None:
+def test_saved_answers_are_dropped_when_the_chunk_is_requested_again(connection: Redis) -> None:
     queue = PredictQueue(connection)
     (job,) = queue.enqueue([make_chunk({"id": 1})])
     chunk = LostChunk(connection, job.id)

@@ -18,7 +18,7 @@ def test_a_second_click_returns_the_training_that_waits(connection: Redis) -> No
 
 
 @pytest.mark.timeout(60)
-def test_a_training_that_is_over_makes_room_for_another(connection: Redis, redis_url: str, tmp_path) -> None:
+def test_another_training_can_start_when_one_is_over(connection: Redis, redis_url: str, tmp_path) -> None:
     settings = Settings(model="demo", model_dir=tmp_path, redis_url=redis_url)
     trainings = TrainingQueue(connection)
     trainings.start("7", "encoder")
