@@ -10,14 +10,14 @@ EMPTY_PLAN = Plan((), (), ())
 
 
 def make_chunk(*tasks: dict[str, Any], **changes: Any) -> Chunk:
-    """A chunk of tasks, each with `id` and perhaps `data`; its plan is empty unless it is given."""
+    """Makes a chunk of tasks, each with `id` and perhaps `data` and `prompt`; its plan is empty unless it is given."""
     fields = {"plan": EMPTY_PLAN, "model_version": "v", "checkpoint": "c", "version": None, **changes}
     rows = [ChunkTask(id=task["id"], data=task.get("data", {}), prompt=task.get("prompt")) for task in tasks]
     return Chunk(tasks=tuple(rows), **fields)
 
 
 def make_answers(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What a worker returns for a chunk."""
+    """Makes what a worker returns for a chunk."""
     return ChunkAnswers.model_validate({"answers": answers}).model_dump()
 
 

@@ -1,4 +1,4 @@
-"""What the tests share: a real Redis, and the whole server as a user starts it."""
+"""Fixtures for all tests: a real Redis, and the whole server as a user starts it."""
 
 import os
 
@@ -21,7 +21,7 @@ from tests.servers import ServeProcess
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No setting of the developer's shell reaches a test."""
+    """Removes the settings of the developer's shell from the environment."""
     for name in Settings.model_fields:
         monkeypatch.delenv(name.upper(), raising=False)
 
@@ -68,7 +68,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeProcess]:
 
 @pytest.fixture
 def start_server(tmp_path: Path) -> Iterator[Callable[..., ServeProcess]]:
-    """Starts servers of a test's own, with settings given by name; whatever is left of them ends with the test."""
+    """Starts servers of a test's own, with settings given by name; those that still run are stopped at the end."""
     started: list[ServeProcess] = []
 
     def start(**env: str) -> ServeProcess:

@@ -85,7 +85,7 @@ def list_descendants(pid: int) -> list[int]:
 
 
 def is_running(pid: int) -> bool:
-    """Tells whether a process exists and is not a zombie."""
+    """Returns whether a process exists and is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:

@@ -85,7 +85,7 @@ def test_secrets_are_not_shown() -> None:
     assert "s3cret" not in shown
 
 
-def test_pictures_are_shown_behind_a_door_or_where_asked_for() -> None:
+def test_images_are_shown_behind_a_login_or_secret_path_for_the_demo_or_on_request() -> None:
     assert not Settings().may_show_images
     assert Settings(show_pictures="true").may_show_images
     assert Settings(model="demo").may_show_images
@@ -93,7 +93,7 @@ def test_pictures_are_shown_behind_a_door_or_where_asked_for() -> None:
     assert not Settings(model="demo", show_pictures="false").may_show_images
 
 
-def test_a_worker_for_each_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_each_device_of_the_setting_is_listed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("backend.cli.supervisor.NVIDIA", tmp_path)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert list_devices("auto") == ["auto"]

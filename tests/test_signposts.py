@@ -1,4 +1,4 @@
-"""docs/design.md leads to what is there: the table "to change X, open Y", and the table of all Redis keys."""
+"""The tables of docs/design.md match the code: "to change X, open Y", and all Redis keys."""
 
 import re
 import time
@@ -30,13 +30,13 @@ UNITS = {"s": 1, "min": 60, "h": 3600, "days": 24 * 3600}
 
 
 def read_table(heading: str) -> list[list[str]]:
-    """The cells of the first table below a heading, without its head."""
+    """Reads the cells of the first table below a heading, without its head."""
     section = DESIGN.split(f"## {heading}\n")[1].split("\n## ")[0]
     rows = [line for line in section.split("\n") if line.startswith("|")]
     return [[cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]] for row in rows[2:]]
 
 
-def test_every_place_that_the_signposts_name_exists() -> None:
+def test_every_file_and_name_in_the_table_of_changes_exists() -> None:
     rows = read_table("To change X, open Y")
     assert len(rows) >= 25
     for what, places in rows:
@@ -48,7 +48,7 @@ def test_every_place_that_the_signposts_name_exists() -> None:
                 assert re.search(rf"^\s*((async )?def|class) {name}\b|^{name}\b.*=", text, re.M), (what, path, name)
 
 
-def test_every_package_says_what_lives_there() -> None:
+def test_every_package_names_all_its_modules() -> None:
     for package in sorted((ROOT / "backend").glob("*/__init__.py")):
         text = package.read_text()
         assert text.count('"""') == 2, package
@@ -71,7 +71,7 @@ def leave_keys_of_the_web_front_and_a_worker(served: ServeProcess) -> None:
 
 
 def leave_keys_of_the_rest(connection: Redis) -> None:
-    """Everything that takes a Label Studio, a command or a death, called as it is there."""
+    """Calls directly what a run reaches only with a Label Studio, a command or a dead worker."""
     outbox, chunk = Outbox(connection), make_chunk({"id": 1})
     outbox.add("7", [chunk], time.time())
     outbox.claim(Delivery.PUSHING, "7", "v", [1], time.time(), 0)
@@ -91,13 +91,13 @@ def leave_keys_of_the_rest(connection: Redis) -> None:
     publish_metrics(connection, "worker")
 
 
-def test_the_table_of_redis_keys_is_what_a_run_leaves(served: ServeProcess, connection: Redis) -> None:
+def test_a_run_leaves_exactly_the_keys_of_the_table(served: ServeProcess, connection: Redis) -> None:
     rows = {key.split("`")[1]: (key, kind, module, ttl) for key, kind, module, ttl, _ in read_table("Redis keys")}
     for prefix, (_, _, module, _) in rows.items():
         assert f'"{prefix}"' in (ROOT / module.strip("`")).read_text(), prefix
     leave_keys_of_the_web_front_and_a_worker(served)
     leave_keys_of_the_rest(connection)
-    seen = set()
+    prefixes = set()
     for redis in (connect((served.model_dir / "redis.url").read_text()), connection):
         for key in map(bytes.decode, redis.scan_iter("*")):
             if key.startswith("rq:"):
@@ -117,5 +117,5 @@ def test_the_table_of_redis_keys_is_what_a_run_leaves(served: ServeProcess, conn
             else:
                 number, unit = ttl.split()
                 assert 0 <= left <= float(number) * UNITS[unit], (key, left)
-            seen.add(prefix)
-    assert set(rows) - seen == set()
+            prefixes.add(prefix)
+    assert set(rows) - prefixes == set()

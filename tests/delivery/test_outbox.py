@@ -1,4 +1,4 @@
-"""Who may deliver a prediction, and what is kept until it is delivered."""
+"""Claims on predictions, and the chunks whose predictions are pending."""
 
 import pytest
 from redis import Redis
@@ -26,7 +26,7 @@ def test_chunks_keep_their_order_and_place(outbox: Outbox) -> None:
 
 
 @pytest.mark.parametrize(
-    ("before", "way", "granted"),
+    ("before", "delivery", "granted"),
     [
         (PULL, PULL, True),  # two annotators open one task: both get their answer
         (PULL, PUSHING, False),
@@ -36,23 +36,23 @@ def test_chunks_keep_their_order_and_place(outbox: Outbox) -> None:
         (PUSHED, PUSHING, False),
     ],
 )
-def test_a_task_is_delivered_by_one(outbox: Outbox, before: Delivery, way: Delivery, granted: bool) -> None:
+def test_a_prediction_is_delivered_once(outbox: Outbox, before: Delivery, delivery: Delivery, granted: bool) -> None:
     if before == PUSHED:
         outbox.claim(PUSHING, "1", "v", [5], now=100, since=90)
         outbox.confirm("1", "v", [5], now=100)
     else:
         outbox.claim(before, "1", "v", [5], now=100, since=90)
     expected = {5: None if granted else before, 6: None}
-    assert outbox.claim(way, "1", "v", [5, 6], now=110, since=95) == expected
+    assert outbox.claim(delivery, "1", "v", [5, 6], now=110, since=95) == expected
 
 
-def test_what_was_delivered_before_it_was_asked_for_may_be_delivered_again(outbox: Outbox) -> None:
+def test_a_delivery_before_the_request_refuses_no_claim(outbox: Outbox) -> None:
     outbox.claim(PUSHING, "1", "v", [5], now=100, since=90)
     outbox.confirm("1", "v", [5], now=100)
     assert outbox.claim(PULL, "1", "v", [5], now=300, since=200) == {5: None}  # deleted in Label Studio meanwhile
 
 
-def test_versions_and_projects_are_apart(outbox: Outbox) -> None:
+def test_claims_of_other_versions_and_projects_are_independent(outbox: Outbox) -> None:
     outbox.claim(PUSHING, "1", "v", [5], now=100, since=90)
     assert outbox.claim(PUSHING, "1", "w", [5], now=100, since=90) == {5: None}
     assert outbox.claim(PUSHING, "2", "v", [5], now=100, since=90) == {5: None}

@@ -27,7 +27,7 @@ ANSWERS = make_answers([PREDICTION] * 2)
 
 
 class Stub:
-    """Answers as Label Studio does; `status` is what an import gets, and tasks in `bad` spoil it."""
+    """Answers as Label Studio does; `status` is the status of an import; it refuses an import with a task in `bad`."""
 
     def __init__(self) -> None:
         self.imported: list[int] = []
@@ -46,18 +46,18 @@ class Stub:
         else:
             query = json.loads(parse_qs(urlsplit(request.path).query)["query"][0])
             items = query["filters"]["items"]
-            rows = [{"id": n, "data": {"image": uri}} for n, uri in self.data.items() if self._fits(n, items)]
+            rows = [{"id": n, "data": {"image": uri}} for n, uri in self.data.items() if self._passes(n, items)]
             send_reply(request, json.dumps({"tasks": rows}).encode())
 
-    def _fits(self, number: int, items: list[dict[str, Any]]) -> bool:
-        """Whether a task fits filters of the Data Manager."""
-        fits = {
+    def _passes(self, number: int, items: list[dict[str, Any]]) -> bool:
+        """Returns whether a task passes filters of the Data Manager."""
+        conditions = {
             "equal": lambda value: number == value,
             "greater": lambda value: number > value,
             "in_list": lambda value: number in value,
             "not_contains": lambda versions: versions == ["v"] and number not in self.imported,
         }
-        return all(fits[item["operator"]](item["value"]) for item in items)
+        return all(conditions[item["operator"]](item["value"]) for item in items)
 
 
 @pytest.fixture
@@ -71,14 +71,14 @@ def pusher(connection: Redis, stub: Stub) -> Iterator[Pusher]:
         yield Pusher(connection, LabelStudioClient(url, "key"), "me")
 
 
-def finish(connection: Redis, value: Any = ANSWERS, kind: Any = Result.Type.SUCCESSFUL) -> None:
+def add_finished_chunk(connection: Redis, value: Any = ANSWERS, kind: Any = Result.Type.SUCCESSFUL) -> None:
     Outbox(connection).add("1", [CHUNK], since=1e9)
     (job,) = PredictQueue(connection).enqueue([CHUNK])
     Result.create(job, kind, 60, return_value=value)
 
 
-def test_what_is_finished_is_pushed_once(connection: Redis, pusher: Pusher, stub: Stub) -> None:
-    finish(connection)
+def test_a_finished_chunk_is_pushed_once(connection: Redis, pusher: Pusher, stub: Stub) -> None:
+    add_finished_chunk(connection)
     pusher.run_once()
     pusher.run_once()
     assert stub.imported == [1, 2]
@@ -87,7 +87,7 @@ def test_what_is_finished_is_pushed_once(connection: Redis, pusher: Pusher, stub
 
 def test_a_refused_prediction_is_left_out_alone(pusher: Pusher, connection: Redis, stub: Stub) -> None:
     stub.bad = {1}
-    finish(connection)
+    add_finished_chunk(connection)
     pusher.run_once()
     assert stub.imported == [2]
 
@@ -95,11 +95,11 @@ def test_a_refused_prediction_is_left_out_alone(pusher: Pusher, connection: Redi
 @pytest.mark.parametrize(
     ("status", "error"), [(502, LabelStudioUnavailable), (401, LabelStudioAuthError), (429, LabelStudioUnavailable)]
 )
-def test_nothing_is_thrown_away_while_label_studio_refuses(
+def test_predictions_stay_pending_while_label_studio_refuses(
     connection: Redis, pusher: Pusher, stub: Stub, status: int, error: type[Exception]
 ) -> None:
     stub.status = status
-    finish(connection)
+    add_finished_chunk(connection)
     with pytest.raises(error):
         pusher.run_once()
     stub.status = 201
@@ -109,7 +109,7 @@ def test_nothing_is_thrown_away_while_label_studio_refuses(
 
 def test_an_import_whose_answer_was_lost_is_looked_up(connection: Redis, pusher: Pusher, stub: Stub) -> None:
     stub.status = 502
-    finish(connection)
+    add_finished_chunk(connection)
     with pytest.raises(LabelStudioUnavailable):
         pusher.run_once()
     stub.imported = [1]  # it did more than it said
@@ -118,35 +118,35 @@ def test_an_import_whose_answer_was_lost_is_looked_up(connection: Redis, pusher:
     assert sorted(stub.imported) == [1, 2]
 
 
-def test_a_deleted_first_task_does_not_make_a_project_strange(connection: Redis, pusher: Pusher, stub: Stub) -> None:
+def test_a_deleted_first_task_does_not_make_a_project_mismatched(connection: Redis, pusher: Pusher, stub: Stub) -> None:
     del stub.data[1]
-    finish(connection)
+    add_finished_chunk(connection)
     pusher.run_once()
     assert stub.imported == [1, 2]
     assert not Outbox(connection).is_mismatched("1")
 
 
-def test_tasks_that_are_gone_cost_one_more_import(connection: Redis, pusher: Pusher, stub: Stub) -> None:
+def test_deleted_tasks_cost_one_more_import(connection: Redis, pusher: Pusher, stub: Stub) -> None:
     del stub.data[2]
     stub.bad = {2}  # refused with all that come with it
-    finish(connection)
+    add_finished_chunk(connection)
     pusher.run_once()
     assert (stub.imported, stub.imports, len(Outbox(connection))) == ([1], 2, 0)
 
 
-def test_an_odd_chunk_takes_no_other_down(connection: Redis, pusher: Pusher, stub: Stub) -> None:
+def test_a_malformed_chunk_does_not_stop_the_others(connection: Redis, pusher: Pusher, stub: Stub) -> None:
     odd = make_chunk({"id": 1, "data": {"image": "a"}})
     Outbox(connection).add("1", [odd], 2)
     (job,) = PredictQueue(connection).enqueue([odd])
     Result.create(job, Result.Type.SUCCESSFUL, 60, return_value=ANSWERS)  # two answers for one task
-    finish(connection)
+    add_finished_chunk(connection)
     pusher.run_once()
     assert (stub.imported, len(Outbox(connection))) == ([1, 2], 0)
 
 
 def test_another_project_of_the_same_number_is_left_alone(connection: Redis, pusher: Pusher, stub: Stub) -> None:
     stub.data = {1: "other", 2: "other"}
-    finish(connection)
+    add_finished_chunk(connection)
     pusher.run_once()
     assert stub.imported == []
     assert Outbox(connection).is_mismatched("1")
@@ -155,12 +155,12 @@ def test_another_project_of_the_same_number_is_left_alone(connection: Redis, pus
 def test_a_chunk_that_fails_as_a_whole_is_given_up(connection: Redis, pusher: Pusher) -> None:
     for _ in range(MAX_FAILED_ATTEMPTS):
         assert len(Outbox(connection)) in (0, 1)
-        finish(connection, value=None, kind=Result.Type.FAILED)
+        add_finished_chunk(connection, value=None, kind=Result.Type.FAILED)
         pusher.run_once()
     assert len(Outbox(connection)) == 0
 
 
-def test_answers_that_lay_there_too_long_are_made_anew_however_often(connection: Redis, pusher: Pusher) -> None:
+def test_expired_answers_are_requested_again_and_count_as_no_failure(connection: Redis, pusher: Pusher) -> None:
     Outbox(connection).add("1", [CHUNK], time.time())
     for _ in range(MAX_FAILED_ATTEMPTS + 2):  # as when Label Studio is away for hours
         PredictQueue(connection).delete(CHUNK)
@@ -169,11 +169,11 @@ def test_answers_that_lay_there_too_long_are_made_anew_however_often(connection:
     assert PredictQueue(connection).get_result(CHUNK).state is ChunkState.WAITING
 
 
-def test_after_an_import_the_pusher_rests_while_more_is_made(
+def test_the_pusher_backs_off_after_an_import_while_chunks_are_waiting(
     connection: Redis, pusher: Pusher, stub: Stub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("backend.delivery.pusher.IMPORT_BACKOFF", 1e6)
-    finish(connection)
+    add_finished_chunk(connection)
     pusher.run_once()
     later = make_chunk({"id": 3, "data": {"image": "c"}})
     Outbox(connection).add("1", [later], 3)
@@ -183,7 +183,7 @@ def test_after_an_import_the_pusher_rests_while_more_is_made(
 
 
 def test_only_one_pusher_pushes(connection: Redis, pusher: Pusher, stub: Stub) -> None:
-    finish(connection)
+    add_finished_chunk(connection)
     Pusher(connection, LabelStudioClient("http://127.0.0.1:1", "key"), "other")._lease.acquire_or_renew()
     pusher.run_once()
     assert stub.imported == []

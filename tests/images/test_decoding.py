@@ -206,8 +206,8 @@ def test_a_slow_body_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     assert time.monotonic() - start < 4
 
 
-def png_header(width: int, height: int) -> bytes:
-    """The first bytes of a PNG whose header states this size, without any image data."""
+def make_png_header(width: int, height: int) -> bytes:
+    """Makes the first bytes of a PNG whose header states this size, without any image data."""
     chunks = [b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), b"IDAT"]
     encoded = [struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks]
     return b"\x89PNG\r\n\x1a\n" + b"".join(encoded)
@@ -216,7 +216,7 @@ def png_header(width: int, height: int) -> bytes:
 @pytest.mark.parametrize("size", [(12_000, 12_000), (100_000, 100_000)])
 def test_too_many_pixels_are_refused_before_decoding(size: tuple[int, int]) -> None:
     with pytest.raises(ImageError, match="above MAX_IMAGE_PIXELS"):
-        make_loader().load(to_data_uri_of_bytes(png_header(*size)))
+        make_loader().load(to_data_uri_of_bytes(make_png_header(*size)))
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_too_many_pixels_are_refused_before_decoding(size: tuple[int, int]) -> N
         (b"%PDF-1.4", "not a supported image"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a supported image"),
         (encode(Image.effect_noise((200, 200), 50), "JPEG")[:5000], "damaged"),
-        (png_header(20, 20), "damaged"),
+        (make_png_header(20, 20), "damaged"),
     ],
 )
 def test_the_error_for_a_file_that_is_no_image_says_so(body: bytes, reason: str) -> None:

@@ -1,4 +1,4 @@
-"""Every example of docs/labeling-configs.md does what it says; COOKBOOK=folder draws the images."""
+"""Runs every example of docs/labeling-configs.md; COOKBOOK=folder draws the images."""
 
 import json
 import os
@@ -25,17 +25,17 @@ EXAMPLES = EXAMPLE.findall(DOCUMENT)
 SETTINGS = Settings(model="demo")
 
 
-def with_images(value: Any) -> Any:
-    """The data with sample images in place of their names."""
+def insert_images(value: Any) -> Any:
+    """Replaces the names of sample images in task data with the images."""
     if isinstance(value, dict):
-        return {key: with_images(inner) for key, inner in value.items()}
+        return {key: insert_images(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [with_images(inner) for inner in value]
+        return [insert_images(inner) for inner in value]
     return to_data_uri(Image.open(samples.FOLDER / value)) if str(value).endswith(".jpg") else value
 
 
-def context(data: dict[str, Any]) -> dict[str, Any] | None:
-    """What Label Studio sends while an annotator types."""
+def make_context(data: dict[str, Any]) -> dict[str, Any] | None:
+    """Makes the make_context that Label Studio sends while an annotator types; None if nothing is typed."""
     if "typed" not in data:
         return None
     return {
@@ -56,11 +56,11 @@ def test_every_section_with_a_config_is_an_example() -> None:
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=[example[0] for example in EXAMPLES])
-def test_an_example(example: tuple[str, ...], predictor: Predictor) -> None:
+def test_each_example_has_its_caption_and_regions(example: tuple[str, ...], predictor: Predictor) -> None:
     _, config, text, caption, screenshot = example
     data = json.loads(text)
-    task = {"id": 1, "data": with_images(data)}
-    (chunk,) = ProjectModel(SETTINGS, config).make_chunks([task], 1, context(data))
+    task = {"id": 1, "data": insert_images(data)}
+    (chunk,) = ProjectModel(SETTINGS, config).make_chunks([task], 1, make_context(data))
     targets = list(expand_targets(chunk.plan, chunk.tasks[0].data, chunk.tasks[0].prompt))
     phrases = [phrase for label in targets[0].query.labels for phrase in label.phrases]
     assert " . ".join([*phrases, *targets[0].query.negative_phrases]) + " ." == caption
@@ -70,11 +70,11 @@ def test_an_example(example: tuple[str, ...], predictor: Predictor) -> None:
         assert [r for r in result if (r["from_name"], r["to_name"], r.get("item_index")) == names], names
     if folder := os.environ.get("COOKBOOK"):
         images = [predictor.images.load(target.uri).image for target in targets]
-        draw(images, targets, result, Path(folder) / Path(screenshot).name)
+        draw_targets(images, targets, result, Path(folder) / Path(screenshot).name)
 
 
-def draw(images: list[Image.Image], targets: list[Any], result: list[dict[str, Any]], path: Path) -> None:
-    """The targets side by side, with their boxes."""
+def draw_targets(images: list[Image.Image], targets: list[Any], result: list[dict[str, Any]], path: Path) -> None:
+    """Draws the targets side by side, with their boxes."""
     names = sorted({label_or_placeholder(region) for region in result})
     for image, target in zip(images, targets, strict=True):
         of_target = (target.to_name, target.page)

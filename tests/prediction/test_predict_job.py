@@ -1,4 +1,4 @@
-"""The predict job when something is odd; tests/prediction/test_served.py has the whole way through HTTP."""
+"""The predict job with odd chunks and broken devices; test_served.py covers the whole way through HTTP."""
 
 import json
 import subprocess
@@ -48,11 +48,11 @@ def test_each_task_gets_the_regions_of_its_own_images(predictor: Predictor) -> N
     alone = {
         uri: predictor.predict(make_chunk_of(CONFIG, {"image": uri}).payload)["answers"][0]["result"] for uri in uris
     }
-    for answer, wanted in zip(answers, pages, strict=True):
-        if not wanted or "data:,x" in wanted:
+    for answer, uris_of_task in zip(answers, pages, strict=True):
+        if not uris_of_task or "data:,x" in uris_of_task:
             assert answer["error"]["code"] == "image"
             continue
-        for index, uri in enumerate(wanted):
+        for index, uri in enumerate(uris_of_task):
             boxes = [(r["score"], r["value"]["x"]) for r in answer["result"] if r["item_index"] == index]
             assert boxes == [
                 (pytest.approx(r["score"], abs=2e-4), pytest.approx(r["value"]["x"], abs=0.01)) for r in alone[uri]

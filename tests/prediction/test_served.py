@@ -17,7 +17,7 @@ def predict(served: ServeProcess, tasks: list[dict], config: str) -> list[dict]:
     return answer.json()["results"]
 
 
-def version(served: ServeProcess, config: str) -> str:
+def get_model_version(served: ServeProcess, config: str) -> str:
     return requests.post(f"{served.url}/setup", json={"project": "1.1", "schema": config}, timeout=3).json()[
         "model_version"
     ]
@@ -28,11 +28,11 @@ def test_rectangles_lie_on_the_shapes_with_the_right_labels(served: ServeProcess
     config = make_labeling_config(drawn)
     results = predict(served, [{"id": i, "data": {"image": to_data_uri(s.image)}} for i, s in enumerate(drawn)], config)
     assert statistics.mean(compute_recall(r["result"], s) for r, s in zip(results, drawn, strict=True)) > 0.8
-    assert {result["model_version"] for result in results} == {version(served, config)}
+    assert {result["model_version"] for result in results} == {get_model_version(served, config)}
     assert all(0 <= result["score"] <= 1 for result in results)
 
 
-def test_one_answer_a_task_in_order_and_a_broken_picture_fails_alone(served: ServeProcess) -> None:
+def test_each_task_gets_one_answer_in_order_and_a_broken_image_fails_alone(served: ServeProcess) -> None:
     good = to_data_uri(make_scenes(1)[0].image)
     uris = [good, "data:image/png;base64,AAAA", good, None, "ftp://x", good] * 4
     results = predict(
@@ -44,7 +44,7 @@ def test_one_answer_a_task_in_order_and_a_broken_picture_fails_alone(served: Ser
     assert "ftp" not in served.read_log()
 
 
-def test_nothing_found_is_an_empty_result(served: ServeProcess) -> None:
+def test_an_image_without_objects_has_an_empty_result(served: ServeProcess) -> None:
     (result,) = predict(
         served,
         [{"id": 1, "data": {"image": to_data_uri(Image.new("RGB", (96, 96), "grey"))}}],
@@ -53,7 +53,7 @@ def test_nothing_found_is_an_empty_result(served: ServeProcess) -> None:
     assert result["result"] == []
 
 
-def test_no_tasks_no_results(served: ServeProcess) -> None:
+def test_no_tasks_give_no_results(served: ServeProcess) -> None:
     assert predict(served, [], make_labeling_config(make_scenes(1))) == []
 
 
@@ -64,7 +64,7 @@ def test_the_same_task_twice_gives_the_same_answer(served: ServeProcess) -> None
     )
 
 
-def test_boxes_follow_the_picture_as_it_is_shown(served: ServeProcess) -> None:
+def test_boxes_lie_on_the_image_as_its_exif_orientation_shows_it(served: ServeProcess) -> None:
     scene = make_scenes(1, (640, 480), seed=3)[0]
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -76,7 +76,7 @@ def test_boxes_follow_the_picture_as_it_is_shown(served: ServeProcess) -> None:
     assert all(0 <= v <= 640 for r in result["result"] for v in to_pixel_box(r))
 
 
-def test_labels_answer_in_the_projects_own_words(served: ServeProcess) -> None:
+def test_regions_have_the_names_and_aliases_of_the_config(served: ServeProcess) -> None:
     scene = make_scenes(1)[0]
     shape = scene.shapes[0]
     config = (
@@ -104,7 +104,7 @@ def test_health_and_setup_are_quick_while_the_worker_is_busy(served: ServeProces
     while bulk.is_alive():
         start = time.monotonic()
         assert requests.get(f"{served.url}/health", timeout=1).ok
-        version(served, config)
+        get_model_version(served, config)
         slowest = max(slowest, time.monotonic() - start)
     bulk.join()
     assert slowest < 0.5
@@ -137,7 +137,7 @@ def test_every_form_of_config_gets_its_regions(served: ServeProcess) -> None:
     assert results[2]["error"]["code"] == "labeling_config"
 
 
-def test_an_annotator_types_what_to_look_for(served: ServeProcess) -> None:
+def test_an_annotator_types_phrases_to_detect(served: ServeProcess) -> None:
     scene = make_scenes(1, (320, 240), seed=3)[0]
     config = (
         '<View><Image name="i" value="$image"/><RectangleLabels name="l" toName="i"><Label value="Thing"/>'
@@ -152,7 +152,7 @@ def test_an_annotator_types_what_to_look_for(served: ServeProcess) -> None:
     assert {tuple(region["value"]["rectanglelabels"]) for region in result["result"]} == {("Thing",)}
 
 
-def test_an_annotation_event_is_acknowledged_in_no_time(served: ServeProcess) -> None:
+def test_an_annotation_event_is_acknowledged_within_50_ms(served: ServeProcess) -> None:
     annotation = {"id": 1, "task": 1, "updated_at": "2026", "result": [{"id": str(i)} for i in range(100)]}
     times = []
     for number in range(30):

@@ -14,7 +14,7 @@ def test_the_demo_is_found_by_its_name() -> None:
     assert checkpoint.make_model_version().startswith("demo-")
 
 
-def test_weights_prompts_and_thresholds_make_the_version(tmp_path) -> None:
+def test_weights_and_plan_change_the_version(tmp_path) -> None:
     (tmp_path / "weights").write_bytes(b"1")
     first = find_checkpoint(str(tmp_path))
     plans = [None, *(read_plan(CONFIG, threshold, nms) for threshold, nms in [(0.3, 0.7), (0.4, 0.7), (0.3, 0.8)])]
@@ -36,6 +36,6 @@ def test_a_hub_id_is_taken_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("model", ["./nowhere", "/nowhere", "nowhere", "a/b/c", "gone.pth", "owner/gone.pth", "~/x"])
-def test_a_path_to_nothing_names_the_ways_out(model: str) -> None:
+def test_the_error_for_a_missing_path_names_the_alternatives(model: str) -> None:
     with pytest.raises(CheckpointError, match=r"a folder, an original \.pth file, a hub id"):
         find_checkpoint(model)
