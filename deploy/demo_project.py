@@ -2,17 +2,16 @@
 
 import os
 import time
-from collections.abc import Callable
 from typing import Any
 
 import requests
 
 from backend.demo.samples import FOLDER
 
-STUDIO, KEY = os.environ["LABEL_STUDIO_URL"], os.environ["LABEL_STUDIO_API_KEY"]
+LABEL_STUDIO, KEY = os.environ["LABEL_STUDIO_URL"], os.environ["LABEL_STUDIO_API_KEY"]
 BACKEND = os.environ.get("BACKEND_URL", "http://grounding-dino.internal:9090")
 TITLE = "Grounding DINO demo"
-PATIENCE = 600  # s; at its first start Label Studio creates its database
+MAX_WAIT = 600  # s; at its first start Label Studio creates its database
 
 
 def call(method: str, path: str, **options: Any) -> Any:
@@ -22,21 +21,21 @@ def call(method: str, path: str, **options: Any) -> Any:
         requests.HTTPError: Label Studio refuses the request.
     """
     headers = {"Authorization": f"Token {KEY}"}
-    answer = requests.request(method, STUDIO + path, headers=headers, timeout=120, **options)
-    answer.raise_for_status()
-    return answer.json()
+    response = requests.request(method, LABEL_STUDIO + path, headers=headers, timeout=120, **options)
+    response.raise_for_status()
+    return response.json()
 
 
 def wait_for(url: str) -> None:
-    """Waits until the URL answers with success, for at most PATIENCE seconds."""
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline and not _answers(lambda: requests.get(url, timeout=5)):
+    """Waits until the URL answers with success, for at most MAX_WAIT seconds."""
+    deadline = time.monotonic() + MAX_WAIT
+    while time.monotonic() < deadline and not _is_up(url):
         time.sleep(1)
 
 
-def _answers(ask: Callable[[], requests.Response]) -> bool:
+def _is_up(url: str) -> bool:
     try:
-        return ask().ok
+        return requests.get(url, timeout=5).ok
     except requests.RequestException:
         return False
 
@@ -60,10 +59,10 @@ def connect(project: int) -> None:
 
 if __name__ == "__main__":
     print("waiting for Label Studio and a worker; the first start takes a minute or two", flush=True)
-    wait_for(f"{STUDIO}/health")
+    wait_for(f"{LABEL_STUDIO}/health")
     wait_for(f"{BACKEND}/ready")
-    found = [row["id"] for row in call("GET", "/api/projects")["results"] if row["title"] == TITLE]
-    number = found[0] if found else make_project()
+    existing = [row["id"] for row in call("GET", "/api/projects")["results"] if row["title"] == TITLE]
+    number = existing[0] if existing else make_project()
     if not call("GET", f"/api/ml?project={number}"):
         connect(number)
     print(f"open http://localhost:8080/projects/{number} and log in as demo@example.com, throw-away-password")

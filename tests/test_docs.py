@@ -1,4 +1,4 @@
-"""The documents say what the code says."""
+"""The documents match the code."""
 
 import re
 import subprocess
@@ -15,7 +15,7 @@ README = (ROOT / "README.md").read_text()
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 
 
-def test_the_readme_shows_the_settings_as_they_are() -> None:
+def test_the_readme_has_the_generated_table_of_settings() -> None:
     shown = re.search(r"<!-- settings -->\n(.*?)<!-- /settings -->", README, re.S)[1]
     assert shown == settings_table(), "run: python -c 'from backend.settings import *; print(settings_table())'"
 
@@ -42,7 +42,7 @@ def test_an_option_wins_over_its_variable() -> None:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_links_lead_somewhere(document: Path) -> None:
+def test_linked_files_exist(document: Path) -> None:
     for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", document.read_text()):
         assert (document.parent / target).exists(), target
 
@@ -54,7 +54,7 @@ def test_make_targets_in_the_documents_exist() -> None:
         assert set(named) <= targets, document
 
 
-def test_the_tests_that_the_security_page_names_exist() -> None:
+def test_the_tests_named_on_the_security_page_exist() -> None:
     named = re.findall(r"`(\w+/test_\w+\.py)::(test_\w+)`", (ROOT / "docs" / "security.md").read_text())
     assert len(named) > 10
     for path, test in named:

@@ -25,13 +25,15 @@ def test_a_saved_summary_is_read_back(connection: Redis) -> None:
     assert get_label_config(connection, "7") == CONFIG
 
 
-def test_nothing_is_known_of_a_project_that_was_never_set_up(connection: Redis) -> None:
+def test_an_unknown_project_has_no_summary(connection: Redis) -> None:
     assert get_project_summaries(connection) == list_model_versions(connection) == []
     assert get_shown_model_versions(connection) == {}
     assert (get_created_at(connection, "7"), get_label_config(connection, "7")) == (None, "")
 
 
-def test_the_oldest_summaries_make_room(connection: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_summaries_beyond_the_maximum_are_dropped_oldest_first(
+    connection: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("backend.monitoring.project_stats.MAX_PROJECTS", 2)
     for project in ("1", "2", "3", "1"):
         save_summary(connection, project, f"version of {project}", None, "")
