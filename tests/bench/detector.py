@@ -49,7 +49,7 @@ def make_real_size_model() -> GroundingDinoForObjectDetection:
 
 
 @dataclass
-class Side:
+class Implementation:
     """One of the implementations compared, with its timings and its last outputs."""
 
     name: str
@@ -91,30 +91,32 @@ def make_our_forward(detector: Detector, caption: Caption) -> Callable[[Tensor],
 def compare(
     name: str, model: torch.nn.Module, tokenizer: object, shape: tuple[int, ...], runs: int, device: str
 ) -> None:
-    """Prints rows of the table; the others are compared with the first side, unmodified transformers."""
+    """Prints rows of the table; the others are compared with the first implementation, unmodified transformers."""
     caption = build_caption(tokenizer, PHRASES)
     precision = torch.float16 if device == "cuda" else torch.float32
     stock = make_stock_forward(copy.deepcopy(model).to(device), caption)
     ours = make_our_forward(Detector(copy.deepcopy(model), tokenizer, ImageFormat(), device, precision), caption)
-    sides = [Side("transformers", stock, False), Side("ours", ours, True)]
+    implementations = [Implementation("transformers", stock, False), Implementation("ours", ours, True)]
     if device == "cpu":
-        sides.insert(1, Side("transformers, memory kept", stock, True))
+        implementations.insert(1, Implementation("transformers, memory kept", stock, True))
     pixels = torch.randn(shape, device=device)
     for run in range(runs + 1):
-        for side in sides:
-            seconds = side.run(pixels)
+        for implementation in implementations:
+            seconds = implementation.run(pixels)
             if run > 0:  # the first run warms up
-                side.seconds.append(seconds)
-    for side in sides:
-        print(f"| {name} | {side.name} | {format_row(sides[0], side)} |", flush=True)
+                implementation.seconds.append(seconds)
+    for implementation in implementations:
+        print(f"| {name} | {implementation.name} | {format_row(implementations[0], implementation)} |", flush=True)
 
 
-def format_row(stock: Side, side: Side) -> str:
-    ratios = [a / b for a, b in zip(stock.seconds, side.seconds, strict=True)]
-    states = (stock.outputs[1] - side.outputs[1]).abs().max()
-    scores = (stock.outputs[0].sigmoid().sort(1).values - side.outputs[0].sigmoid().sort(1).values).abs().max()
+def format_row(stock: Implementation, implementation: Implementation) -> str:
+    ratios = [a / b for a, b in zip(stock.seconds, implementation.seconds, strict=True)]
+    states = (stock.outputs[1] - implementation.outputs[1]).abs().max()
+    scores = (
+        (stock.outputs[0].sigmoid().sort(1).values - implementation.outputs[0].sigmoid().sort(1).values).abs().max()
+    )
     return (
-        f"{statistics.median(side.seconds):.3f} | {statistics.median(ratios):.2f} ({min(ratios):.2f} to "
+        f"{statistics.median(implementation.seconds):.3f} | {statistics.median(ratios):.2f} ({min(ratios):.2f} to "
         f"{max(ratios):.2f}) | {states:.0e} | {scores:.0e}"
     )
 
@@ -172,14 +174,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peak", action="store_true", help="print only the peak memory")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="(default: %(default)s)")
-    parser.add_argument("--runs", type=int, default=3, help="timed runs of each side (default: %(default)s)")
+    parser.add_argument("--runs", type=int, default=3, help="timed runs of each implementation (default: %(default)s)")
     arguments = parser.parse_args()
     if arguments.peak:
         print_peak_memory()
         return
     torch.set_num_threads(1)
     model, tokenizer, image_format = load_checkpoint(str(DEMO_CHECKPOINT))
-    print("| model and images | side | s, median | transformers / this | encoder differs | probability differs |")
+    print(
+        "| model and image | implementation | s, median | transformers / this | encoder differs | probability differs |"
+    )
     print("|---|---|---|---|---|---|")
     runs, device, batches = arguments.runs, arguments.device, (1,) if arguments.device == "cpu" else (1, 8, 16)
     for batch in batches:

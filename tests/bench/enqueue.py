@@ -1,4 +1,4 @@
-"""`make bench`: what it costs the web front to cut 10,000 tasks into chunks and enqueue them, in CPU seconds."""
+"""`make bench`: the CPU time in which the web front cuts 10,000 tasks into chunks and enqueues them."""
 
 import tempfile
 import time

@@ -1,7 +1,7 @@
 """`make bench`: start-up, latency and memory of the whole server, with the bundled checkpoint.
 
-Prints one line a figure: median, and minimum to maximum of all runs. BENCH_FRESH=1 also times the first `make demo` of
-a fresh clone, which installs everything.
+Prints one line per metric: median, and minimum to maximum of all runs. BENCH_FRESH=1 also times the first `make demo`
+of a fresh clone, which installs everything.
 """
 
 import os
@@ -30,28 +30,28 @@ def show(name: str, unit: str, values: list[float]) -> None:
     )
 
 
-def resident_mb(pid: int) -> float:
+def measure_memory_mb(pid: int) -> float:
     return int(re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())[1]) / 1024
 
 
-def front_memory(served: ServeProcess) -> float:
+def measure_front_memory_mb(served: ServeProcess) -> float:
     fronts = [pid for pid in served.list_descendants() if b"gunicorn" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-    return max(map(resident_mb, fronts))
+    return max(map(measure_memory_mb, fronts))
 
 
-def request_times(served: ServeProcess) -> list[float]:
+def measure_requests(served: ServeProcess) -> list[float]:
     scene = make_scenes(1, (640, 480))[0]
     body = {"label_config": make_labeling_config([scene])}
     times = []
     for number in range(REQUESTS + 5):
-        body["tasks"] = [{"id": number, "data": {"image": to_data_uri(scene.image)}}]  # the same again is remembered
+        body["tasks"] = [{"id": number, "data": {"image": to_data_uri(scene.image)}}]  # another id: an answer is reused
         start = time.perf_counter()
         assert "result" in requests.post(f"{served.url}/predict", json=body, timeout=60).json()["results"][0]
         times.append(1000 * (time.perf_counter() - start))
     return times[5:]
 
 
-def warm_starts() -> None:
+def bench_warm_starts() -> None:
     ready, memory, latency = [], [], []
     for _ in range(STARTS):
         with tempfile.TemporaryDirectory() as folder:
@@ -60,16 +60,16 @@ def warm_starts() -> None:
             try:
                 served.wait_until_ready()
                 ready.append(time.monotonic() - start)
-                latency += request_times(served)
-                memory.append(front_memory(served))
+                latency += measure_requests(served)
+                memory.append(measure_front_memory_mb(served))
             finally:
                 served.stop()
     show("warm start to /ready", "s", ready)
-    show("one 640x480 picture through /predict", "ms", latency)
+    show("one 640x480 image through /predict", "ms", latency)
     show("memory of the web front", "MB", memory)
 
 
-def fresh_start() -> None:
+def bench_fresh_start() -> None:
     with tempfile.TemporaryDirectory() as folder:
         clone, port = Path(folder) / "clone", find_free_port()
         subprocess.run(["git", "clone", "-q", str(ROOT), str(clone)], check=True)
@@ -90,8 +90,8 @@ def fresh_start() -> None:
 def main() -> None:
     print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
     if os.environ.get("BENCH_FRESH"):
-        fresh_start()
-    warm_starts()
+        bench_fresh_start()
+    bench_warm_starts()
 
 
 if __name__ == "__main__":
