@@ -1,4 +1,4 @@
-"""Things die, hang and go away under load; nothing is lost. `make chaos` runs the long form (CHAOS=full)."""
+"""Processes die and hang under load; nothing is lost. `make chaos` runs the long form (CHAOS=full)."""
 
 import os
 import signal
@@ -24,48 +24,48 @@ from tests.servers import ServeProcess, find_free_port, is_running, wait_for
 pytestmark = pytest.mark.timeout(400)
 
 FULL = os.environ.get("CHAOS") == "full"
-KILLINGS, CHUNKS, CLIENTS = (4, 60, 200) if FULL else (2, 16, 60)
+KILLS_OF_WORKERS, CHUNKS, CLIENTS = (4, 60, 200) if FULL else (2, 16, 60)
 BATCH = 4
 SCENE = make_scenes(1)[0]
 CONFIG = make_labeling_config([SCENE])
 SABOTEUR = str(Path(__file__).parent / "saboteur")
 
 
-def tasks(count: int, start: int = 1, width: int = 96) -> list[dict[str, Any]]:
-    """Tasks that differ, so that no answer is used twice; their pictures are `width` pixels wide."""
-    picture = SCENE.image.resize((width, 96))
-    return [{"id": start + i, "data": {"image": to_data_uri(_marked(picture, start + i))}} for i in range(count)]
+def make_tasks(count: int, start: int = 1, width: int = 96) -> list[dict[str, Any]]:
+    """Makes tasks that differ, so that no answer is reused; their images are `width` pixels wide."""
+    image = SCENE.image.resize((width, 96))
+    return [{"id": start + i, "data": {"image": to_data_uri(mark_image(image, start + i))}} for i in range(count)]
 
 
-def slow_bulk(first: int) -> list[dict[str, Any]]:
-    """CHUNKS chunks, half a second each, with task ids from `first`."""
+def make_slow_tasks(first: int) -> list[dict[str, Any]]:
+    """Makes the tasks of CHUNKS chunks that take half a second each, with ids from `first`."""
     numbers = range(first, first + CHUNKS * BATCH, BATCH)
-    return [task for i in numbers for task in [*tasks(BATCH - 1, i), *tasks(1, i + BATCH - 1, SLOW)]]
+    return [task for i in numbers for task in [*make_tasks(BATCH - 1, i), *make_tasks(1, i + BATCH - 1, SLOW)]]
 
 
-def _marked(picture: Any, number: int) -> Any:
-    picture = picture.copy()
-    picture.putpixel((0, 0), (number % 256, number // 256 % 256, 7))
-    return picture
+def mark_image(image: Any, number: int) -> Any:
+    image = image.copy()
+    image.putpixel((0, 0), (number % 256, number // 256 % 256, 7))
+    return image
 
 
-def ask(served: ServeProcess, wanted: list[dict[str, Any]], timeout: float = 300) -> requests.Response:
-    body = {"tasks": wanted, "label_config": CONFIG, "project": "1.1", "params": {}}
+def predict(served: ServeProcess, tasks: list[dict[str, Any]], timeout: float = 300) -> requests.Response:
+    body = {"tasks": tasks, "label_config": CONFIG, "project": "1.1", "params": {}}
     return requests.post(f"{served.url}/predict", json=body, timeout=timeout)
 
 
-def errors(response: requests.Response) -> list[str]:
-    """The codes of the errors among the answers."""
+def list_error_codes(response: requests.Response) -> list[str]:
+    """Lists the codes of the errors among the answers."""
     assert response.status_code == 200, response.text
     return [result["error"]["code"] for result in response.json()["results"] if "error" in result]
 
 
-def find_parts(served: ServeProcess, word: str) -> list[int]:
-    """Process ids of the parts one of whose arguments ends with `word`."""
-    return [pid for pid in served.list_descendants() if any(argument.endswith(word) for argument in _command(pid))]
+def find_processes(served: ServeProcess, word: str) -> list[int]:
+    """Returns the ids of the processes one of whose arguments ends with `word`."""
+    return [pid for pid in served.list_descendants() if any(argument.endswith(word) for argument in read_command(pid))]
 
 
-def _command(pid: int) -> list[str]:
+def read_command(pid: int) -> list[str]:
     try:
         return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
     except OSError:
@@ -93,99 +93,98 @@ def sabotaged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeProcess
     )  # fmt: skip
     try:
         server.wait_until_ready()
-        wait_for(lambda: count_finished(connect_to(server)) == 1, 20, "the welcome")
+        wait_for(lambda: count_finished(connect_to(server)) == 1, 20, "the welcome's prediction")
         yield server
     finally:
         server.stop()
 
 
 def test_killed_workers_lose_nothing(sabotaged: ServeProcess) -> None:
-    connection, wanted = connect_to(sabotaged), slow_bulk(1000)
+    connection, tasks = connect_to(sabotaged), make_slow_tasks(1000)
     with ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(ask, sabotaged, wanted)
-        for killing in range(KILLINGS):
+        answer = pool.submit(predict, sabotaged, tasks)
+        for killing in range(KILLS_OF_WORKERS):
             mark = count_finished(connection)
             wait_for(lambda mark=mark: count_finished(connection) > mark + 4 and count_at_work(connection), 60, "work")
-            workers = find_parts(sabotaged, "worker")
+            workers = find_processes(sabotaged, "worker")
             os.kill(workers[killing % len(workers)], signal.SIGKILL)
         last = time.monotonic()
-        assert errors(answer.result()) == []
+        assert list_error_codes(answer.result()) == []
     assert time.monotonic() - last < 30 + CHUNKS / 4
     assert connection.llen("rq:queue:predict") == count_at_work(connection) == 0
 
 
 def test_an_image_that_kills_workers_fails_alone(sabotaged: ServeProcess) -> None:
-    wanted = tasks(BATCH * 2, 2000)
-    wanted[2] = tasks(1, 2002, KILLS)[0]
-    response = ask(sabotaged, wanted, 120)
-    assert errors(response) == ["worker_died"]
+    tasks = make_tasks(BATCH * 2, 2000)
+    tasks[2] = make_tasks(1, 2002, KILLS)[0]
+    response = predict(sabotaged, tasks, 120)
+    assert list_error_codes(response) == ["worker_died"]
     assert "error" in response.json()["results"][2]
     assert "project 1, task 2002 crashed two workers; answering worker_died" in sabotaged.read_log()
 
 
-def test_a_forward_pass_that_never_ends_is_noticed(sabotaged: ServeProcess) -> None:
-    wanted = [*tasks(1, 3000), *tasks(1, 3001, HANGS), *tasks(2, 3002)]
-    assert errors(ask(sabotaged, wanted, 120)) == ["worker_died"]
+def test_a_worker_whose_forward_pass_hangs_is_replaced(sabotaged: ServeProcess) -> None:
+    tasks = [*make_tasks(1, 3000), *make_tasks(1, 3001, HANGS), *make_tasks(2, 3002)]
+    assert list_error_codes(predict(sabotaged, tasks, 120)) == ["worker_died"]
     assert "no progress for 4 s" in sabotaged.read_log()
 
 
 def test_a_killed_redis_loses_nothing(sabotaged: ServeProcess) -> None:
-    connection, wanted = connect_to(sabotaged), slow_bulk(4000)
+    connection, tasks = connect_to(sabotaged), make_slow_tasks(4000)
     before = count_finished(connection)
     with ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(ask, sabotaged, wanted)
+        answer = pool.submit(predict, sabotaged, tasks)
         wait_for(lambda: count_finished(connection) > before + 3, 60, "work")
-        os.kill(find_parts(sabotaged, "redis.sock")[0], signal.SIGKILL)
+        os.kill(find_processes(sabotaged, "redis.sock")[0], signal.SIGKILL)
         assert answer.result().status_code == 503
     connection = connect_to(sabotaged)
-    wait_for(lambda: find_parts(sabotaged, "redis.sock"), 10, "Redis")
+    wait_for(lambda: find_processes(sabotaged, "redis.sock"), 10, "Redis")
     time.sleep(1)
     assert count_finished(connection) > before + 3
-    wait_for(
-        lambda: count_finished(connection) == before + CHUNKS, 120, "the requested chunks"
-    )  # nobody waits for them
-    assert errors(ask(sabotaged, wanted)) == []
+    # No request waits for these chunks any more.
+    wait_for(lambda: count_finished(connection) == before + CHUNKS, 120, "the requested chunks")
+    assert list_error_codes(predict(sabotaged, tasks)) == []
     assert count_finished(connection) == before + CHUNKS
 
 
 def test_a_killed_web_front_loses_nothing(sabotaged: ServeProcess) -> None:
-    connection, wanted = connect_to(sabotaged), slow_bulk(5000)
+    connection, tasks = connect_to(sabotaged), make_slow_tasks(5000)
     before = count_finished(connection)
     with ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(ask, sabotaged, wanted)
+        answer = pool.submit(predict, sabotaged, tasks)
         wait_for(lambda: count_finished(connection) > before + 3, 60, "work")
-        os.kill(find_parts(sabotaged, "_wsgi:app")[0], signal.SIGKILL)
+        os.kill(find_processes(sabotaged, "_wsgi:app")[0], signal.SIGKILL)
         with pytest.raises(requests.ConnectionError):
             answer.result()
     wait_for(lambda: requests.get(f"{sabotaged.url}/health", timeout=1).ok, 20, "the web front")
-    assert errors(ask(sabotaged, wanted)) == []
+    assert list_error_codes(predict(sabotaged, tasks)) == []
     assert count_finished(connection) == before + CHUNKS
 
 
-def test_everything_killed_goes_on_when_started_again(
+def test_queued_work_goes_on_after_everything_was_killed(
     start_server: Callable[..., ServeProcess], tmp_path: Path
 ) -> None:
     settings = {"BATCH_SIZE": str(BATCH), "PREDICT_DEADLINE": "300", "PYTHONPATH": SABOTEUR}
     first = start_server(**settings)
     first.wait_until_ready()
-    wait_for(lambda: count_finished(connect_to(first)) == 1, 20, "the welcome")
-    wanted = slow_bulk(1)
-    asking = ThreadPoolExecutor(1).submit(ask, first, wanted)
+    wait_for(lambda: count_finished(connect_to(first)) == 1, 20, "the welcome's prediction")
+    tasks = make_slow_tasks(1)
+    request = ThreadPoolExecutor(1).submit(predict, first, tasks)
     connection = connect_to(first)
     wait_for(lambda: count_finished(connection) > 3, 60, "work")
     children = first.list_descendants()
     for pid in [first.process.pid, *children]:
         os.kill(pid, signal.SIGKILL)
     wait_for(lambda: not any(map(is_running, children)), 10, "their end")
-    assert asking.exception(10) or asking.result().status_code == 503  # Redis may have gone before the front
+    assert request.exception(10) or request.result().status_code == 503  # Redis may have died before the web front
     second = start_server(**settings)
     second.wait_until_ready()
     connection = connect_to(second)
-    wait_for(lambda: count_finished(connection) > CHUNKS, 120, "what was asked for")
-    assert errors(ask(second, wanted)) == []
+    wait_for(lambda: count_finished(connection) > CHUNKS, 120, "the requested chunks")
+    assert list_error_codes(predict(second, tasks)) == []
 
 
-def test_without_redis_the_front_says_so_and_recovers(
+def test_the_web_front_reports_a_dead_redis_and_recovers(
     tmp_path: Path, start_server: Callable[..., ServeProcess]
 ) -> None:
     port, folder = find_free_port(), tmp_path / "own"
@@ -202,19 +201,19 @@ def test_without_redis_the_front_says_so_and_recovers(
         own.kill()
         own.wait()
         start = time.monotonic()
-        assert ask(served, tasks(1), 10).status_code == 503
+        assert predict(served, make_tasks(1), 10).status_code == 503
         assert time.monotonic() - start < 3
         health = [requests.get(f"{served.url}/health", timeout=5).elapsed.total_seconds() for _ in range(20)]
         assert statistics.median(health) < 0.1
         own = subprocess.Popen(command)
         wait_for(lambda: requests.get(f"{served.url}/ready", timeout=5).ok, 60, "ready")
-        assert errors(ask(served, tasks(3))) == []
+        assert list_error_codes(predict(served, make_tasks(3))) == []
     finally:
         own.kill()
         own.wait()
 
 
-WATCH = """
+WATCH_HEALTH = """
 import sys, time, requests
 slowest = 0
 while True:
@@ -224,15 +223,16 @@ while True:
 """
 
 
-def test_many_clients_at_once(served: ServeProcess) -> None:
-    assert errors(ask(served, tasks(1, 999))) == []  # whatever the first request sets up is there
-    # a process of its own: 200 threads of this one would hold it up
-    command = [sys.executable, "-c", WATCH, f"{served.url}/health"]
+def test_many_clients_at_once_get_all_their_answers(served: ServeProcess) -> None:
+    first = predict(served, make_tasks(1, 999))  # also sets up what is set up lazily
+    assert list_error_codes(first) == []
+    # in a process of its own, which the 200 threads of this one do not slow down
+    command = [sys.executable, "-c", WATCH_HEALTH, f"{served.url}/health"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as watcher:
-        requested = [tasks(2, 1000 + 2 * i) for i in range(CLIENTS)]
+        requested = [make_tasks(2, 1000 + 2 * i) for i in range(CLIENTS)]
         with ThreadPoolExecutor(CLIENTS) as pool:
-            answers = list(pool.map(lambda wanted: ask(served, wanted), requested))
+            answers = list(pool.map(lambda tasks: predict(served, tasks), requested))
         watcher.terminate()
         slowest = float(watcher.stdout.read().split()[-1])
-    assert [errors(answer) for answer in answers] == [[]] * CLIENTS
+    assert [list_error_codes(answer) for answer in answers] == [[]] * CLIENTS
     assert slowest < 0.25, f"/health took {slowest:.2f} s"

@@ -37,35 +37,37 @@ def test_the_web_front_loads_no_torch() -> None:
     assert done.stdout.strip() == "[]", done.stderr
 
 
-def resident(pid: int) -> float:
+def measure_memory_mb(pid: int) -> float:
     return int(re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())[1]) * 1024 / MB
 
 
 def test_the_web_front_stays_small(served: ServeProcess) -> None:
     fronts = [pid for pid in served.list_descendants() if b"gunicorn" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     assert len(fronts) == 2
-    assert max(resident(pid) for pid in fronts) < 80
+    assert max(measure_memory_mb(pid) for pid in fronts) < 80
 
 
-def test_the_welcome_tells_what_matters(served: ServeProcess) -> None:
+def test_the_welcome_shows_url_sample_prediction_and_next_steps(served: ServeProcess) -> None:
     wait_for(lambda: "Ctrl-C stops everything" in served.read_log(), 30, "the welcome")
     text = served.read_log()
-    for part in (
+    for expected in (
         f"http://localhost:{served.port}",
         "model ready after",
         "sample prediction",
         "score 0.",
         "Connect Model",
     ):
-        assert part in text
+        assert expected in text
 
 
 def find_processes(served: ServeProcess, word: bytes) -> list[int]:
-    """Children whose command line holds `word`."""
+    """Returns the ids of the processes with `word` among their arguments."""
     return [pid for pid in served.list_descendants() if word in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")]
 
 
-def test_crashed_parts_are_started_again_and_nothing_is_left_behind(start_server: Callable[..., ServeProcess]) -> None:
+def test_crashed_processes_are_restarted_and_stopping_leaves_nothing_behind(
+    start_server: Callable[..., ServeProcess],
+) -> None:
     served = start_server()
     started = time.monotonic()
     wait_for(lambda: requests.get(f"{served.url}/health", timeout=1).ok, 30, "health")
@@ -83,7 +85,9 @@ def test_crashed_parts_are_started_again_and_nothing_is_left_behind(start_server
 
     front = find_processes(served, b"gunicorn")[0]
     os.kill(front, signal.SIGKILL)
-    wait_for(lambda: not is_running(front) and requests.get(f"{served.url}/health", timeout=1).ok, 30, "a new front")
+    wait_for(
+        lambda: not is_running(front) and requests.get(f"{served.url}/health", timeout=1).ok, 30, "a new web front"
+    )
 
     children = served.list_descendants()
     start = time.monotonic()
@@ -126,7 +130,9 @@ def test_a_taken_port_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
         ({"REDIS_URL": "localhost:6379"}, "REDIS_URL must begin with redis://"),
     ],
 )
-def test_what_the_user_can_mend_is_one_line_and_exit_code_2(tmp_path: Path, env: dict[str, str], line: str) -> None:
+def test_an_error_that_users_can_fix_is_one_line_and_exit_code_2(
+    tmp_path: Path, env: dict[str, str], line: str
+) -> None:
     done = serve_and_fail(**{"PORT": str(find_free_port()), "MODEL_DIR": str(tmp_path), **env})
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
@@ -140,10 +146,10 @@ def test_two_servers_do_not_share_a_folder(served: ServeProcess) -> None:
 
 
 @pytest.mark.parametrize("command", ["web", "worker"])
-def test_a_part_alone_needs_a_redis(tmp_path: Path, command: str) -> None:
+def test_a_process_started_alone_needs_a_redis(tmp_path: Path, command: str) -> None:
     env = {**os.environ, "MODEL": "demo", "MODEL_DIR": str(tmp_path)}
-    part = [sys.executable, "-m", "backend", command]
-    done = subprocess.run(part, cwd=ROOT, env=env, capture_output=True, text=True, timeout=30)
+    arguments = [sys.executable, "-m", "backend", command]
+    done = subprocess.run(arguments, cwd=ROOT, env=env, capture_output=True, text=True, timeout=30)
     assert (done.returncode, done.stderr) == (
         2, f"error: set REDIS_URL; no server runs in MODEL_DIR={tmp_path} either\n"
     )  # fmt: skip
@@ -151,8 +157,8 @@ def test_a_part_alone_needs_a_redis(tmp_path: Path, command: str) -> None:
 
 def test_a_second_worker_joins_a_running_server(served: ServeProcess) -> None:
     env = {**os.environ, "MODEL": "demo", "MODEL_DIR": str(served.model_dir)}
-    part = [sys.executable, "-m", "backend", "worker"]
-    with subprocess.Popen(part, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as worker:
+    command = [sys.executable, "-m", "backend", "worker"]
+    with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as worker:
         wait_for(lambda: requests.get(f"{served.url}/ready", timeout=5).json()["workers"] == 2, 60, "a second worker")
         worker.terminate()
         assert worker.wait(10) == 0
@@ -166,7 +172,7 @@ def test_a_worker_with_another_model_refuses(served: ServeProcess) -> None:
     assert answer.error.code == "checkpoint"
 
 
-def test_it_can_be_stopped_while_it_waits_for_redis(start_server: Callable[..., ServeProcess]) -> None:
+def test_serve_can_be_stopped_while_it_waits_for_redis(start_server: Callable[..., ServeProcess]) -> None:
     served = start_server(REDIS_URL="redis://127.0.0.1:1")
     time.sleep(2)
     start = time.monotonic()
@@ -174,7 +180,7 @@ def test_it_can_be_stopped_while_it_waits_for_redis(start_server: Callable[..., 
     assert time.monotonic() - start < 5
 
 
-def test_a_redis_that_cannot_start_says_so_at_once(tmp_path: Path) -> None:
+def test_a_redis_that_cannot_start_is_reported_at_once(tmp_path: Path) -> None:
     appended = tmp_path / "data" / "redis" / "appendonlydir"
     appended.mkdir(parents=True)
     (appended / "appendonly.aof.manifest").write_text("not a manifest")
@@ -184,7 +190,7 @@ def test_a_redis_that_cannot_start_says_so_at_once(tmp_path: Path) -> None:
     assert time.monotonic() - start < 10
 
 
-def test_a_killed_redis_is_started_again_with_what_it_held(start_server: Callable[..., ServeProcess]) -> None:
+def test_a_killed_redis_is_restarted_with_its_data(start_server: Callable[..., ServeProcess]) -> None:
     served = start_server()
     served.wait_until_ready()
     connection = connect((served.model_dir / "redis.url").read_text())
@@ -214,7 +220,7 @@ def test_sigterm_to_make_ends_everything(tmp_path: Path) -> None:
     try:
         wait_for(lambda: requests.get(f"http://127.0.0.1:{port}/health", timeout=1).ok, 60, "health")
         descendants = list_descendants(make.pid)
-        assert len(descendants) >= 4, log.read_text()  # supervisor, Redis, front, worker
+        assert len(descendants) >= 4, log.read_text()  # supervisor, Redis, web front, worker
         make.terminate()
         make.wait(10)
         wait_for(lambda: not any(map(is_running, descendants)), 5, "the end of all processes")
@@ -224,7 +230,9 @@ def test_sigterm_to_make_ends_everything(tmp_path: Path) -> None:
         make.kill()
 
 
-def test_killed_workers_do_not_make_the_next_start_ready(start_server: Callable[..., ServeProcess]) -> None:
+def test_heartbeats_of_killed_workers_do_not_make_the_next_start_ready(
+    start_server: Callable[..., ServeProcess],
+) -> None:
     first = start_server()
     first.wait_until_ready()
     time.sleep(1.5)  # Redis writes its file every second

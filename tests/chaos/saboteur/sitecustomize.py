@@ -1,4 +1,4 @@
-"""Python imports this at its start where this folder is on PYTHONPATH; in a worker, pictures of some widths do harm."""
+"""Sabotages workers: images of some widths do harm. Python imports this at its start if the folder is on PYTHONPATH."""
 
 import os
 import signal
@@ -12,16 +12,16 @@ if b"worker" in Path("/proc/self/cmdline").read_bytes().split(b"\0"):
     sys.path.insert(0, str(Path(__file__).parents[3]))
     from backend.detection.detector import Detector
 
-    harmless = Detector._stack_pixels
+    original_stack_pixels = Detector._stack_pixels
 
-    def stacked(self, batch):
-        for picture in batch:
-            if picture.size[0] == KILLS:
+    def do_harm_and_stack_pixels(self, batch):
+        for image in batch:
+            if image.size[0] == KILLS:
                 os.kill(os.getpid(), signal.SIGKILL)
-            while picture.size[0] == HANGS:
+            while image.size[0] == HANGS:
                 time.sleep(1)
-            if picture.size[0] == SLOW:
+            if image.size[0] == SLOW:
                 time.sleep(0.5)
-        return harmless(self, batch)
+        return original_stack_pixels(self, batch)
 
-    Detector._stack_pixels = stacked
+    Detector._stack_pixels = do_harm_and_stack_pixels
