@@ -1,5 +1,6 @@
 """Training jobs that fail or are interrupted, on a stub: a real Label Studio never fails on demand (see tests/e2e)."""
 
+import itertools
 import json
 import os
 import resource
@@ -21,6 +22,8 @@ from backend.queue.training_queue import TrainingQueue
 from backend.registry.versions import VersionStore
 from backend.settings import Settings
 from backend.training import training_job
+from backend.training.dataset import choose_split
+from backend.training.pipeline import MIN_EVALUATION_IMAGES, MIN_TRAIN_IMAGES
 from backend.training.training_job import train as run_training
 from tests.scenes import encode, make_labeling_config, make_scenes
 from tests.servers import ServeProcess, http_server, send_reply, wait_for
@@ -164,8 +167,22 @@ def test_a_training_fails_if_the_config_cannot_be_served_any_more(train: Train) 
     assert "no Image" in outcome["text"]
 
 
+def choose_fewest_tasks() -> list[int]:
+    """Returns the ids of the fewest tasks of project 7 that suffice for fine-tuning."""
+    missing = {"train": MIN_TRAIN_IMAGES, "validation": MIN_EVALUATION_IMAGES, "held_out": MIN_EVALUATION_IMAGES}
+    chosen = []
+    for task in itertools.count(1):
+        split = choose_split("7", task)
+        if missing[split]:
+            missing[split] -= 1
+            chosen.append(task)
+        if not any(missing.values()):
+            return chosen
+    raise AssertionError("not reached")
+
+
 def test_a_full_disk_leaves_the_serving_version(train: Train, tmp_path: Path) -> None:
-    tasks = [make_task(n, make_regions(n)) for n in range(1, 61)]
+    tasks = [make_task(n, make_regions(n)) for n in choose_fewest_tasks()]
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))  # the state that training saves is larger
     try:
@@ -179,7 +196,7 @@ def test_a_full_disk_leaves_the_serving_version(train: Train, tmp_path: Path) ->
 
 @pytest.mark.timeout(300)
 def test_a_killed_training_resumes_after_its_last_epoch(start_server: Callable[..., ServeProcess]) -> None:
-    tasks = [make_task(n, make_regions(n)) for n in range(1, 61)]
+    tasks = [make_task(n, make_regions(n)) for n in choose_fewest_tasks()]
     for task in tasks:  # an unknown word, so that training takes some epochs
         for region in task["annotations"][0]["result"]:
             region["value"]["rectanglelabels"] = ["zorp"]
