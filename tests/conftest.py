@@ -19,6 +19,15 @@ from backend.settings import Settings
 from tests.servers import ServeProcess
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_report_to_serializable(config: pytest.Config, report: object) -> Iterator[dict]:
+    """Replaces lone surrogates, which odd requests leave in the log: parallel workers exchange Unicode text only."""
+    data = yield
+    if data and data.get("sections"):
+        data["sections"] = [(name, text.encode(errors="replace").decode()) for name, text in data["sections"]]
+    return data
+
+
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Removes the settings of the developer's shell from the environment."""
