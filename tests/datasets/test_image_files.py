@@ -19,7 +19,7 @@ def list_keys(*arguments: str) -> list[str]:
     return sorted(file.key for file in find_images(arguments))
 
 
-def test_folders_files_and_patterns(folder: Path) -> None:
+def test_images_of_folders_files_and_patterns_are_found_once(folder: Path) -> None:
     assert list_keys(".") == ["a/1.jpg", "b/1.jpg", "b/2.PNG", "b/2.jpg", "b/deep/3.webp"]
     assert list_keys("b") == ["1.jpg", "2.PNG", "2.jpg", "deep/3.webp"]
     assert list_keys("a", "b/2.jpg") == ["a/1.jpg", "b/2.jpg"]

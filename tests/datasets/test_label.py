@@ -1,4 +1,4 @@
-"""`label`: a folder of images becomes a data set that the usual libraries read."""
+"""`label`: a folder of images becomes a dataset that the usual libraries read."""
 
 import json
 import os
@@ -57,7 +57,7 @@ KILL_POINTS = {
 
 @dataclass(frozen=True)
 class Source:
-    """A folder of images, and what is in them by their names in the data set; each file name is in two folders."""
+    """A folder of images, and their scenes by the names in the dataset; each file name is in two folders."""
 
     folder: Path
     scenes: Mapping[str, Scene]
@@ -168,7 +168,7 @@ def test_pycocotools_evaluates_the_file_against_the_truth(
     capsys.readouterr()
 
 
-def test_the_import_file_of_label_studio(out: Path) -> None:
+def test_the_import_file_has_a_task_with_a_prediction_for_each_image(out: Path) -> None:
     tasks = json.loads((out / "labelstudio.json").read_text())
     assert len(tasks) == COUNT + 1
     assert all(task["data"]["image"].startswith("/data/local-files/?d=out/images/") for task in tasks)
@@ -176,7 +176,7 @@ def test_the_import_file_of_label_studio(out: Path) -> None:
     assert all(f'value="{name}"' in (out / "labelstudio.xml").read_text() for name in LABELS)
 
 
-def test_previews_and_zip(out: Path) -> None:
+def test_previews_and_a_zip_file_are_written(out: Path) -> None:
     assert len(list((out / "preview").rglob("*.jpg"))) >= COUNT + 4
     with zipfile.ZipFile(out.parent / "out.zip") as archive:
         assert "data.yaml" in archive.namelist()
@@ -234,7 +234,7 @@ def test_equal_images_are_all_labeled(tmp_path: Path) -> None:
     assert len(read_splits(tmp_path / "out")) == 12
 
 
-def test_killed_while_it_predicts_it_resumes(tmp_path: Path) -> None:
+def test_a_run_that_is_killed_while_it_predicts_resumes(tmp_path: Path) -> None:
     folder = draw_images(tmp_path / "many", 150)
     arguments = (str(folder), "--labels", "circle", "--out", str(tmp_path / "out"))
     env = {"MODEL_DIR": str(tmp_path / "data"), "BATCH_SIZE": "4"}
@@ -267,7 +267,7 @@ def draw_images(folder: Path, count: int) -> Path:
 
 
 def read_files(out: Path) -> dict[str, bytes]:
-    """Returns the contents of a data set and its archive, by name; the path in data.yaml is made relative."""
+    """Returns the contents of a dataset and its archive, by name; the path in data.yaml is made relative."""
     files = {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
     files["data.yaml"] = files["data.yaml"].replace(str(out).encode(), b"")
     with zipfile.ZipFile(out.with_suffix(".zip")) as archive:
@@ -275,7 +275,7 @@ def read_files(out: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.timeout(400)
-def test_killed_while_it_writes_it_resumes(served: ServeProcess, tmp_path: Path) -> None:
+def test_a_run_that_is_killed_while_it_writes_resumes(served: ServeProcess, tmp_path: Path) -> None:
     images, model_dir = draw_images(tmp_path / "images", 12), str(served.model_dir)
     arguments = [images, "--labels", "circle,square", "--val", "0.5", *ALL_OUTPUTS, "--out"]
     (tmp_path / "whole").mkdir()
@@ -309,7 +309,7 @@ def test_a_forced_run_that_is_killed_resumes_with_and_without_force(served: Serv
             assert read_files(out) == before
 
 
-def test_a_resumed_run_keeps_nothing_that_it_would_not_write(served: ServeProcess, tmp_path: Path) -> None:
+def test_a_resumed_run_removes_files_of_other_options(served: ServeProcess, tmp_path: Path) -> None:
     images, out = draw_images(tmp_path / "images", 12), tmp_path / "out"
     arguments = [images, "--labels", "circle", "--out", out, "--val"]
     killed = label(*arguments, 0.9, *ALL_OUTPUTS, kill_at=KILL_POINTS["marker"], MODEL_DIR=str(served.model_dir))
@@ -320,7 +320,7 @@ def test_a_resumed_run_keeps_nothing_that_it_would_not_write(served: ServeProces
     assert set(read_splits(out).values()) == {"train"}
 
 
-def test_killed_with_the_data_set_among_its_images_it_labels_no_copies(served: ServeProcess, tmp_path: Path) -> None:
+def test_a_run_into_its_own_image_folder_labels_no_copies_when_it_resumes(served: ServeProcess, tmp_path: Path) -> None:
     images, model_dir = draw_images(tmp_path / "images", 12), str(served.model_dir)
     arguments = [images, "--labels", "circle", "--preview", "--out", images / "out"]
     label(images, "--labels", "circle", "--out", images / "out", "--sample", "2", MODEL_DIR=model_dir)

@@ -21,7 +21,7 @@ from tests.servers import ROOT
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_folded_fusion(padded: bool) -> None:
+def test_folded_fusion_equals_transformers(padded: bool) -> None:
     torch.manual_seed(0)
     attention = reference.GroundingDinoBiMultiHeadAttention(GroundingDinoConfig()).eval()
     for weight in attention.parameters():
@@ -40,7 +40,7 @@ def test_folded_fusion(padded: bool) -> None:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_fused_attention(masked: bool) -> None:
+def test_fused_attention_equals_transformers(masked: bool) -> None:
     torch.manual_seed(0)
     attention = reference.GroundingDinoMultiheadAttention(GroundingDinoConfig(), num_attention_heads=8).eval()
     queries, keys, values = torch.randn(2, 30, 256), torch.randn(2, 9, 256), torch.randn(2, 9, 256)
@@ -52,7 +52,7 @@ def test_fused_attention(masked: bool) -> None:
 
 
 @pytest.mark.parametrize("activation", ["none", "relu", "gelu"])
-def test_packed_linear(activation: str) -> None:
+def test_packed_linear_equals_linear(activation: str) -> None:
     torch.manual_seed(0)
     linear, x = torch.nn.Linear(64, 96), torch.randn(2, 50, 64)
     after = {"none": lambda y: y, "relu": torch.relu, "gelu": torch.nn.functional.gelu}[activation]

@@ -156,7 +156,7 @@ def test_another_architecture_is_refused(tmp_path: Path) -> None:
         read_state_dict(tmp_path / "other.pth")
 
 
-def swin_b_name_and_shape(name: str, shape: list[int]) -> tuple[str, list[int]]:
+def get_swin_b_name_and_shape(name: str, shape: list[int]) -> tuple[str, list[int]]:
     """Returns a tensor's name and shape in SwinB_cogcoor: a third wider, windows of 12, 384 pixels."""
     if not name.startswith(("backbone.0.", "input_proj.")):
         return name, shape
@@ -170,7 +170,7 @@ def swin_b_name_and_shape(name: str, shape: list[int]) -> tuple[str, list[int]]:
 def test_swin_b_is_inferred_from_its_shapes(tmp_path: Path) -> None:
     parameters = json.loads((DATA / "parameters.json").read_text())
     state = {}
-    for name, shape in (swin_b_name_and_shape(*row) for row in parameters):
+    for name, shape in (get_swin_b_name_and_shape(*row) for row in parameters):
         blocks = range(18) if name.startswith("backbone.0.layers.2.blocks.0.") else [None]
         for block in blocks:
             full = name if block is None else name.replace("blocks.0.", f"blocks.{block}.", 1)

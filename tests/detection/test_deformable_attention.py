@@ -45,7 +45,7 @@ def layer() -> torch.nn.Module:
 
 @pytest.mark.parametrize("coordinates", [2, 4])
 @pytest.mark.parametrize("padded", [False, True])
-def test_attention(layer: Any, coordinates: int, padded: bool) -> None:
+def test_gathered_attention_equals_transformers(layer: Any, coordinates: int, padded: bool) -> None:
     mask = torch.ones(2, TOKENS).bool()
     if padded:
         mask[1, 200:] = False
@@ -64,7 +64,9 @@ def test_attention(layer: Any, coordinates: int, padded: bool) -> None:
 
 
 @pytest.mark.parametrize("size", [7, 100, 10_000])
-def test_slices_of_any_size(layer: Any, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sliced_layer_equals_transformers_at_any_slice_size(
+    layer: Any, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(deformable_attention, "QUERIES_PER_SLICE", size)
     arguments = {
         "hidden_states": torch.randn(2, TOKENS, 64),
@@ -79,7 +81,7 @@ def test_slices_of_any_size(layer: Any, size: int, monkeypatch: pytest.MonkeyPat
     assert (actual - expected).abs().max() < 1e-5
 
 
-def test_without_a_compiler_it_falls_back_and_warns(
+def test_without_a_compiler_sampling_falls_back_and_warns(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def broken(*args: object, **kwargs: object) -> object:
@@ -124,7 +126,7 @@ for levels in 1, 3, 4:  # 4, 12 and 16 samples: one is no power of two
 """
 
 
-def test_the_gpu_kernel_in_tritons_interpreter() -> None:
+def test_the_gpu_kernel_equals_the_cpu_in_tritons_interpreter() -> None:
     pytest.importorskip("triton", reason="the GPU's kernel needs Triton, which exists for Linux on x86-64 only")
     command = [sys.executable, "-c", IN_THE_INTERPRETER]
     done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, stderr=subprocess.PIPE, check=False)

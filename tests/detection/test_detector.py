@@ -34,7 +34,7 @@ def make_labels(*names: str, threshold: float = 0.3) -> list[Label]:
 ALL_COLOURS = make_labels("red object", "blue object", "green object", "yellow object", "purple object", "white object")
 
 
-def rounded(detections: list[Detection]) -> list[tuple[str | float, ...]]:
+def round_detections(detections: list[Detection]) -> list[tuple[str | float, ...]]:
     return [
         (d.label, round(d.score, 4), *(round(v, 2) for v in d.box_xyxy))
         for d in sorted(detections, key=lambda d: d.box_xyxy)
@@ -50,19 +50,23 @@ def test_equal_sized_images_in_a_batch_equal_one_by_one(detector: Detector) -> N
     images = [scene.image for scene in make_scenes(4)]
     together = detector.detect(images, ALL_COLOURS)
     assert sum(map(len, together)) >= 3
-    assert [rounded(d) for d in together] == [rounded(detector.detect([image], ALL_COLOURS)[0]) for image in images]
+    assert [round_detections(d) for d in together] == [
+        round_detections(detector.detect([image], ALL_COLOURS)[0]) for image in images
+    ]
 
 
 def test_results_keep_the_order_of_mixed_sizes(detector: Detector) -> None:
     images = [make_scenes(1, size, seed)[0].image for seed, size in enumerate([(320, 240), (240, 320), (320, 240)] * 2)]
     together = detector.detect(images, ALL_COLOURS)
-    assert [rounded(d) for d in together] == [rounded(detector.detect([image], ALL_COLOURS)[0]) for image in images]
+    assert [round_detections(d) for d in together] == [
+        round_detections(detector.detect([image], ALL_COLOURS)[0]) for image in images
+    ]
 
 
 def test_label_order_changes_nothing(detector: Detector) -> None:
     images = [scene.image for scene in make_scenes(4)]
     forward, backward = detector.detect(images, ALL_COLOURS), detector.detect(images, ALL_COLOURS[::-1])
-    assert [rounded(d) for d in forward] == [rounded(d) for d in backward]
+    assert [round_detections(d) for d in forward] == [round_detections(d) for d in backward]
 
 
 def test_a_label_takes_the_best_of_its_phrases(detector: Detector) -> None:
@@ -77,7 +81,7 @@ def test_thresholds_are_kept_per_label(detector: Detector) -> None:
     low = [d for detections in detector.detect(images, ALL_COLOURS) for d in detections]
     strict = [Label(label.name, label.phrases, 0.9 if label.name == "red object" else 0.3) for label in ALL_COLOURS]
     kept = [d for detections in detector.detect(images, strict) for d in detections]
-    assert rounded(kept) == rounded([d for d in low if d.score >= 0.9 or d.label != "red object"])
+    assert round_detections(kept) == round_detections([d for d in low if d.score >= 0.9 or d.label != "red object"])
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 9), (3000, 40), (20_000, 50), (50, 20_000)])
@@ -132,7 +136,9 @@ def test_a_negative_phrase_that_is_also_a_labels_counts_for_the_label(detector: 
     labels = make_labels("circle", "square")
     expected = detector.detect([scene.image], labels)[0]
     assert {detection.label for detection in expected} == {"circle", "square"}
-    assert rounded(detector.detect([scene.image], labels, negative_phrases=["square"])[0]) == rounded(expected)
+    assert round_detections(detector.detect([scene.image], labels, negative_phrases=["square"])[0]) == round_detections(
+        expected
+    )
 
 
 def test_a_shared_phrase_counts_for_the_first_label(detector: Detector) -> None:
@@ -167,12 +173,12 @@ def test_out_of_memory_halves_the_batch(detector: Detector, caplog: pytest.LogCa
     handle = detector.model.register_forward_pre_hook(fail_above_two, with_kwargs=True)
     detections = detector.detect(images, ALL_COLOURS)
     handle.remove()
-    assert [rounded(d) for d in detections] == [rounded(d) for d in expected]
+    assert [round_detections(d) for d in detections] == [round_detections(d) for d in expected]
     assert batch_sizes == [5, 2, 3, 1, 2]
     assert "out of memory with a batch of 5 images; retrying with half" in caplog.text
 
 
-def test_an_image_that_does_not_fit_fails_alone(detector: Detector) -> None:
+def test_an_image_that_does_not_fit_in_memory_fails_alone(detector: Detector) -> None:
     large = make_scenes(1, (160, 120))[0].image
     small = make_scenes(1, (96, 96))[0].image
 

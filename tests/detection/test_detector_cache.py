@@ -34,15 +34,15 @@ def add_version(detectors: DetectorCache, number: int, scale: float) -> list[str
     return ["7", version.id]
 
 
-def scores(detectors: DetectorCache, version: list[str] | None) -> list[float]:
+def compute_scores(detectors: DetectorCache, version: list[str] | None) -> list[float]:
     return [d.score for d in detectors.get(version).detect([SCENE.image], LABELS)[0]]
 
 
 def test_a_version_has_scores_of_its_own_and_leaves_the_base_alone(detectors: DetectorCache) -> None:
-    base = scores(detectors, None)
-    assert scores(detectors, add_version(detectors, 1, 1.0)) == pytest.approx(base, abs=1e-6)
-    assert scores(detectors, add_version(detectors, 2, 3.0)) != pytest.approx(base, abs=1e-3)
-    assert scores(detectors, None) == base
+    base = compute_scores(detectors, None)
+    assert compute_scores(detectors, add_version(detectors, 1, 1.0)) == pytest.approx(base, abs=1e-6)
+    assert compute_scores(detectors, add_version(detectors, 2, 3.0)) != pytest.approx(base, abs=1e-3)
+    assert compute_scores(detectors, None) == base
 
 
 def test_only_the_last_used_versions_stay_in_memory(detectors: DetectorCache) -> None:
@@ -52,7 +52,7 @@ def test_only_the_last_used_versions_stay_in_memory(detectors: DetectorCache) ->
         detectors.get(version)
     gc.collect()
     assert first() is None
-    assert torch.isfinite(torch.tensor(scores(detectors, versions[0]))).all()  # it is loaded again
+    assert torch.isfinite(torch.tensor(compute_scores(detectors, versions[0]))).all()  # it is loaded again
 
 
 def test_a_damaged_version_is_refused_and_the_base_still_works(detectors: DetectorCache) -> None:
@@ -64,4 +64,4 @@ def test_a_damaged_version_is_refused_and_the_base_still_works(detectors: Detect
         detectors.get(version)
     with pytest.raises(CheckpointError, match="every machine needs the same MODEL_DIR"):
         detectors.get(["7", "v-9999"])
-    assert scores(detectors, None)
+    assert compute_scores(detectors, None)

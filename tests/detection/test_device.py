@@ -21,7 +21,7 @@ def selected_gpus(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return selected
 
 
-def test_a_device_that_is_not_there_is_named() -> None:
+def test_the_error_names_a_device_that_does_not_exist() -> None:
     for device in ("cuda:7", "toaster"):
         with pytest.raises(SettingsError, match=f"DEVICE={device} cannot be used"):
             choose_device(Settings(model="demo", device=device))
@@ -90,5 +90,5 @@ def test_an_error_that_breaks_the_context_is_a_device_error(error: BaseException
     ],
     ids=repr,
 )
-def test_an_error_that_leaves_the_context_intact_is_none(error: BaseException) -> None:
+def test_an_error_that_leaves_the_context_intact_is_no_device_error(error: BaseException) -> None:
     assert not is_device_error(error)

@@ -34,7 +34,7 @@ SMALL = ImageFormat(shortest_edge=320, longest_edge=427)  # a pass takes one sec
 PHRASES = ["red circle", "blue square", "green star", "ring"]
 
 
-def randomized(model: Any) -> Any:
+def randomize(model: Any) -> Any:
     torch.manual_seed(0)
     for weight in model.parameters():
         if weight.dim() == 1:  # initial zeros and ones would hide differences
@@ -42,7 +42,7 @@ def randomized(model: Any) -> Any:
     return model.eval()
 
 
-def swin_b(kind: Any) -> Any:
+def make_swin_b_config(kind: Any) -> Any:
     return kind(backbone_config=SwinConfig(**SWIN_B, out_indices=[2, 3, 4]))
 
 
@@ -60,12 +60,12 @@ def tokenizer() -> Any:
 @pytest.fixture(scope="module")
 def detector(tokenizer: Any) -> Detector:
     torch.manual_seed(0)
-    detector = Detector(randomized(GroundingDinoForObjectDetection(GroundingDinoConfig())), tokenizer, SMALL)
+    detector = Detector(randomize(GroundingDinoForObjectDetection(GroundingDinoConfig())), tokenizer, SMALL)
     assert_accelerated(detector.model)
     return detector
 
 
-def scores(detector: Detector, phrases: list[str], images: int = 1, seed: int = 1) -> torch.Tensor:
+def compute_scores(detector: Detector, phrases: list[str], images: int = 1, seed: int = 1) -> torch.Tensor:
     """Returns scores (images, queries, phrases), sorted over the queries; the phrases in the order of PHRASES."""
     pixels = torch.randn(images, 3, 320, 427, generator=torch.Generator().manual_seed(seed))
     caption = build_caption(detector.tokenizer, phrases)
@@ -74,11 +74,11 @@ def scores(detector: Detector, phrases: list[str], images: int = 1, seed: int = 
 
 
 def test_label_order_changes_nothing(detector: Detector) -> None:
-    assert (scores(detector, PHRASES) - scores(detector, PHRASES[::-1])).abs().max() < 1e-4
+    assert (compute_scores(detector, PHRASES) - compute_scores(detector, PHRASES[::-1])).abs().max() < 1e-4
 
 
 def test_a_batch_equals_one_by_one(detector: Detector) -> None:
-    together = scores(detector, PHRASES, images=2)
+    together = compute_scores(detector, PHRASES, images=2)
     assert (together[:1] - together[1:]).abs().max() > 1e-4  # two different images
     pixels = torch.randn(2, 3, 320, 427, generator=torch.Generator().manual_seed(1))
     caption = build_caption(detector.tokenizer, PHRASES)
@@ -101,13 +101,13 @@ def test_splitting_a_caption_keeps_every_box_of_its_halves(detector: Detector, m
 @pytest.mark.parametrize(
     "build",
     [
-        lambda: GroundingDinoForObjectDetection(swin_b(GroundingDinoConfig)),
+        lambda: GroundingDinoForObjectDetection(make_swin_b_config(GroundingDinoConfig)),
         lambda: MMGroundingDinoForObjectDetection(MMGroundingDinoConfig()),
     ],
     ids=["Swin-B", "MM-Grounding-DINO"],
 )
 def test_other_architectures_give_the_numbers_of_transformers(build: Any, tokenizer: Any) -> None:
-    stock = randomized(build())
+    stock = randomize(build())
     fast = Detector(copy.deepcopy(stock), tokenizer, SMALL).model
     assert_accelerated(fast)
     caption = build_caption(tokenizer, PHRASES)

@@ -27,13 +27,13 @@ def make_client(**settings: object) -> FlaskClient:
 
 @pytest.fixture
 def redisless() -> FlaskClient:
-    """A web front whose Redis does not answer."""
+    """A web web_front whose Redis does not answer."""
     return make_client(redis_url=UNREACHABLE_REDIS)
 
 
 @pytest.fixture
 def workerless(redis_url: str) -> FlaskClient:
-    """A web front whose Redis has no workers."""
+    """A web web_front whose Redis has no workers."""
     connect(redis_url).flushdb()
     return make_client(redis_url=redis_url, predict_deadline=1)
 
@@ -149,7 +149,7 @@ def test_a_large_body_is_413(workerless: FlaskClient) -> None:
     assert (answer.status_code, answer.json["error"]["code"]) == (413, "request_too_large")
 
 
-def test_unknown_routes_and_methods_have_the_same_form(workerless: FlaskClient) -> None:
+def test_unknown_routes_and_methods_return_an_error_object(workerless: FlaskClient) -> None:
     assert workerless.get("/nothing").json["error"]["code"] == "not_found"
     assert workerless.get("/predict").status_code == 405
     assert "error" in workerless.get("/predict").json
@@ -180,19 +180,21 @@ def make_login_header(user: str, password: str) -> dict[str, str]:
         (make_login_header("me", "geheim-ü"), 200),
     ],
 )
-def test_basic_auth(redis_url: str, headers: dict[str, str], status: int) -> None:
-    front = make_client(redis_url=redis_url, basic_auth_user="me", basic_auth_pass="geheim-ü")
-    assert front.post("/setup", json=make_setup_body(CONFIG), headers=headers).status_code == status
-    assert front.get("/versions", headers=headers).status_code == status
-    assert front.get("/health").status_code == 200
-    assert front.post("/webhook", json={"action": "PROJECT_UPDATED"}).status_code == 200
+def test_basic_auth_protects_all_routes_but_health_and_webhook(
+    redis_url: str, headers: dict[str, str], status: int
+) -> None:
+    web_front = make_client(redis_url=redis_url, basic_auth_user="me", basic_auth_pass="geheim-ü")
+    assert web_front.post("/setup", json=make_setup_body(CONFIG), headers=headers).status_code == status
+    assert web_front.get("/versions", headers=headers).status_code == status
+    assert web_front.get("/health").status_code == 200
+    assert web_front.post("/webhook", json={"action": "PROJECT_UPDATED"}).status_code == 200
 
 
 def test_start_training_needs_the_login_that_label_studio_sends_with_it(redis_url: str) -> None:
-    front = make_client(redis_url=redis_url, basic_auth_user="me", basic_auth_pass="p")
+    web_front = make_client(redis_url=redis_url, basic_auth_user="me", basic_auth_pass="p")
     start = {"action": "START_TRAINING", "project": {"id": 7}}
-    assert front.post("/webhook", json=start).status_code == 401
-    answer = front.post("/webhook", json=start, auth=("me", "p"))
+    assert web_front.post("/webhook", json=start).status_code == 401
+    answer = web_front.post("/webhook", json=start, auth=("me", "p"))
     assert (answer.status_code, answer.json["error"]["code"]) == (400, "bad_request")
     assert "set LABEL_STUDIO_URL" in answer.json["error"]["detail"]
 
@@ -239,12 +241,12 @@ def test_a_malformed_event_is_accepted(workerless: FlaskClient, annotation: obje
 
 
 def test_150_waiting_requests_are_answered(redis_url: str) -> None:
-    front = create_app(GroundingDINO, Settings(model="demo", redis_url=redis_url, predict_deadline=2))
+    web_front = create_app(GroundingDINO, Settings(model="demo", redis_url=redis_url, predict_deadline=2))
     body = {"label_config": CONFIG}
 
     def predict(number: int) -> int:
         tasks = [{"id": number, "data": {"image": "x"}}]
-        return front.test_client().post("/predict", json={**body, "tasks": tasks}).status_code
+        return web_front.test_client().post("/predict", json={**body, "tasks": tasks}).status_code
 
     with ThreadPoolExecutor(150) as pool:
         assert set(pool.map(predict, range(150))) == {200}
@@ -284,18 +286,18 @@ SECRET = "a-secret-of-20-chars"
 
 
 def test_behind_a_secret_path_nothing_else_exists(redis_url: str) -> None:
-    front = make_client(redis_url=redis_url, path_secret=SECRET, predict_deadline=1)
-    assert front.get(f"/s/{SECRET}/health").status_code == front.get("/health").status_code == 200
-    assert front.post(f"/s/{SECRET}/setup", json=make_setup_body(CONFIG)).status_code == 200
+    web_front = make_client(redis_url=redis_url, path_secret=SECRET, predict_deadline=1)
+    assert web_front.get(f"/s/{SECRET}/health").status_code == web_front.get("/health").status_code == 200
+    assert web_front.post(f"/s/{SECRET}/setup", json=make_setup_body(CONFIG)).status_code == 200
     webhook = {"action": "PROJECT_UPDATED", "project": {"id": 1}}
-    assert front.post(f"/s/{SECRET}/webhook", json=webhook).status_code == 200
+    assert web_front.post(f"/s/{SECRET}/webhook", json=webhook).status_code == 200
     for path in ("/setup", "/webhook", f"/s/{SECRET}x/setup", f"/s/{SECRET[:-1]}/setup", "/s//setup", "/s/%FF/setup"):
-        answer = front.post(path, json=make_setup_body(CONFIG))
+        answer = web_front.post(path, json=make_setup_body(CONFIG))
         assert (answer.status_code, answer.json["error"]["code"]) == (404, "not_found")
 
 
 def test_a_secret_path_and_basic_auth_work_together(redis_url: str) -> None:
-    front = make_client(redis_url=redis_url, path_secret=SECRET, basic_auth_user="u", basic_auth_pass="p")
-    assert front.post(f"/s/{SECRET}/setup", json=make_setup_body(CONFIG)).status_code == 401
-    assert front.post(f"/s/{SECRET}/setup", json=make_setup_body(CONFIG), auth=("u", "p")).status_code == 200
-    assert front.post("/setup", json=make_setup_body(CONFIG), auth=("u", "p")).status_code == 404
+    web_front = make_client(redis_url=redis_url, path_secret=SECRET, basic_auth_user="u", basic_auth_pass="p")
+    assert web_front.post(f"/s/{SECRET}/setup", json=make_setup_body(CONFIG)).status_code == 401
+    assert web_front.post(f"/s/{SECRET}/setup", json=make_setup_body(CONFIG), auth=("u", "p")).status_code == 200
+    assert web_front.post("/setup", json=make_setup_body(CONFIG), auth=("u", "p")).status_code == 404

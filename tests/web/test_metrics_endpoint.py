@@ -28,20 +28,22 @@ def test_all_three_sources_are_collected(connection: Redis) -> None:
     assert count_worker_images(connection) == [7.0]
 
 
-def test_without_redis_the_metrics_of_the_process_are_left(caplog: pytest.LogCaptureFixture) -> None:
+def test_without_redis_the_metrics_of_the_web_front_are_served(caplog: pytest.LogCaptureFixture) -> None:
     names = collect_names(connect("redis://127.0.0.1:1"))
     assert "gdino_process_cpu_seconds" in names
     assert "gdino_workers" not in names
     assert "/metrics leaves out the workers' metrics: ConnectionError" in caplog.text
 
 
-def test_unreadable_metrics_of_a_worker_leave_the_gauges(connection: Redis, caplog: pytest.LogCaptureFixture) -> None:
+def test_unreadable_metrics_of_a_worker_do_not_stop_the_gauges(
+    connection: Redis, caplog: pytest.LogCaptureFixture
+) -> None:
     set_indexed(connection, METRICS_KEY, "w", "not metrics at all {")
     assert {"gdino_process_cpu_seconds", "gdino_workers"} <= collect_names(connection)
     assert "/metrics leaves out the workers' metrics" in caplog.text
 
 
-def test_an_unreadable_heartbeat_leaves_the_metrics_of_workers(
+def test_an_unreadable_heartbeat_does_not_stop_the_metrics_of_workers(
     connection: Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
     set_indexed(connection, READY_KEY, "w", '{"device": 3}')

@@ -81,7 +81,7 @@ def test_metrics_of_the_web_front_and_the_workers(served: ServeProcess) -> None:
     predict(served, to_data_uri(DRAWN[2].image), 90)
     expected = {"download", "decode", "queue_wait", "forward", "post"}
 
-    def stages() -> set[str]:
+    def list_stages() -> set[str]:
         text = requests.get(f"{served.url}/metrics", timeout=10).text
         families = {family.name: family for family in text_string_to_metric_families(text)}
         assert len(families) == text.count("# TYPE ")  # each family occurs once
@@ -90,7 +90,7 @@ def test_metrics_of_the_web_front_and_the_workers(served: ServeProcess) -> None:
         samples = families["gdino_stage_seconds"].samples
         return {s.labels["stage"] for s in samples if s.name.endswith("_count") and "worker" in s.labels and s.value}
 
-    wait_for(lambda: stages() == expected, 10, "metrics of the worker")
+    wait_for(lambda: list_stages() == expected, 10, "metrics of the worker")
 
 
 def test_the_request_id_follows_the_job(served: ServeProcess) -> None:
@@ -102,7 +102,7 @@ def test_the_request_id_follows_the_job(served: ServeProcess) -> None:
     assert any("POST /predict 200 in" in line for line in lines)
 
 
-def test_the_playground_answers_what_predict_answers(served: ServeProcess) -> None:
+def test_the_playground_returns_the_boxes_of_predict(served: ServeProcess) -> None:
     answer = predict_in_playground(served).json()
     result = predict(served, to_data_uri(DRAWN[0].image)).json()["results"][0]["result"]
     assert {row["threshold"] for row in answer["labels"]} == {0.3}
@@ -139,7 +139,7 @@ def test_boxes_of_negative_phrases_have_no_place(served: ServeProcess) -> None:
         ({"image": 3}, 400, "strings"),
     ],
 )
-def test_the_playground_reports_what_is_wrong(served: ServeProcess, fields: dict, status: int, text: str) -> None:
+def test_the_playground_reports_errors(served: ServeProcess, fields: dict, status: int, text: str) -> None:
     answer = predict_in_playground(served, **fields)
     assert (answer.status_code, text in answer.json()["error"]["detail"]) == (status, True), answer.text
 
