@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import Field, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from backend.errors import SettingsError
 
@@ -30,6 +32,22 @@ def _one_of(choices: Any) -> str:
     return f"one of {', '.join(get_args(choices))}"
 
 
+class EnvironmentSource(PydanticBaseSettingsSource):
+    """Reads each field from the variable that has its name in capitals, and from no other spelling.
+
+    pydantic's own source ignores case: a variable `port` of something else would win over ours.
+    """
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        """Returns the value of a field, None where its variable is not set or empty."""
+        return os.environ.get(field_name.upper()) or None, field_name, False
+
+    def __call__(self) -> dict[str, Any]:
+        """Returns the values that are set."""
+        values = {name: self.get_field_value(field, name)[0] for name, field in self.settings_cls.model_fields.items()}
+        return {name: value for name, value in values.items() if value is not None}
+
+
 class Settings(BaseSettings):
     """The settings of a process: keyword arguments first, then the environment; an empty variable counts as not set.
 
@@ -37,7 +55,7 @@ class Settings(BaseSettings):
         SettingsError: a value is not of its type or out of range; the text names the variable.
     """
 
-    model_config = SettingsConfigDict(frozen=True, extra="forbid", env_ignore_empty=True, protected_namespaces=())
+    model_config = SettingsConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
     model: str = _setting("IDEA-Research/grounding-dino-tiny", "hub id, folder, original `.pth` file, or `demo`")
     model_dir: Path = _setting(Path("data"), "data directory: trained versions and the private Redis's files")
@@ -80,11 +98,34 @@ class Settings(BaseSettings):
         "`auto`: behind a login or a secret path, and for `demo`",
     )
 
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Returns the sources of values, the first one first."""
+        return init_settings, EnvironmentSource(settings_cls)
+
     def __init__(self, **values: Any) -> None:
         try:
             super().__init__(**values)
         except ValidationError as error:
             raise SettingsError(_describe(error)) from None
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _check_text(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuses what pydantic would take for a number or a truth value, and people write by mistake."""
+        kind = cls.model_fields[info.field_name or ""].annotation
+        if isinstance(value, str) and kind is bool and value.lower() not in ("true", "false"):
+            raise ValueError(f"{(info.field_name or '').upper()} must be true or false, not {value!r}")
+        if isinstance(value, str) and kind is int and not re.fullmatch(r"[+-]?[0-9]+", value.strip()):
+            raise ValueError(f"{(info.field_name or '').upper()} must be a whole number, not {value!r}")
+        return value
 
     @field_validator("redis_url")
     @classmethod
@@ -122,8 +163,7 @@ class Settings(BaseSettings):
         return self.show_pictures == "true"
 
 
-KINDS = {"int_parsing": "a whole number", "float_parsing": "a number", "finite_number": "a number",
-         "bool_parsing": "true or false"}  # fmt: skip
+KINDS = {"float_parsing": "a number", "finite_number": "a number"}
 
 
 def _describe(error: ValidationError) -> str:

@@ -41,6 +41,13 @@ def test_an_option_wins_over_its_variable() -> None:
     assert (done.returncode, done.stderr) == (2, "error: PORT must be at least 1\n")
 
 
+def test_an_empty_option_stands_for_the_default() -> None:
+    command = [sys.executable, "-m", "backend", "web", "--redis-url", "", "--model-dir", "nowhere"]
+    env = {"REDIS_URL": "redis://127.0.0.1:1", "MODEL": "demo"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
+    assert (done.returncode, done.stderr) == (2, "error: set REDIS_URL; no server runs in MODEL_DIR=nowhere either\n")
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_linked_files_exist(document: Path) -> None:
     for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", document.read_text()):

@@ -55,6 +55,8 @@ def test_a_child_process_reads_the_same(read_settings: ReadSettings) -> None:
         ("SHOW_PICTURES", "yes"),
         ("BASIC_AUTH_USER", "me"),
         ("PREANNOTATE_ON_IMPORT", "perhaps"),
+        ("PREANNOTATE_ON_IMPORT", "1"),
+        ("PORT", "9091.0"),
         ("REDIS_URL", "localhost:6379"),
     ],
 )
@@ -104,3 +106,7 @@ def test_each_device_of_the_setting_is_listed(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,0")
     assert list_devices("cuda") == ["cuda:0", "cuda:1"]
     assert list_devices("cpu") == ["cpu"]
+
+
+def test_a_variable_in_small_letters_is_not_ours(read_settings: ReadSettings) -> None:
+    assert read_settings({"port": "1", "Device": "tpu", "MODEL": "demo"}) == Settings(model="demo")

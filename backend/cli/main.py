@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 import click
 
 from backend import __version__
-from backend.cli.preannotate import preannotate as run_preannotate
 from backend.cli.process import EXIT_UNUSABLE
 from backend.cli.supervisor import build_gunicorn_command, stop_on_signals
 from backend.cli.supervisor import serve as run_supervisor
@@ -48,7 +47,9 @@ def settings_options(command: Command) -> Command:
 
 def _settings(options: dict[str, str | None]) -> Settings:
     """Reads the settings, options before environment variables, and sets up logging."""
-    settings = Settings(**{name: value for name, value in options.items() if value})
+    given = {name: value for name, value in options.items() if value is not None}
+    defaults = {name: Settings.model_fields[name].default for name, value in given.items() if not value}
+    settings = Settings(**{**given, **defaults})  # an empty option is the default, whatever its variable says
     set_up_logging(settings)
     return settings
 
@@ -157,6 +158,8 @@ def preannotate(
     project: str, tasks: str, view: str, limit: int, dry_run: bool, replace: bool, **options: str | None
 ) -> None:
     """Predict a whole project. Ctrl-C stops it, and the same command resumes it. Exit code 1: some tasks failed."""
+    from backend.cli.preannotate import preannotate as run_preannotate  # loads the pusher: other commands do without
+
     settings = resolve_redis_url(_settings({**options, "log_level": options["log_level"] or "ERROR"}))
     try:
         sys.exit(run_preannotate(settings, project, tasks, view, limit, dry_run, replace))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import _thread
 import contextlib
 import fcntl
 import os
@@ -17,11 +16,11 @@ from types import FrameType
 
 from redis.exceptions import RedisError
 
-from backend.cli.process import ROOT, ManagedProcess, ProcessGroup
+from backend.cli.process import EXIT_UNUSABLE, ROOT, ManagedProcess, ProcessGroup
 from backend.cli.welcome import welcome
 from backend.errors import SettingsError
 from backend.queue import private_redis
-from backend.queue.live_workers import remove_stale_heartbeats
+from backend.queue.live_workers import remove_all_heartbeats, remove_stale_heartbeats
 from backend.queue.redis import connect
 from backend.registry.checkpoint import find_checkpoint
 from backend.settings import Settings
@@ -72,26 +71,27 @@ def temporary_workers(settings: Settings) -> Iterator[Settings]:
         CheckpointError: there is no such MODEL.
         SystemExit: the workers cannot work at all; they have logged why.
     """
-    stop, statuses = threading.Event(), [0]
+    stop = threading.Event()
+
+    def exit_unusable(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(EXIT_UNUSABLE)
+
     with _run_group(settings, stop) as (group, running):
         group.add_stage(*_make_workers(running, {**os.environ, **running.to_env()}))
 
         def supervise() -> None:
-            statuses[0] = group.supervise(stop)
-            if statuses[0]:
-                _thread.interrupt_main()  # it waits for answers that will never come
+            if group.supervise(stop):  # the main thread waits for answers that will never come
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
 
+        previous = signal.signal(signal.SIGUSR1, exit_unusable)  # not SIGINT, which shells ignore in the background
         thread = threading.Thread(target=supervise, daemon=True)
         thread.start()
         try:
             yield running
-        except KeyboardInterrupt:
-            if statuses[0]:
-                raise SystemExit(statuses[0]) from None
-            raise
         finally:
             stop.set()
             thread.join()
+            signal.signal(signal.SIGUSR1, previous)
 
 
 @contextlib.contextmanager
@@ -103,13 +103,15 @@ def _run_group(settings: Settings, stop: threading.Event) -> Iterator[tuple[Proc
         tempfile.TemporaryDirectory(prefix="gdino-", dir=SOCKET_ROOT) as socket_dir,
         ProcessGroup() as group,
     ):
-        if settings.redis_url:
+        is_private = not settings.redis_url
+        if not is_private:
             private_redis.wait_until_ready(settings.redis_url, CONFIGURED_REDIS_TIMEOUT, stop.is_set)
         else:
             settings = _start_private_redis(group, settings, Path(socket_dir), stop)
-        with contextlib.suppress(RedisError):  # it may have gone again, or we are stopping
-            remove_stale_heartbeats(connect(settings.redis_url))
         try:
+            with contextlib.suppress(RedisError):  # it may have gone again, or we are stopping
+                remove_heartbeats = remove_all_heartbeats if is_private else remove_stale_heartbeats
+                remove_heartbeats(connect(settings.redis_url))
             yield group, settings
         finally:
             (settings.model_dir / private_redis.URL_FILE).unlink(missing_ok=True)

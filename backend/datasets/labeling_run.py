@@ -100,7 +100,7 @@ class LabelingRun:
                 yield from self._send([waiting.popleft() for _ in range(min(size, len(waiting)))], sent)
             if not sent:
                 continue
-            result = self._queue.get_result(sent[0].chunk)
+            result = self._queue.get_result(sent[0].chunk.id)
             if result.state is ChunkState.WAITING:
                 time.sleep(POLL_INTERVAL)
                 continue
@@ -111,7 +111,7 @@ class LabelingRun:
                     yield {"key": file.key, "error": answer.error.detail}
                 else:
                     yield {"key": file.key, "prediction": answer.model_dump()}
-            self._queue.delete(first.chunk)
+            self._queue.delete(first.chunk.id)
 
     def _has_room(self, sent: Sequence[SentChunk]) -> bool:
         if sum(chunk.size for chunk in sent) > MAX_BYTES_IN_FLIGHT:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from redis import Redis
 
@@ -61,6 +61,7 @@ class OutboxEntry(Message):
 
     project: str
     since: float
+    chunk_id: str  # of the chunk: to compute it again would cost more than all else that is done with an entry
     chunk: Chunk
 
 
@@ -78,24 +79,27 @@ class Outbox:
         """Adds chunks behind the others; a chunk that is there already keeps its place."""
         with redis_errors(), self._connection.pipeline() as pipeline:
             for number, chunk in enumerate(chunks):
-                entry = OutboxEntry(project=project, since=since, chunk=chunk)
-                pipeline.hset(ENTRIES_KEY, chunk.id, json.dumps(entry.model_dump()))
+                entry = OutboxEntry(project=project, since=since, chunk_id=chunk.id, chunk=chunk)
+                row = {**entry.model_dump(exclude={"chunk"}), "chunk": chunk.payload}
+                pipeline.hset(ENTRIES_KEY, chunk.id, json.dumps(row))
                 pipeline.zadd(ORDER_KEY, {chunk.id: since + number * 1e-6}, nx=True)
             pipeline.execute()
 
-    def peek(self, count: int) -> list[OutboxEntry]:
-        """Returns the first entries in the order of their requests; drops those of an unknown format."""
+    def peek(self, count: int) -> Iterator[OutboxEntry]:
+        """Yields the first entries in the order of their requests; drops those of an unknown format.
+
+        Each is read when its turn comes: whoever stops early does not pay for the rest.
+        """
         with redis_errors():
             ids: list[bytes] = self._connection.zrange(ORDER_KEY, 0, count - 1)  # type: ignore[assignment]
             rows = self._connection.hmget(ENTRIES_KEY, ids) if ids else []
-        entries = []
         for chunk_id, row in zip(ids, rows, strict=True):
             try:
-                entries += [read_message(OutboxEntry, json.loads(row))] if row else []
+                if row:
+                    yield read_message(OutboxEntry, json.loads(row))
             except MessageError as error:
                 log.error("dropping outbox entry %s: %s", chunk_id.decode(), error)
-                self._remove([chunk_id.decode()])
-        return entries
+                self.remove([chunk_id.decode()])
 
     def filter_pending(self, chunk_ids: Sequence[str]) -> set[str]:
         """Returns those of these chunks that are still pending."""
@@ -103,11 +107,8 @@ class Outbox:
             scores = self._connection.zmscore(ORDER_KEY, list(chunk_ids)) if chunk_ids else []
         return {chunk_id for chunk_id, score in zip(chunk_ids, scores, strict=True) if score is not None}
 
-    def remove(self, entries: Sequence[OutboxEntry]) -> None:
-        """Removes entries that are delivered, or cannot be."""
-        self._remove([entry.chunk.id for entry in entries])
-
-    def _remove(self, chunk_ids: Sequence[str]) -> None:
+    def remove(self, chunk_ids: Sequence[str]) -> None:
+        """Removes the entries of chunks that are delivered, or cannot be."""
         with redis_errors(), self._connection.pipeline() as pipeline:
             for chunk_id in chunk_ids:
                 pipeline.zrem(ORDER_KEY, chunk_id)

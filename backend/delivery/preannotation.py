@@ -159,7 +159,7 @@ class Preannotation:
                 pending = self._outbox.filter_pending(list(self._in_flight))
                 for chunk_id in [chunk_id for chunk_id in self._in_flight if chunk_id not in pending]:
                     chunk = self._in_flight[chunk_id]
-                    summary.add(chunk, self._queue.get_result(chunk).answers)
+                    summary.add(chunk, self._queue.get_result(chunk_id).answers)
                     del self._in_flight[chunk_id]
                     if replace:
                         self._delete_old_predictions(chunk)

@@ -146,7 +146,7 @@ class Pusher:
         finished: dict[tuple[str, str], list[AnsweredEntry]] = defaultdict(list)  # by project and model version
         unfinished_in_a_row = 0
         for entry in self._outbox.peek(SCAN_LIMIT):
-            result = self._queue.get_result(entry.chunk)
+            result = self._queue.get_result(entry.chunk_id)
             if result.answers is not None:
                 finished[entry.project, entry.chunk.model_version].append(AnsweredEntry(entry, result.answers))
                 unfinished_in_a_row = 0
@@ -164,8 +164,8 @@ class Pusher:
     def _requeue(self, entry: OutboxEntry, state: ChunkState) -> None:
         """Enqueues a chunk again that failed or whose answers expired, or gives it up."""
         chunk, tasks = entry.chunk, len(entry.chunk.tasks)
-        self._failed_attempts[chunk.id] += state is ChunkState.FAILED
-        attempts, age = self._failed_attempts[chunk.id], time.time() - entry.since
+        self._failed_attempts[entry.chunk_id] += state is ChunkState.FAILED
+        attempts, age = self._failed_attempts[entry.chunk_id], time.time() - entry.since
         if attempts >= MAX_FAILED_ATTEMPTS:
             log.error("project %s: giving up on %d tasks after %d failed attempts", entry.project, tasks, attempts)
         elif age > MAX_AGE:
@@ -173,7 +173,7 @@ class Pusher:
         else:
             self._queue.enqueue([chunk], project=entry.project)
             return
-        self._outbox.remove([entry])
+        self._outbox.remove([entry.chunk_id])
 
     def _push(self, project: str, model_version: str, entries: Sequence[AnsweredEntry]) -> None:
         """Delivers entries and removes them; one that cannot be delivered is given up alone."""
@@ -190,7 +190,7 @@ class Pusher:
                 self._push(project, model_version, entries[middle:])
                 return
             log.error("project %s: a chunk cannot be pushed: %s", project, error)
-        self._outbox.remove([answered.entry for answered in entries])
+        self._outbox.remove([answered.entry.chunk_id for answered in entries])
 
     def _verify_project(self, entry: OutboxEntry) -> bool:
         """Returns whether Label Studio's project of this number has the data of a requested task."""

@@ -198,10 +198,14 @@ def _split_phrases(text: str | None) -> list[str]:
 def to_phrase(value: str) -> str:
     """Turns a label's value into a phrase: underscores, hyphens and camelCase become spaces, all in lower case."""
     spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", value)
-    return clean_phrase(re.sub(r"[_-]+", " ", spaced)) or clean_phrase(value) or value
+    return clean_phrase(re.sub(r"[_-]+", " ", spaced)) or clean_phrase(value) or _replace_surrogates(value)
 
 
 def clean_phrase(text: str) -> str:
     """Normalises a phrase for the model: lower case, single spaces, Unicode text, no '.' and '?', which end phrases."""
-    unicode_text = text.encode(errors="replace").decode()  # task data may hold lone surrogates
-    return " ".join(re.sub(r"[.?]", " ", unicode_text).lower().split())
+    return " ".join(re.sub(r"[.?]", " ", _replace_surrogates(text)).lower().split())
+
+
+def _replace_surrogates(text: str) -> str:
+    """Replaces lone surrogates, which the JSON of a task may hold, but no tokenizer and no message."""
+    return text.encode(errors="replace").decode()

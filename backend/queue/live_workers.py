@@ -5,19 +5,23 @@ RQ's own heartbeat does not show whether the model is loaded, and stops while a 
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import time
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 from redis import Redis
 
+from backend.queue.messages import describe_validation_error
+from backend.queue.recovery import READY_TTL
 from backend.queue.redis import get_indexed, set_indexed
 
 READY_KEY = "gdino:ready:"  # + name of a predict worker whose model is loaded -> JSON: WorkerInfo
 FIT_READY_KEY = "gdino:fit-ready:"  # + name of a training worker, likewise
-READY_TTL = 10  # s after its last heartbeat for which a worker counts as alive
+
+log = logging.getLogger(__name__)
 
 
 class WorkerInfo(BaseModel):
@@ -29,7 +33,8 @@ class WorkerInfo(BaseModel):
     batch_size: int | None = None
     host: str
     pid: int
-    process_start: int | None  # clock ticks since the machine's boot; None where it is unknown
+    pid_namespace: str  # each container numbers its own processes; empty where the system has no namespaces
+    process_start: int | None  # clock ticks since the machine's boot; None where the system has no /proc
 
 
 def make_worker_name() -> str:
@@ -45,6 +50,7 @@ def describe_worker(device: str, batch_size: int | None = None) -> WorkerInfo:
         batch_size=batch_size,
         host=socket.gethostname(),
         pid=pid,
+        pid_namespace=_read_pid_namespace(),
         process_start=_read_process_start(pid),
     )
 
@@ -55,8 +61,23 @@ def save_heartbeat(connection: Redis, key: str, name: str, info: WorkerInfo) -> 
 
 
 def get_live_workers(connection: Redis, key: str) -> dict[str, WorkerInfo]:
-    """Returns the live workers by name; `key` is READY_KEY or FIT_READY_KEY. Raises RedisError."""
-    return {name: WorkerInfo.model_validate_json(row) for name, row in get_indexed(connection, key).items()}
+    """Returns the live workers by name; leaves out those of another version of the backend.
+
+    Args:
+        connection: to Redis.
+        key: READY_KEY or FIT_READY_KEY.
+
+    Raises:
+        RedisError: Redis does not answer.
+    """
+    workers = {}
+    for name, row in get_indexed(connection, key).items():
+        try:
+            workers[name] = WorkerInfo.model_validate_json(row)
+        except ValidationError as error:
+            reason = describe_validation_error(error)
+            log.warning("worker %s runs another version of the backend (%s); run the same everywhere", name, reason)
+    return workers
 
 
 def remove_stale_heartbeats(connection: Redis) -> None:
@@ -66,8 +87,16 @@ def remove_stale_heartbeats(connection: Redis) -> None:
     """
     for key in (READY_KEY, FIT_READY_KEY):
         for name, info in get_live_workers(connection, key).items():
-            if info.host == socket.gethostname() and not _is_running(info):
+            is_here = (info.host, info.pid_namespace) == (socket.gethostname(), _read_pid_namespace())
+            if is_here and not _is_running(info):
                 connection.delete(key + name)
+
+
+def remove_all_heartbeats(connection: Redis) -> None:
+    """Removes all heartbeats, from a Redis that no worker has reached since its start; raises RedisError."""
+    for key in (READY_KEY, FIT_READY_KEY):
+        for name in get_indexed(connection, key):
+            connection.delete(key + name)
 
 
 def _is_running(info: WorkerInfo) -> bool:
@@ -81,7 +110,7 @@ def _is_running(info: WorkerInfo) -> bool:
 
 
 def _read_process_start(pid: int) -> int | None:
-    """Reads when a process was started, which distinguishes it from an earlier one with its id (proc(5)).
+    """Reads when a process was started, which tells it from an earlier one of the same number (proc(5)).
 
     None for a zombie, which nothing may ever reap in a container, and where the system has no /proc.
     """
@@ -90,3 +119,10 @@ def _read_process_start(pid: int) -> int | None:
         return None if fields[0] == "Z" else int(fields[19])
     except (OSError, ValueError, IndexError):
         return None
+
+
+def _read_pid_namespace() -> str:
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""

@@ -139,10 +139,10 @@ class PredictQueue:
                 if time.monotonic() - start < RETRY_POLL:  # the result of an earlier attempt does not block
                     time.sleep(RETRY_POLL)
 
-    def get_result(self, chunk: Chunk) -> ChunkResult:
+    def get_result(self, chunk_id: str) -> ChunkResult:
         """Returns the state and answers of a chunk without waiting."""
         with redis_errors():
-            job = fetch_job(chunk.id, self._connection)
+            job = fetch_job(chunk_id, self._connection)
             result = get_final_result(job) if job else None
         if job is None:
             return ChunkResult(ChunkState.MISSING)
@@ -151,10 +151,10 @@ class PredictQueue:
         answers = _read_answers(result)
         return ChunkResult(ChunkState.FAILED if answers is None else ChunkState.ANSWERED, answers)
 
-    def delete(self, chunk: Chunk) -> None:
+    def delete(self, chunk_id: str) -> None:
         """Removes a chunk and its answers from Redis, which would keep them for `RESULT_TTL`."""
         with redis_errors():
-            if job := fetch_job(chunk.id, self._connection):
+            if job := fetch_job(chunk_id, self._connection):
                 job.delete()
 
     def count_waiting(self) -> int:

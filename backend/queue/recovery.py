@@ -17,11 +17,11 @@ from rq.job import Job, JobStatus
 
 from backend.errors import WorkerDied
 from backend.queue.allowed_job import fetch_job
-from backend.queue.live_workers import READY_TTL
 from backend.queue.messages import ANSWER, Answer, TaskError
 
 log = logging.getLogger(__name__)
 
+READY_TTL = 10  # s after its last heartbeat for which a worker counts as alive; then its jobs are requeued
 CHUNK_KEY = "gdino:chunk:"  # + job id -> hash: deaths, at (index of the task at work), and answers by index of the task
 CHUNK_TTL = 24 * 3600  # s
 LOCK_KEY = "gdino:recovery:"  # + queue: held while a worker requeues lost jobs

@@ -38,7 +38,7 @@ def create_app(make_plugin: Callable[..., Any], settings: Settings) -> Flask:
         make_plugin: `model.GroundingDINO`, called for each request with `project_id`, `label_config` and `settings`.
         settings: of this process.
     """
-    app = Flask(__name__)
+    app = Flask(__name__, static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = MAX_BODY_BYTES
     register_request_log(app)
     app.before_request(lambda: check_login(settings))

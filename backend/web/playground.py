@@ -168,7 +168,7 @@ def _predict(settings: Settings, queue: PredictQueue, chunk: Chunk) -> Answer:
     except TimeoutError:
         raise NotReady("no answer yet: check that a worker is running, and try again") from None
     finally:
-        queue.delete(chunk)
+        queue.delete(chunk.id)
     if not answers:
         raise BackendError("the worker failed on this image; its log says why")
     return answers[0]

@@ -329,3 +329,27 @@ def test_a_run_into_its_own_image_folder_labels_no_copies_when_it_resumes(served
     done = label(*arguments, MODEL_DIR=model_dir)
     assert done.returncode == 0, done.stdout + done.stderr
     assert sorted(read_splits(images / "out")) == [f"{number:03}.jpg" for number in range(12)]
+
+
+def test_workers_that_cannot_load_the_model_end_the_command_also_in_the_background(tmp_path: Path) -> None:
+    images, model = draw_images(tmp_path / "images", 1), tmp_path / "x.pth"
+    model.write_text("not a checkpoint")
+    command = [
+        sys.executable,
+        "-m",
+        "backend",
+        "label",
+        str(images),
+        "--labels",
+        "circle",
+        "--out",
+        str(tmp_path / "o"),
+    ]
+    done = subprocess.run(
+        ["sh", "-c", '"$@" & wait $!', "sh", *command],  # a shell lets its background commands ignore SIGINT
+        cwd=ROOT, env={**os.environ, "MODEL": str(model), "MODEL_DIR": str(tmp_path / "data")},
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr.count("error:") == 1
+    assert "x.pth is damaged or not a checkpoint" in done.stderr

@@ -20,7 +20,7 @@ def test_chunks_keep_their_order_and_place(outbox: Outbox) -> None:
     outbox.add("1", CHUNKS, since=10)
     outbox.add("1", CHUNKS[:1], since=20)
     assert [entry.chunk for entry in outbox.peek(10)] == CHUNKS
-    outbox.remove(outbox.peek(1))
+    outbox.remove([entry.chunk_id for entry in outbox.peek(1)])
     assert [entry.chunk for entry in outbox.peek(10)] == CHUNKS[1:]
     assert len(outbox) == 2
 

@@ -163,10 +163,10 @@ def test_a_chunk_that_fails_as_a_whole_is_given_up(connection: Redis, pusher: Pu
 def test_expired_answers_are_requested_again_and_count_as_no_failure(connection: Redis, pusher: Pusher) -> None:
     Outbox(connection).add("1", [CHUNK], time.time())
     for _ in range(MAX_FAILED_ATTEMPTS + 2):  # as when Label Studio is away for hours
-        PredictQueue(connection).delete(CHUNK)
+        PredictQueue(connection).delete(CHUNK.id)
         pusher.run_once()
     assert len(Outbox(connection)) == 1
-    assert PredictQueue(connection).get_result(CHUNK).state is ChunkState.WAITING
+    assert PredictQueue(connection).get_result(CHUNK.id).state is ChunkState.WAITING
 
 
 def test_the_pusher_backs_off_after_an_import_while_chunks_are_waiting(

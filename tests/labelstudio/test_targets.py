@@ -143,3 +143,12 @@ def test_a_typed_phrase_gets_the_label_that_it_names_or_the_only_one_or_none() -
 def test_300_labels_make_one_target() -> None:
     many = make_plan(BOXES.format("".join(f'<Label value="thing {i}"/>' for i in range(300))))
     assert len(list_targets(many, {"image": "x"})[0].query.labels) == 300
+
+
+@pytest.mark.parametrize("label", ["\ud800", "\ud800?", "a\ud800b"])
+def test_phrases_of_a_task_are_unicode_text(label: str) -> None:
+    dynamic = make_plan('<RectangleLabels name="box" toName="img" value="$kinds"/>')
+    (target,) = list_targets(dynamic, {"image": "x", "kinds": [label]})
+    for phrase in target.query.labels[0].phrases:
+        assert phrase
+        phrase.encode()

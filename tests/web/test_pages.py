@@ -37,7 +37,10 @@ def test_pages_load_nothing_from_another_host(served: ServeProcess, path: str) -
     assert "https://" not in answer.text
 
 
-@pytest.mark.parametrize("path", ["/pages/../app.py", "/pages/%2e%2e/app.py", "/playground/samples/../shapes.py"])
+@pytest.mark.parametrize(
+    "path",
+    ["/static/status.html", "/pages/../app.py", "/pages/%2e%2e/app.py", "/playground/samples/../shapes.py"],
+)
 def test_only_static_files_are_served(served: ServeProcess, path: str) -> None:
     with requests.Session() as session:
         request = requests.Request("GET", served.url).prepare()
