@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from backend.delivery.outbox import Outbox
 from backend.errors import BackendError
 from backend.images.decoding import ImageLoader
 from backend.images.sources import ImageFetcher
@@ -51,10 +52,11 @@ def check(settings: Settings, project: str) -> Iterator[CheckResult]:
     Yields:
         The result of each check, as soon as it is known.
     """
-    queue = PredictQueue(connect(settings.redis_url))
+    connection = connect(settings.redis_url)
+    queue, outbox = PredictQueue(connection), Outbox(connection)
     label_studio = LabelStudioClient(settings.label_studio_url, settings.label_studio_api_key)
     yield _run_check("MODEL", lambda: find_checkpoint(settings.model).source)
-    yield _run_check("Redis", lambda: f"{queue.count_waiting()} chunks are waiting")
+    yield _run_check("Redis", lambda: f"{queue.count_waiting()} chunks are waiting, {len(outbox)} to be pushed")
     yield _run_check("workers", lambda: _count_workers(queue))
     if not settings.label_studio_url:
         detail = "LABEL_STUDIO_URL is not set: uploads cannot be read, nothing can be pushed"
