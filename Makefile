@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STUDIO_VENV ?= .venv-label-studio
 STUDIO_VERSION := 1.23.2
+# Two processes; the tests of a file stay together, because they share servers, and long files (chaos, cli) come first.
+PARALLEL := -n 2 --dist loadscope --no-loadscope-reorder
 
 .PHONY: help demo serve test chaos e2e bench lint format install install-dev install-studio clean
 
