@@ -23,12 +23,12 @@ PATH_SECRET = re.compile(r"[A-Za-z0-9_-]{16,}")
 REDIS_SCHEMES = ("redis://", "rediss://", "unix://")
 
 
-def _setting(default: Any, text: str, unit: str = "", **constraints: Any) -> Any:
+def _make_setting(default: Any, text: str, unit: str = "", **constraints: Any) -> Any:
     """Makes a field; `text` and `unit` are its help in the command line and its row in the README."""
     return Field(default, description=text, json_schema_extra={"unit": unit}, **constraints)
 
 
-def _one_of(choices: Any) -> str:
+def _list_choices(choices: Any) -> str:
     return f"one of {', '.join(get_args(choices))}"
 
 
@@ -57,44 +57,52 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
-    model: str = _setting("IDEA-Research/grounding-dino-tiny", "hub id, folder, original `.pth` file, or `demo`")
-    model_dir: Path = _setting(Path("data"), "data directory: trained versions and the private Redis's files")
-    device: str = _setting(
+    model: str = _make_setting("IDEA-Research/grounding-dino-tiny", "hub id, folder, original `.pth` file, or `demo`")
+    model_dir: Path = _make_setting(Path("data"), "data directory: trained versions and the private Redis's files")
+    device: str = _make_setting(
         "auto", "torch device of the workers, or several, comma-separated; `auto`: all GPUs, or the CPU"
     )
-    workers: int = _setting(0, "predict workers that `serve` starts; 0: one per device", ge=0)
-    redis_url: str = _setting("", "the queue's Redis; empty: `serve` starts a private one", repr=False)
-    label_studio_url: str = _setting("", "where this machine reaches Label Studio; needed for uploaded images")
-    label_studio_api_key: str = _setting("", "legacy token or personal access token of Label Studio", repr=False)
-    basic_auth_user: str = _setting("", "user of basic auth; empty: no login")
-    basic_auth_pass: str = _setting("", "password of basic auth", repr=False)
-    path_secret: str = _setting("", "serve everything under `/s/<secret>` only", repr=False)
-    box_threshold: float = _setting(
+    workers: int = _make_setting(0, "predict workers that `serve` starts; 0: one per device", ge=0)
+    redis_url: str = _make_setting("", "the queue's Redis; empty: `serve` starts a private one", repr=False)
+    label_studio_url: str = _make_setting("", "where this machine reaches Label Studio; needed for uploaded images")
+    label_studio_api_key: str = _make_setting("", "legacy token or personal access token of Label Studio", repr=False)
+    basic_auth_user: str = _make_setting("", "user of basic auth; empty: no login")
+    basic_auth_pass: str = _make_setting("", "password of basic auth", repr=False)
+    path_secret: str = _make_setting("", "serve everything under `/s/<secret>` only", repr=False)
+    box_threshold: float = _make_setting(
         0.3, "lowest score of a box, if the labeling config names none", "0 to 1", ge=0, le=1, allow_inf_nan=False
     )
-    nms_iou: float = _setting(
+    nms_iou: float = _make_setting(
         0.7, "of boxes that overlap more, only the best is kept; 1 keeps all", "IoU, 0 to 1", ge=0, le=1,
         allow_inf_nan=False,
     )  # fmt: skip
-    train: Train = _setting("encoder", f"what training changes, {_one_of(Train)}; `head`: all but the backbones")
-    precision: Precision = _setting("auto", f"{_one_of(Precision)}; `auto` is float16 on a GPU")
-    batch_size: int = _setting(
+    train: Train = _make_setting(
+        "encoder", f"what training changes, {_list_choices(Train)}; `head`: all but the backbones"
+    )
+    precision: Precision = _make_setting("auto", f"{_list_choices(Precision)}; `auto` is float16 on a GPU")
+    batch_size: int = _make_setting(
         0, "images per job and forward pass; 0: largest batch that fits in memory and takes at most one second", ge=0
     )
-    predict_deadline: int = _setting(90, "time after which /predict answers with what is finished", "seconds", ge=1)
-    push_above: int = _setting(50, "tasks of a request above which predictions are pushed, with a key", ge=0)
-    preannotate_on_import: bool = _setting(False, "`true`: predict tasks as they are imported, with a key")
-    forward_timeout: int = _setting(120, "time after which a forward pass counts as hung", "seconds", ge=1)
-    allowed_image_hosts: str = _setting("", "comma-separated private hosts or networks that images may be fetched from")
-    local_files_document_root: str = _setting("", "Label Studio's folder of local files, if it is mounted here too")
-    max_image_pixels: int = _setting(100_000_000, "largest image", "pixels", ge=1)
-    max_image_bytes: int = _setting(50_000_000, "largest image file", "bytes", ge=1)
-    port: int = _setting(9090, "port of the web front", ge=1, le=65535)
-    log_level: LogLevel = _setting("INFO", _one_of(LogLevel))
-    log_format: LogFormat = _setting("text", _one_of(LogFormat))
-    show_pictures: ShowPictures = _setting(
+    predict_deadline: int = _make_setting(
+        90, "time after which /predict answers with what is finished", "seconds", ge=1
+    )
+    push_above: int = _make_setting(50, "tasks of a request above which predictions are pushed, with a key", ge=0)
+    preannotate_on_import: bool = _make_setting(False, "`true`: predict tasks as they are imported, with a key")
+    forward_timeout: int = _make_setting(120, "time after which a forward pass counts as hung", "seconds", ge=1)
+    allowed_image_hosts: str = _make_setting(
+        "", "comma-separated private hosts or networks that images may be fetched from"
+    )
+    local_files_document_root: str = _make_setting(
+        "", "Label Studio's folder of local files, if it is mounted here too"
+    )
+    max_image_pixels: int = _make_setting(100_000_000, "largest image", "pixels", ge=1)
+    max_image_bytes: int = _make_setting(50_000_000, "largest image file", "bytes", ge=1)
+    port: int = _make_setting(9090, "port of the web front", ge=1, le=65535)
+    log_level: LogLevel = _make_setting("INFO", _list_choices(LogLevel))
+    log_format: LogFormat = _make_setting("text", _list_choices(LogFormat))
+    show_pictures: ShowPictures = _make_setting(
         "auto",
-        f"whether the status page shows the last images, {_one_of(ShowPictures)}; "
+        f"whether the status page shows the last images, {_list_choices(ShowPictures)}; "
         "`auto`: behind a login or a secret path, and for `demo`",
     )
 
@@ -192,7 +200,7 @@ def describe_setting(name: str) -> str:
     return f"{field.description} ({unit})" if unit else str(field.description)
 
 
-def settings_table() -> str:
+def make_settings_table() -> str:
     """Returns all settings as the Markdown table of the README."""
     rows = ["| variable | default | meaning |", "|---|---|---|"]
     for name, field in Settings.model_fields.items():

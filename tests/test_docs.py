@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from backend.cli.main import cli
-from backend.settings import Settings, settings_table
+from backend.settings import Settings, make_settings_table
 from tests.servers import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -17,7 +17,9 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 
 def test_the_readme_has_the_generated_table_of_settings() -> None:
     shown = re.search(r"<!-- settings -->\n(.*?)<!-- /settings -->", README, re.S)[1]
-    assert shown == settings_table(), "run: python -c 'from backend.settings import *; print(settings_table())'"
+    assert shown == make_settings_table(), (
+        "run: python -c 'from backend.settings import *; print(make_settings_table())'"
+    )
 
 
 def test_the_readme_shows_every_command() -> None:

@@ -45,7 +45,7 @@ def settings_options(command: Command) -> Command:
     return command
 
 
-def _settings(options: dict[str, str | None]) -> Settings:
+def _read_settings(options: dict[str, str | None]) -> Settings:
     """Reads the settings, options before environment variables, and sets up logging."""
     given = {name: value for name, value in options.items() if value is not None}
     defaults = {name: Settings.model_fields[name].default for name, value in given.items() if not value}
@@ -64,14 +64,14 @@ def cli() -> None:
 @settings_options
 def serve(**options: str | None) -> None:
     """Run everything: web front, workers and, without REDIS_URL, a private Redis."""
-    sys.exit(run_supervisor(_settings(options)))
+    sys.exit(run_supervisor(_read_settings(options)))
 
 
 @cli.command()
 @settings_options
 def web(**options: str | None) -> None:
     """Run the web front alone, with REDIS_URL or beside a running server."""
-    settings = resolve_redis_url(_settings(options))
+    settings = resolve_redis_url(_read_settings(options))
     command = build_gunicorn_command(settings)
     os.execve(command[0], command, {**os.environ, **settings.to_env()})  # noqa: S606
 
@@ -84,7 +84,7 @@ def web(**options: str | None) -> None:
 @settings_options
 def worker(queue: str, **options: str | None) -> None:
     """Run one worker alone, with REDIS_URL or beside a running server."""
-    settings = resolve_redis_url(_settings(options))
+    settings = resolve_redis_url(_read_settings(options))
     os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # read when torch is loaded
     code = 0
     try:
@@ -105,7 +105,7 @@ def worker(queue: str, **options: str | None) -> None:
 @settings_options
 def push(**options: str | None) -> None:
     """Run the pusher alone, which stores the predictions of large requests in Label Studio."""
-    settings = resolve_redis_url(_settings(options))
+    settings = resolve_redis_url(_read_settings(options))
     if not (settings.label_studio_url and settings.label_studio_api_key):
         raise SettingsError("set LABEL_STUDIO_URL and LABEL_STUDIO_API_KEY: without them nothing can be pushed")
     label_studio = LabelStudioClient(settings.label_studio_url, settings.label_studio_api_key)
@@ -123,7 +123,7 @@ def check(project: str, **options: str | None) -> None:
     """Check Redis, workers, model and Label Studio, line by line. Exit code 1: a check failed."""
     from backend.cli.check import check as run_checks  # loads numpy: the supervisor and the web front do without
 
-    settings = resolve_redis_url(_settings({**options, "log_level": "ERROR"}))
+    settings = resolve_redis_url(_read_settings({**options, "log_level": "ERROR"}))
     has_failed = False
     for result in run_checks(settings, project):
         print(result, flush=True)
@@ -136,7 +136,7 @@ def check(project: str, **options: str | None) -> None:
 @settings_options
 def train(project: str, **options: str | None) -> None:
     """Train on a project's annotations, as Start Training does. Ctrl-C ends the display, not the training."""
-    settings = resolve_redis_url(_settings(options))
+    settings = resolve_redis_url(_read_settings(options))
     if not (settings.label_studio_url and settings.label_studio_api_key):
         raise SettingsError("training reads annotations: set LABEL_STUDIO_URL and LABEL_STUDIO_API_KEY")
     if not project.isdigit():
@@ -160,7 +160,7 @@ def preannotate(
     """Predict a whole project. Ctrl-C stops it, and the same command resumes it. Exit code 1: some tasks failed."""
     from backend.cli.preannotate import preannotate as run_preannotate  # loads the pusher: other commands do without
 
-    settings = resolve_redis_url(_settings({**options, "log_level": options["log_level"] or "ERROR"}))
+    settings = resolve_redis_url(_read_settings({**options, "log_level": options["log_level"] or "ERROR"}))
     try:
         sys.exit(run_preannotate(settings, project, tasks, view, limit, dry_run, replace))
     except KeyboardInterrupt:
@@ -197,7 +197,7 @@ def label(
     if not set(format_names) <= set(command.FORMATS):
         raise SettingsError(f"--format must be of {', '.join(command.FORMATS)}")
     label_config = command.read_label_config(labels, labels_file, labels_from)
-    settings = _settings({**options, "log_level": options["log_level"] or "ERROR"})
+    settings = _read_settings({**options, "log_level": options["log_level"] or "ERROR"})
     label_options = command.LabelOptions(Path(out), format_names, val, preview, as_zip, sample, force)
     try:
         sys.exit(command.label(settings, images, label_config, label_options))
@@ -206,7 +206,7 @@ def label(
         sys.exit(130)
 
 
-add_versions_commands(cli, settings_options, _settings)
+add_versions_commands(cli, settings_options, _read_settings)
 
 
 def main() -> None:

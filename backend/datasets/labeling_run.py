@@ -39,9 +39,9 @@ CHUNK_FAILED = TaskError.of(BackendError("the worker failed on this image; its l
 
 def make_labeling_config(labels: Sequence[str]) -> str:
     """Makes the labeling config that detects these labels."""
-    rows = "".join(f"<Label value={quoteattr(label)}/>" for label in labels)
+    label_tags = "".join(f"<Label value={quoteattr(label)}/>" for label in labels)
     image = f'<Image name="image" value="${IMAGE_FIELD}"/>'
-    return f'<View>{image}<RectangleLabels name="label" toName="image">{rows}</RectangleLabels></View>'
+    return f'<View>{image}<RectangleLabels name="label" toName="image">{label_tags}</RectangleLabels></View>'
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from backend.datasets.formats import LabeledImage
 from backend.datasets.image_files import ImageFile
 from backend.images.decoding import to_rgb
 
-COLORS = ("#e6194b", "#4363d8", "#3cb44b", "#f58231", "#911eb4", "#008080", "#9a6324", "#808000")  # of labels
+COLOURS = ("#e6194b", "#4363d8", "#3cb44b", "#f58231", "#911eb4", "#008080", "#9a6324", "#808000")  # of labels
 MAX_EDGE = 1280  # pixels of a preview
 TILE_SIZE, TILE_MARGIN = 240, 4  # pixels
 SHEET_COLUMNS, MAX_TILES = 6, 60  # tiles
@@ -36,12 +36,12 @@ def draw_boxes(image: LabeledImage, labels: Sequence[str]) -> Image.Image:
     preview.thumbnail((MAX_EDGE, MAX_EDGE))
     draw, scale = ImageDraw.Draw(preview), preview.width / image.width
     for detection in image.detections:
-        color = COLORS[labels.index(detection.label) % len(COLORS)]
+        colour = COLOURS[labels.index(detection.label) % len(COLOURS)]
         corners = [edge * scale for edge in detection.box_xyxy]
-        draw.rectangle(corners, outline=color, width=3)
+        draw.rectangle(corners, outline=colour, width=3)
         text, position = f"{detection.label} {detection.score:.2f}", (corners[0] + 4, corners[1] + 3)
         draw.rectangle(draw.textbbox(position, text, font_size=14), fill="white")
-        draw.text(position, text, fill=color, font_size=14)
+        draw.text(position, text, fill=colour, font_size=14)
     return preview
 
 

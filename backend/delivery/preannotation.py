@@ -36,7 +36,7 @@ MAX_BACKOFF = 15  # s between two attempts while something is unavailable
 Task = Mapping[str, Any]
 Progress = Callable[[int, int], object]  # tasks done, and how many of them failed
 
-CHUNK_FAILED = TaskError.of(BackendError("the worker failed on this chunk; its log says why"))
+CHUNK_FAILED = TaskError.of(BackendError("the worker failed on this chunk of tasks; its log says why"))
 
 
 @dataclass

@@ -43,7 +43,7 @@ def measure_scenes(
         phrases = shapes.choose_phrases(rng, scene)
         labels = [Label(phrase, (phrase,), MIN_SCORE) for phrase in phrases]
         predictions += detector.detect([scene.image], labels)
-        truth.append([(box, phrases[index]) for box, index in scene.truth(phrases)])
+        truth.append([(box, phrases[index]) for box, index in scene.find_truth(phrases)])
     return evaluate(predictions, truth)
 
 

@@ -57,7 +57,7 @@ class Scene:
     image: Image.Image
     shapes: tuple[Shape, ...]
 
-    def truth(self, phrases: Sequence[str]) -> list[tuple[Box, int]]:
+    def find_truth(self, phrases: Sequence[str]) -> list[tuple[Box, int]]:
         """Returns the boxes of the shapes that the phrases name, each with the index of the first such phrase."""
         boxes = []
         for shape in self.shapes:
@@ -67,7 +67,7 @@ class Scene:
         return boxes
 
 
-def _random_colour(rng: np.random.Generator) -> Pixels:
+def _choose_colour(rng: np.random.Generator) -> Pixels:
     return rng.uniform(40, 215, 3).astype(np.float32)
 
 
@@ -80,7 +80,7 @@ def noise(rng: np.random.Generator, width: int, height: int) -> Pixels:
     """Draws soft clouds on one colour."""
     cells = int(rng.choice([2, 4, 8, 16]))
     clouds = rng.normal(0, rng.uniform(0, 30), (cells, cells, 3)).astype(np.float32)
-    pixels: Pixels = _random_colour(rng) + _enlarge(clouds, width, height)
+    pixels: Pixels = _choose_colour(rng) + _enlarge(clouds, width, height)
     return pixels
 
 
@@ -90,7 +90,7 @@ def gradient(rng: np.random.Generator, width: int, height: int) -> Pixels:
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
     along = x / width * math.cos(angle) + y / height * math.sin(angle)
     share = ((along - along.min()) / max(float(np.ptp(along)), 1e-6))[..., None]
-    pixels: Pixels = _random_colour(rng) * (1 - share) + _random_colour(rng) * share
+    pixels: Pixels = _choose_colour(rng) * (1 - share) + _choose_colour(rng) * share
     return pixels
 
 
@@ -99,13 +99,13 @@ def stripes(rng: np.random.Generator, width: int, height: int) -> Pixels:
     angle, period = rng.uniform(0, math.pi), rng.uniform(0.05, 0.4) * min(width, height)
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
     band = ((x * math.cos(angle) + y * math.sin(angle)) // max(period, 2) % 2)[..., None]
-    pixels: Pixels = _random_colour(rng) + band * rng.uniform(-35, 35, 3).astype(np.float32)
+    pixels: Pixels = _choose_colour(rng) + band * rng.uniform(-35, 35, 3).astype(np.float32)
     return pixels
 
 
 def patches(rng: np.random.Generator, width: int, height: int) -> Pixels:
     """Draws overlapping rectangles of slightly different colours."""
-    pixels = np.broadcast_to(_random_colour(rng), (height, width, 3)).astype(np.float32)
+    pixels = np.broadcast_to(_choose_colour(rng), (height, width, 3)).astype(np.float32)
     for _ in range(int(rng.integers(3, 12))):
         x, y = rng.integers(0, width), rng.integers(0, height)
         w, h = rng.integers(2, max(width // 2, 3)), rng.integers(2, max(height // 2, 3))
@@ -116,7 +116,7 @@ def patches(rng: np.random.Generator, width: int, height: int) -> Pixels:
 def waves(rng: np.random.Generator, width: int, height: int) -> Pixels:
     """Draws crossing waves; never used in training."""
     y, x = np.mgrid[0:height, 0:width].astype(np.float32) / min(width, height)
-    pixels = np.broadcast_to(_random_colour(rng), (height, width, 3)).astype(np.float32)
+    pixels = np.broadcast_to(_choose_colour(rng), (height, width, 3)).astype(np.float32)
     for _ in range(3):
         fx, fy, phase = rng.uniform(2, 25), rng.uniform(2, 25), rng.uniform(0, 6)
         ripple = np.sin(fx * x + fy * y + phase).astype(np.float32)
@@ -129,7 +129,7 @@ def tiles(rng: np.random.Generator, width: int, height: int) -> Pixels:
     rows, columns = int(rng.integers(3, 12)), int(rng.integers(3, 12))
     shades = rng.normal(0, rng.uniform(4, 16), (rows, columns, 3)).astype(np.float32)
     y, x = np.mgrid[0:height, 0:width]
-    pixels: Pixels = _random_colour(rng) + shades[y * rows // height, x * columns // width]
+    pixels: Pixels = _choose_colour(rng) + shades[y * rows // height, x * columns // width]
     return pixels
 
 
@@ -138,7 +138,7 @@ TRAINING_BACKGROUNDS: tuple[Background, ...] = (noise, noise, gradient, stripes,
 UNSEEN_BACKGROUNDS: tuple[Background, ...] = (waves, tiles)
 
 
-def _star_outline(side: int) -> list[tuple[float, float]]:
+def _compute_star_outline(side: int) -> list[tuple[float, float]]:
     radii = [side / 2 * (1 if i % 2 == 0 else 0.42) for i in range(10)]
     angles = [math.pi * (i / 5 - 0.5) for i in range(10)]
     return [(side / 2 + r * math.cos(a), side / 2 + r * math.sin(a)) for r, a in zip(radii, angles, strict=True)]
@@ -154,7 +154,7 @@ def _draw_mask(shape: str, side: int) -> Image.Image:
     elif shape == "triangle":
         draw.polygon([(side / 2, 0), (end, end), (0, end)], fill=255)
     elif shape == "star":
-        draw.polygon(_star_outline(side), fill=255)
+        draw.polygon(_compute_star_outline(side), fill=255)
     elif shape == "cross":
         draw.rectangle((third, 0, 2 * third, end), fill=255)
         draw.rectangle((0, third, end, 2 * third), fill=255)

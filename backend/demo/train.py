@@ -89,7 +89,7 @@ def build_model() -> MMGroundingDinoForObjectDetection:
 
 def _make_target(scene: shapes.Scene, phrases: Sequence[str]) -> Target:
     width, height = scene.image.size
-    truth = scene.truth(phrases)
+    truth = scene.find_truth(phrases)
     boxes_xyxy = torch.tensor([box for box, _ in truth]).reshape(-1, 4) / torch.tensor([width, height, width, height])
     return Target(boxes_to_cxcywh(boxes_xyxy), torch.tensor([phrase for _, phrase in truth], dtype=torch.long))
 
@@ -114,7 +114,7 @@ def _draw_epoch(rng: np.random.Generator, tokenizer: Any, progress: Any) -> Iter
         progress.update()
 
 
-def _learning_rate_factor(step: int, steps: int) -> float:
+def _compute_learning_rate_factor(step: int, steps: int) -> float:
     """Returns the factor of `LEARNING_RATE` at a step: linear warm-up, then cosine decay to 2%."""
     warm_up = min(step / WARM_UP_STEPS, 1)
     return warm_up * (0.02 + 0.98 * (1 + math.cos(math.pi * step / steps)) / 2)
@@ -127,7 +127,7 @@ def train(steps: int, seed: int) -> tuple[Any, Any]:
     tokenizer, model = build_tokenizer(), build_model()
     ema = make_ema(model)
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate_factor(step, steps))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _compute_learning_rate_factor(step, steps))
     with tqdm(total=steps, unit="step") as progress:
         for _ in range(steps // STEPS_PER_EPOCH):
             loss = train_one_epoch(model, _draw_epoch(rng, tokenizer, progress), optimizer, scheduler, ema)

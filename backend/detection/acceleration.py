@@ -108,7 +108,7 @@ def _pack_linears(root: nn.Module) -> None:
     for module in list(root.modules()):
         if isinstance(module, FoldedFusion):
             continue
-        activation = _fused_activation(module)
+        activation = _find_fused_activation(module)
         for name, child in list(module.named_children()):
             if type(child) is nn.Linear:
                 setattr(module, name, PackedLinear(child, activation if name == "fc1" else "none"))
@@ -116,7 +116,7 @@ def _pack_linears(root: nn.Module) -> None:
             module.activation_fn = nn.Identity()
 
 
-def _fused_activation(module: nn.Module) -> str:
+def _find_fused_activation(module: nn.Module) -> str:
     """Returns oneDNN's name for the activation after a module's `fc1`; "none" if it does not support that one."""
     if type(getattr(module, "fc1", None)) is not nn.Linear:
         return "none"

@@ -47,8 +47,8 @@ def load_checkpoint(source: str) -> LoadedCheckpoint:
     """
     with _loading(source):
         model = load_model(source)
-        tokenizer = AutoTokenizer.from_pretrained(_tokenizer_source(source))
-        return LoadedCheckpoint(model, tokenizer, _image_format(source))
+        tokenizer = AutoTokenizer.from_pretrained(_find_tokenizer(source))
+        return LoadedCheckpoint(model, tokenizer, _load_image_format(source))
 
 
 def load_model(source: str) -> Any:
@@ -99,7 +99,7 @@ def _convert_original(path: Path) -> Any:
     return model.float()
 
 
-def _tokenizer_source(source: str) -> str:
+def _find_tokenizer(source: str) -> str:
     """Returns where to load the tokenizer from; an original file holds none, so from its folder or from BERT."""
     if not _is_original(source):
         return source
@@ -108,7 +108,7 @@ def _tokenizer_source(source: str) -> str:
     return str(folder) if has_vocabulary else ORIGINAL_TOKENIZER
 
 
-def _image_format(source: str) -> ImageFormat:
+def _load_image_format(source: str) -> ImageFormat:
     if _is_original(source):
         return ImageFormat()
     processor = GroundingDinoImageProcessorPil.from_pretrained(source)

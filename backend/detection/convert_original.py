@@ -124,8 +124,8 @@ def infer_config(state: Mapping[str, Tensor]) -> GroundingDinoConfig:
     levels, width = level_embed.shape
     points = state[f"transformer.encoder.layers.0.{offsets}"].numel() // (2 * ATTENTION_HEADS * levels)
     return GroundingDinoConfig(
-        backbone_config=_swin_config(state, count),
-        text_config=_bert_config(state, count),
+        backbone_config=_infer_swin_config(state, count),
+        text_config=_infer_bert_config(state, count),
         d_model=width,
         num_feature_levels=levels,
         num_queries=len(state["transformer.tgt_embed.weight"]),
@@ -140,7 +140,7 @@ def infer_config(state: Mapping[str, Tensor]) -> GroundingDinoConfig:
     )
 
 
-def _swin_config(state: Mapping[str, Tensor], count: Callable[[str], int]) -> SwinConfig:
+def _infer_swin_config(state: Mapping[str, Tensor], count: Callable[[str], int]) -> SwinConfig:
     stages = count(r"backbone\.0\.layers\.(\d+)\.")
     tables = [state[f"backbone.0.layers.{i}.blocks.0.attn.relative_position_bias_table"] for i in range(stages)]
     embed_dim = len(state["backbone.0.patch_embed.proj.weight"])
@@ -155,7 +155,7 @@ def _swin_config(state: Mapping[str, Tensor], count: Callable[[str], int]) -> Sw
     )
 
 
-def _bert_config(state: Mapping[str, Tensor], count: Callable[[str], int]) -> BertConfig:
+def _infer_bert_config(state: Mapping[str, Tensor], count: Callable[[str], int]) -> BertConfig:
     vocabulary_size, width = state["bert.embeddings.word_embeddings.weight"].shape
     return BertConfig(
         vocab_size=vocabulary_size,

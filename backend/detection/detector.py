@@ -79,7 +79,7 @@ class Detector:
 
     Attributes:
         device: where the model runs; a GPU always has its index.
-        precision: of the parts that tolerate a reduced one; set to float32 at the first NaN.
+        precision: of the modules that tolerate a reduced one; set to float32 at the first NaN.
         batch_size: maximum number of images in one forward pass.
         on_forward: called before each forward pass.
     """
@@ -104,7 +104,7 @@ class Detector:
         accelerate(self.model)
         self.backbone = SharedBackbone(model.model.backbone)
         self.model.model.backbone = self.backbone
-        self._strides = _strides(model.config)
+        self._strides = _compute_strides(model.config)
 
     def find_batch_size(self) -> int:
         """Finds the largest batch that fits in memory and takes about a second at most; also warms the model up.
@@ -265,7 +265,7 @@ class Detector:
         return logits, boxes_cxcywh
 
 
-def _strides(config: Any) -> list[int]:
+def _compute_strides(config: Any) -> list[int]:
     """Returns the pixels of a resized image per feature token and axis, for each feature level."""
     backbone = config.backbone_config
     strides = [backbone.patch_size * 2 ** (stage - 1) for stage in backbone.out_indices]

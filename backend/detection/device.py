@@ -42,7 +42,7 @@ def with_index(device: str | torch.device) -> torch.device:
 
 
 def choose_precision(settings: Settings) -> torch.dtype:
-    """Returns the precision of those parts of the model that tolerate a reduced one."""
+    """Returns the precision of those modules of the model that tolerate a reduced one."""
     name = settings.precision
     if name == "auto":
         name = "float16" if choose_device(settings).startswith("cuda") else "float32"

@@ -29,7 +29,7 @@ class ImageFormat:
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
 
-    def size(self, width: int, height: int) -> Size:
+    def compute_size(self, width: int, height: int) -> Size:
         """Returns width and height after resizing with the aspect ratio kept, rounded as transformers rounds."""
         small, large = min(width, height), max(width, height)
         short = min(self.shortest_edge, self.longest_edge * small / large)
@@ -38,7 +38,7 @@ class ImageFormat:
 
     def preprocess(self, image: Image.Image) -> Tensor:
         """Resizes and normalises an RGB image; returns float32 (3, height, width)."""
-        resized = image.resize(self.size(*image.size), Image.Resampling.BILINEAR)
+        resized = image.resize(self.compute_size(*image.size), Image.Resampling.BILINEAR)
         pixels = torch.from_numpy(np.array(resized, dtype=np.float32)).permute(2, 0, 1) / 255
         return (pixels - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.std)[:, None, None]
 
@@ -73,12 +73,12 @@ def make_model_input(
     """
     pixels = image_format.preprocess(image)
     height, width = pixels.shape[1:]
-    padded_width, padded_height = _padded_size(width, height, strides, min_tokens)
+    padded_width, padded_height = _compute_padded_size(width, height, strides, min_tokens)
     padded = nn.functional.pad(pixels, (0, padded_width - width, 0, padded_height - height))
     return ModelInput(padded, (size[0] * padded_width / width, size[1] * padded_height / height), size)
 
 
-def _padded_size(width: int, height: int, strides: Sequence[int], min_tokens: int) -> Size:
+def _compute_padded_size(width: int, height: int, strides: Sequence[int], min_tokens: int) -> Size:
     """Extends the shorter edge until all feature levels together have enough tokens."""
     while sum(-(-width // s) * -(-height // s) for s in strides) < min_tokens:
         width, height = (width + strides[0], height) if width < height else (width, height + strides[0])

@@ -116,7 +116,7 @@ class ImageFetcher:
             )
             raise ImageError(f"the image address must be {supported}")
         if len(file.body) > self._max_bytes:
-            raise self._too_large()
+            raise self._make_too_large_error()
         return file
 
     def _label_studio_url(self, path: str) -> str:
@@ -132,7 +132,7 @@ class ImageFetcher:
             if not (path.is_relative_to(root) and stat.S_ISREG(path.stat().st_mode)):
                 raise ImageError("the local file is not a file inside of LOCAL_FILES_DOCUMENT_ROOT")
             if path.stat().st_size > self._max_bytes:
-                raise self._too_large()
+                raise self._make_too_large_error()
             return FetchedFile(path.read_bytes(), "")
         except (OSError, ValueError) as error:
             raise ImageError(f"the local file cannot be read ({type(error).__name__})") from None
@@ -189,12 +189,12 @@ class ImageFetcher:
         while data := reply.raw.read1(READ_SIZE, decode_content=True):
             body += data
             if len(body) > self._max_bytes:
-                raise self._too_large()
+                raise self._make_too_large_error()
             if time.monotonic() > deadline:
                 raise ImageError(f"the image did not arrive within {TOTAL_TIMEOUT} s")
         return bytes(body)
 
-    def _too_large(self) -> ImageError:
+    def _make_too_large_error(self) -> ImageError:
         return ImageError(f"the image file is larger than MAX_IMAGE_BYTES ({self._max_bytes})")
 
 

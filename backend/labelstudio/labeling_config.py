@@ -94,13 +94,13 @@ def read_plan(label_config: str, box_threshold: float, nms_iou: float) -> Plan:
     images = {tag.get("name"): tag for tag in root.iter("Image")}
     if not images:
         raise LabelingConfigError("the labeling config has no Image; this backend detects objects on images")
-    prompt_names = _names_with_prefix(root, "TextArea", "prompt")
+    prompt_names = _find_names_with_prefix(root, "TextArea", "prompt")
     repeaters = {tag: repeater for repeater in root.iter("Repeater") for tag in repeater.iter()}
     pairs = [
         (tag, labels_tag, images[name])
-        for tag, labels_tag in _box_tags(root)
+        for tag, labels_tag in _find_box_tags(root)
         if (tag.get("model_skip") or "").lower() not in ("true", "1", "yes")
-        for name in _target_names(tag)
+        for name in _read_target_names(tag)
         if name in images
     ]
     if len(pairs) * len(list(root.iter("Label"))) > MAX_LABELS:
@@ -115,7 +115,7 @@ def read_plan(label_config: str, box_threshold: float, nms_iou: float) -> Plan:
             "the labeling config has no RectangleLabels (or Rectangle and Labels) with labels on an Image; "
             "add one, or remove model_skip"
         )
-    return Plan(usable, prompt_names, _names_with_prefix(root, "Number", "box_threshold"))
+    return Plan(usable, prompt_names, _find_names_with_prefix(root, "Number", "box_threshold"))
 
 
 def _parse(label_config: str) -> Element:
@@ -132,20 +132,20 @@ def _parse(label_config: str) -> Element:
     return root
 
 
-def _box_tags(root: Element) -> Iterator[tuple[Element, Element]]:
+def _find_box_tags(root: Element) -> Iterator[tuple[Element, Element]]:
     """Yields each control tag for boxes with the tag that holds its labels."""
     for tag in root.iter("RectangleLabels"):
         yield tag, tag
-    labels_tags = {name: labels for labels in root.iter("Labels") for name in _target_names(labels)}
+    labels_tags = {name: labels for labels in root.iter("Labels") for name in _read_target_names(labels)}
     for tag in root.iter("Rectangle"):
-        yield tag, next((labels_tags[name] for name in _target_names(tag) if name in labels_tags), tag)
+        yield tag, next((labels_tags[name] for name in _read_target_names(tag) if name in labels_tags), tag)
 
 
-def _target_names(tag: Element) -> list[str]:
+def _read_target_names(tag: Element) -> list[str]:
     return list(dict.fromkeys(name.strip() for name in (tag.get("toName") or "").split(",")))
 
 
-def _names_with_prefix(root: Element, kind: str, prefix: str) -> tuple[str, ...]:
+def _find_names_with_prefix(root: Element, kind: str, prefix: str) -> tuple[str, ...]:
     return tuple(name for tag in root.iter(kind) if (name := tag.get("name") or "").startswith(prefix))
 
 

@@ -58,15 +58,15 @@ def read_prompt(plan: Plan, task: Mapping[str, Any], context: Mapping[str, Any] 
     last_annotation = annotations[-1] if isinstance(annotations, list) and annotations else None
     for source in (context, last_annotation):
         result = source.get("result") if isinstance(source, Mapping) else None
-        if isinstance(result, list) and (texts := _typed_values(plan.prompt_names, result, "text")):
-            numbers = _typed_values(plan.threshold_names, result, "number")
+        if isinstance(result, list) and (texts := _read_typed_values(plan.prompt_names, result, "text")):
+            numbers = _read_typed_values(plan.threshold_names, result, "number")
             parts = [part for text in texts for part in re.split(r"[,.;\n]", str(text))]
             phrases = tuple(dict.fromkeys(phrase for part in parts if (phrase := clean_phrase(part))))
             return Prompt(phrases, float(numbers[-1]) if numbers else None) if phrases else None
     return None
 
 
-def _typed_values(names: Sequence[str], result: Sequence[Any], field: str) -> list[Any]:
+def _read_typed_values(names: Sequence[str], result: Sequence[Any], field: str) -> list[Any]:
     """Returns the values of the regions of these controls; `field` is "text" or "number"."""
     regions = [region for region in result if isinstance(region, Mapping) and region.get("from_name") in names]
     values = [region["value"].get(field) for region in regions if isinstance(region.get("value"), Mapping)]
@@ -81,9 +81,9 @@ def expand_targets(plan: Plan, data: Mapping[str, Any], prompt: Prompt | None = 
         LabelingConfigError: a control has no labels to detect; the text says what is missing.
     """
     for control in plan.controls:
-        labels = (*control.labels, *_labels_of_task(control, data))
+        labels = (*control.labels, *_read_task_labels(control, data))
         if prompt:
-            labels = tuple(_labels_of_prompt(prompt, labels, control.threshold))
+            labels = tuple(_make_prompt_labels(prompt, labels, control.threshold))
         if not labels:
             typed = plan.prompt_names
             missing = f"type phrases into {typed[0]!r}" if typed else f"the task has no {control.labels_value}"
@@ -137,7 +137,7 @@ def _resolve_path(path: str, data: Any) -> Any:
     return data
 
 
-def _labels_of_task(control: Control, data: Mapping[str, Any]) -> Iterator[Label]:
+def _read_task_labels(control: Control, data: Mapping[str, Any]) -> Iterator[Label]:
     """Yields the labels that come with the task: texts, or objects with a value and perhaps an alias."""
     items = resolve_value(control.labels_value, data) if control.labels_value else []
     for item in items if isinstance(items, list) else []:
@@ -147,7 +147,7 @@ def _labels_of_task(control: Control, data: Mapping[str, Any]) -> Iterator[Label
             yield Label(alias or value, (to_phrase(value or alias),), control.threshold)
 
 
-def _labels_of_prompt(prompt: Prompt, labels: Sequence[Label], threshold: float) -> Iterator[Label]:
+def _make_prompt_labels(prompt: Prompt, labels: Sequence[Label], threshold: float) -> Iterator[Label]:
     """Yields each typed phrase with the label that it names, else the config's only label, else no label."""
     lowest = threshold if prompt.threshold is None else min(max(prompt.threshold, 0.0), 1.0)
     only = labels[0].name if len(labels) == 1 else ""

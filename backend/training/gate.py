@@ -23,13 +23,13 @@ def passes_gate(before: EvalResult, after: EvalResult) -> bool:
     """
     count = len(before.truth)
     weights = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), BOOTSTRAP_SAMPLES).astype(float)
-    gains = _ap50_and_f1(after.match_all(), weights) - _ap50_and_f1(before.match_all(), weights)
+    gains = _compute_ap50_and_f1(after.match_all(), weights) - _compute_ap50_and_f1(before.match_all(), weights)
     total = gains.sum(1)
     neither_drops = bool((gains.mean(0) > -MIN_GAIN).all())
     return neither_drops and bool(np.quantile(total, 1 - CONFIDENCE) > 0 and total.mean() >= MIN_GAIN)
 
 
-def _ap50_and_f1(matched: MatchedDetections, weights: Any) -> Any:
+def _compute_ap50_and_f1(matched: MatchedDetections, weights: Any) -> Any:
     """Computes both for each bootstrap sample: weights (samples, images) -> (samples, 2)."""
     metrics = []
     for start in range(0, len(weights), SAMPLES_AT_ONCE):

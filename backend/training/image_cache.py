@@ -61,7 +61,7 @@ class ImageCache:
         return errors
 
     def _add(self, uri: str, task: int) -> None:
-        path = self._path(uri)
+        path = self._get_path(uri)
         if path.exists():
             with np.load(path) as arrays:
                 self._shapes[uri] = tuple(arrays["shape"].tolist())
@@ -83,10 +83,10 @@ class ImageCache:
 
     def load_input(self, uri: str) -> ModelInput:
         """Loads a downloaded image."""
-        with np.load(self._path(uri)) as arrays:
+        with np.load(self._get_path(uri)) as arrays:
             pixels = (torch.from_numpy(arrays["pixels"]).float() / 255 - self._mean) / self._std
             padded_size, size = arrays["frame"].tolist(), arrays["size"].tolist()
         return ModelInput(pixels, (padded_size[0], padded_size[1]), (size[0], size[1]))
 
-    def _path(self, uri: str) -> Path:
+    def _get_path(self, uri: str) -> Path:
         return self._folder / f"{hashlib.sha256(uri.encode(errors='replace')).hexdigest()[:32]}.npz"

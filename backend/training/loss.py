@@ -98,7 +98,7 @@ def compute_loss(model: Any, batch: Batch, autocast_dtype: torch.dtype | None = 
     with torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
         output = model.model(pixel_values=batch.pixel_values, **inputs)
         stages = list(_predict_stages(model, output, inputs["attention_mask"].bool()))
-    total = sum(_stage_loss(logits.float(), boxes.float(), batch) for logits, boxes in stages)
+    total = sum(_compute_stage_loss(logits.float(), boxes.float(), batch) for logits, boxes in stages)
     box_count = sum(len(target.phrases) for target in batch.targets)
     return torch.as_tensor(total / max(box_count, 1))
 
@@ -137,7 +137,7 @@ def _predict_stages(model: Any, output: Any, text_mask: Tensor) -> Iterator[tupl
         yield logits[..., :length], (offset + torch.special.logit(references[layer], eps=1e-5)).sigmoid()
 
 
-def _stage_loss(logits: Tensor, boxes_cxcywh: Tensor, batch: Batch) -> Tensor:
+def _compute_stage_loss(logits: Tensor, boxes_cxcywh: Tensor, batch: Batch) -> Tensor:
     """Sums the loss of one stage over the batch; shapes as in `_predict_stages`."""
     token_targets = torch.zeros_like(logits)
     box_loss = logits.new_zeros(())
@@ -153,7 +153,7 @@ def _stage_loss(logits: Tensor, boxes_cxcywh: Tensor, batch: Batch) -> Tensor:
         giou = generalized_iou(boxes_to_xyxy(predicted), boxes_to_xyxy(true))
         box_loss = box_loss + L1_WEIGHT * (predicted - true).abs().sum() + GIOU_WEIGHT * (1 - giou).sum()
     is_valid = torch.isfinite(logits)
-    focal = _focal_loss(logits.masked_fill(~is_valid, 0), token_targets).masked_fill(~is_valid, 0).sum()
+    focal = _compute_focal_loss(logits.masked_fill(~is_valid, 0), token_targets).masked_fill(~is_valid, 0).sum()
     return CLASS_WEIGHT * focal + box_loss
 
 
@@ -178,7 +178,7 @@ def _match_queries(scores: Tensor, boxes_cxcywh: Tensor, target: Target) -> tupl
     return torch.as_tensor(queries), torch.as_tensor(boxes)
 
 
-def _focal_loss(logits: Tensor, targets: Tensor) -> Tensor:
+def _compute_focal_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Computes the focal loss (Lin et al., 2017) of each logit; targets are 0 or 1."""
     probability = logits.sigmoid()
     entropy = nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")

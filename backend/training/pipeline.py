@@ -138,7 +138,7 @@ def try_fine_tuning(
 
 def _compare(before: EvalResult, after: EvalResult) -> tuple[str, dict[str, Any]]:
     """Returns a summary for people, and the metrics of a version."""
-    old, new = before.metrics(), after.metrics()
+    old, new = before.compute_metrics(), after.compute_metrics()
     count = _count_images(before.truth)
     summary = f"AP50 {old.ap50:.2f} -> {new.ap50:.2f}, F1 {old.f1:.2f} -> {new.f1:.2f} on {count}"
     # The key "pictures" is public: it is in the answers of /versions and in version.json.
@@ -179,7 +179,7 @@ def _fine_tune(inputs: TrainingInputs, train: str, work_dir: Path, report: Repor
 
     def score(model: Any) -> float:
         predictions = evaluator.predict(inputs.make_detector(copy.deepcopy(model)))
-        return evaluator.evaluate(predictions, evaluator.current_thresholds).metrics().ap50
+        return evaluator.evaluate(predictions, evaluator.current_thresholds).compute_metrics().ap50
 
     def train_and_interpolate(config: TrainConfig) -> Tensors:  # when it returns or raises, its model is freed
         tensors = fine_tune(

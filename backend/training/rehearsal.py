@@ -79,14 +79,14 @@ def _label_image(
     rng: np.random.Generator,
 ) -> Iterator[Example]:
     words = _sample(vocabulary, MAX_WORDS, rng)
-    found_words = _find_phrases(detector, image, [word for word in words if word not in excluded])
-    pairs = [f"{a} {b}" for a, b in itertools.permutations(found_words, 2) if f"{a} {b}" not in excluded]
+    detected_words = _detect_phrases(detector, image, [word for word in words if word not in excluded])
+    pairs = [f"{a} {b}" for a, b in itertools.permutations(detected_words, 2) if f"{a} {b}" not in excluded]
     pairs = _sample(pairs, MAX_PAIRS, rng)
-    found = [*found_words, *_find_phrases(detector, image, pairs)]
-    absent = [phrase for phrase in [*words, *pairs] if phrase not in found and phrase not in excluded]
+    detected = [*detected_words, *_detect_phrases(detector, image, pairs)]
+    absent = [phrase for phrase in [*words, *pairs] if phrase not in detected and phrase not in excluded]
     width, height = image.size
     for _ in range(EXAMPLES_PER_IMAGE):
-        phrases = [*_sample(found, MAX_PHRASES // 2, rng), *_sample(absent, MAX_PHRASES // 2, rng)]
+        phrases = [*_sample(detected, MAX_PHRASES // 2, rng), *_sample(absent, MAX_PHRASES // 2, rng)]
         labels = _to_labels(list(dict.fromkeys(phrases)))
         detections = detector.detect_inputs([image], labels)[0]
         if isinstance(detections, list):
@@ -98,15 +98,15 @@ def _label_image(
             yield Example(example.task, target, tuple(truth), example.split)
 
 
-def _find_phrases(detector: Detector, image: ModelInput, phrases: Sequence[str]) -> list[str]:
-    """Returns those of the phrases that the detector finds on the image, in alphabetical order."""
-    found: set[str] = set()
+def _detect_phrases(detector: Detector, image: ModelInput, phrases: Sequence[str]) -> list[str]:
+    """Returns the phrases that are detected on the image, in alphabetical order."""
+    detected: set[str] = set()
     for start in range(0, len(phrases), PHRASES_PER_PASS):
         labels = _to_labels(phrases[start : start + PHRASES_PER_PASS])
         detections = detector.detect_inputs([image], labels)[0]
         if isinstance(detections, list):
-            found |= {detection.label for detection in detections}
-    return sorted(found)
+            detected |= {detection.label for detection in detections}
+    return sorted(detected)
 
 
 def _to_labels(phrases: Sequence[str]) -> tuple[Label, ...]:

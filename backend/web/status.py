@@ -31,13 +31,13 @@ def register_status(blueprint: Blueprint, settings: Settings, get_connection: Ca
         return jsonify(read_status(settings, get_connection(), request.args.get("seen", "")))
 
 
-def read_status(settings: Settings, connection: Redis, seen: str = "") -> dict[str, Any]:
+def read_status(settings: Settings, connection: Redis, newest_image_time: str = "") -> dict[str, Any]:
     """Reads all that the status page shows, as plain JSON; while Redis is away, `error` replaces what it holds.
 
     Args:
         settings: of this process.
         connection: to Redis.
-        seen: the time of the newest image that the page has. While there is no newer one, `pictures` is null: images
+        newest_image_time: that of the newest image on the page. While there is no newer one, `pictures` is null: images
             are most of the bytes.
     """
     try:
@@ -58,7 +58,7 @@ def read_status(settings: Settings, connection: Redis, seen: str = "") -> dict[s
                 "trainings": TrainingQueue(connection).list_progress(),
                 "projects": get_project_summaries(connection),
                 "failures": list_failures(connection),
-                "pictures": None if images and seen == str(images[0]["time"]) else images,
+                "pictures": None if images and newest_image_time == str(images[0]["time"]) else images,
                 "may_show_pictures": settings.may_show_images,
             }
     except QueueUnavailable as error:

@@ -140,7 +140,7 @@ def print_stages(detector: Detector, body: bytes) -> None:
             lambda *_, name=name: times.update({name: times[name] + time.perf_counter() - starts[name]})
         )
     labels = [Label(phrase, (phrase,), 0.3) for phrase in PHRASES]
-    loader = ImageLoader(ImageFetcher(LabelStudioClient("", ""), 10**9), 10**9, detector.image_format.size)
+    loader = ImageLoader(ImageFetcher(LabelStudioClient("", ""), 10**9), 10**9, detector.image_format.compute_size)
     detector.detect([loader._decode(body, "").image], labels)  # warms up
     times.clear()
     total: dict[str, float] = defaultdict(float)

@@ -39,14 +39,14 @@ def draw(count: int, seed: int, label: str = NEW_IS, share: int = 3) -> list[Sce
     rng, scenes = np.random.default_rng(seed), []
     while len(scenes) < count:
         scene = draw_scene(rng, 320, 240)
-        if scene.truth([label]) or len(scenes) % share == share - 1:
+        if scene.find_truth([label]) or len(scenes) % share == share - 1:
             scenes.append(scene)
     return scenes
 
 
 def truth(scene: Scene, labels: tuple[str, ...]) -> list[tuple[tuple, str]]:
     phrases = [NEW_IS if label == NEW else label for label in labels]
-    return [(box, labels[i]) for box, i in scene.truth(phrases)]
+    return [(box, labels[i]) for box, i in scene.find_truth(phrases)]
 
 
 def annotation(scene: Scene, boxes: list[tuple[tuple, str]]) -> list[dict[str, Any]]:
@@ -148,13 +148,13 @@ def ap50_of_old_phrases(backend: ServeProcess, project: int, pictures: int = 80)
         scene = draw_scene(rng, 320, 240)
         phrases = tuple(choose_phrases(rng, scene))
         found += [detections(answer) for answer in predict(backend, project, config(phrases, "0.01"), [scene])]
-        wanted.append([(box, phrases[i]) for box, i in scene.truth(phrases)])
+        wanted.append([(box, phrases[i]) for box, i in scene.find_truth(phrases)])
     return evaluate(found, wanted).ap50
 
 
 def picture_of(scenes: list[Scene], before: list[dict], after: list[dict], labels: tuple[str, ...]) -> None:
     """Three pictures with the new thing, before in the upper row and after in the lower."""
-    shown = [i for i, scene in enumerate(scenes) if scene.truth([NEW_IS])][:3]
+    shown = [i for i, scene in enumerate(scenes) if scene.find_truth([NEW_IS])][:3]
     rows = []
     for answers in (before, after):
         images = [scenes[i].image.copy() for i in shown]

@@ -12,7 +12,7 @@ MIN_PHRASES = 3  # shown on each image
 
 def count_named_phrases(scene: Scene, phrases: list[str]) -> int:
     """Counts the phrases that name something in the scene."""
-    return len({index for _, index in scene.truth(phrases)})
+    return len({index for _, index in scene.find_truth(phrases)})
 
 
 def main() -> None:

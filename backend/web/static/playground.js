@@ -7,7 +7,7 @@ const INITIAL_PHRASES = "ring\nstar\nSquare: purple square, blue square"; // whi
 const byId = (id) => document.getElementById(id);
 
 let image = ""; // a data: URI
-let answer = null; // of the backend, with the config that it was requested for, and which tab that came from
+let answer = null; // the backend's last response, its labeling config, and whether that came from the config tab
 let requests = 0; // sent so far: the answer to any but the last one is ignored
 const thresholds = new Map(); // by `keyOf` a label: controls that share their labels share the thresholds too
 

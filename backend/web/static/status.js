@@ -4,7 +4,7 @@ import { count, drawBoxes, element, svgElement } from "./boxes.js";
 
 const POLL_INTERVAL = 2000; // ms
 const TRAINING_STATES = { queued: "waiting for a training worker", reading: "reading annotations", loading: "loading images",
-  measuring: "evaluating the current version", rehearsing: "collecting pseudo-labels", training: "fine-tuning" };
+  measuring: "evaluating the current version", rehearsing: "pseudo-labeling images", training: "fine-tuning" };
 const SILENT_AFTER = 60; // s without a report, after which the page says so
 const MAX_TRAINING_AGE = 24 * 3600; // s for which a finished training is shown
 const MAX_FAILED_TASKS = 8; // task ids shown for one reason
