@@ -54,8 +54,8 @@ format: install-dev  ## Format the code
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-test: install-dev  ## Run the tests on a real Redis and the bundled model
-	@$(BIN)/python -m pytest tests --ignore tests/e2e
+test: install-dev  ## Run the tests on the real Redis and the real small model; ROOM=queue runs one room's
+	@$(BIN)/python -m pytest $(if $(ROOM),tests/$(ROOM),tests --ignore tests/e2e $(PARALLEL))
 
 chaos: install-dev  ## Run the long chaos tests: kill, hang and disconnect processes under load
 	@CHAOS=full $(BIN)/python -m pytest tests/chaos
