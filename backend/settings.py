@@ -35,11 +35,11 @@ def _list_choices(choices: Any) -> str:
 class EnvironmentSource(PydanticBaseSettingsSource):
     """Reads each field from the variable that has its name in capitals, and from no other spelling.
 
-    pydantic's own source ignores case: a variable `port` of something else would win over ours.
+    pydantic's own source ignores case: a variable `port` of another program would win over ours.
     """
 
     def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
-        """Returns the value of a field, None where its variable is not set or empty."""
+        """Returns the value of a field, None if its variable is not set or empty."""
         return os.environ.get(field_name.upper()) or None, field_name, False
 
     def __call__(self) -> dict[str, Any]:
@@ -127,7 +127,7 @@ class Settings(BaseSettings):
     @field_validator("*", mode="before")
     @classmethod
     def _check_text(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuses what pydantic would take for a number or a truth value, and people write by mistake."""
+        """Refuses texts that pydantic would accept but are likely mistakes: `1` as a boolean, `9091.0` as an int."""
         kind = cls.model_fields[info.field_name or ""].annotation
         if isinstance(value, str) and kind is bool and value.lower() not in ("true", "false"):
             raise ValueError(f"{(info.field_name or '').upper()} must be true or false, not {value!r}")

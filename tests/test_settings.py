@@ -108,5 +108,5 @@ def test_each_device_of_the_setting_is_listed(monkeypatch: pytest.MonkeyPatch, t
     assert list_devices("cpu") == ["cpu"]
 
 
-def test_a_variable_in_small_letters_is_not_ours(read_settings: ReadSettings) -> None:
+def test_a_variable_in_lower_case_is_ignored(read_settings: ReadSettings) -> None:
     assert read_settings({"port": "1", "Device": "tpu", "MODEL": "demo"}) == Settings(model="demo")

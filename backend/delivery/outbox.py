@@ -61,7 +61,7 @@ class OutboxEntry(Message):
 
     project: str
     since: float
-    chunk_id: str  # of the chunk: to compute it again would cost more than all else that is done with an entry
+    chunk_id: str  # kept, because computing it again costs more than everything else done with an entry
     chunk: Chunk
 
 
@@ -88,7 +88,7 @@ class Outbox:
     def peek(self, count: int) -> Iterator[OutboxEntry]:
         """Yields the first entries in the order of their requests; drops those of an unknown format.
 
-        Each is read when its turn comes: whoever stops early does not pay for the rest.
+        Entries are parsed one at a time, so a caller that stops early does not pay for the rest.
         """
         with redis_errors():
             ids: list[bytes] = self._connection.zrange(ORDER_KEY, 0, count - 1)  # type: ignore[assignment]

@@ -110,7 +110,7 @@ def _is_running(info: WorkerInfo) -> bool:
 
 
 def _read_process_start(pid: int) -> int | None:
-    """Reads when a process was started, which tells it from an earlier one of the same number (proc(5)).
+    """Reads when a process was started, which distinguishes it from an earlier one with its id (proc(5)).
 
     None for a zombie, which nothing may ever reap in a container, and where the system has no /proc.
     """

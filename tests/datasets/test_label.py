@@ -331,7 +331,7 @@ def test_a_run_into_its_own_image_folder_labels_no_copies_when_it_resumes(served
     assert sorted(read_splits(images / "out")) == [f"{number:03}.jpg" for number in range(12)]
 
 
-def test_workers_that_cannot_load_the_model_end_the_command_also_in_the_background(tmp_path: Path) -> None:
+def test_label_ends_if_its_workers_cannot_load_the_model_also_in_the_background(tmp_path: Path) -> None:
     images, model = draw_images(tmp_path / "images", 1), tmp_path / "x.pth"
     model.write_text("not a checkpoint")
     command = [

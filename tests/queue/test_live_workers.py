@@ -1,4 +1,4 @@
-"""Which workers count as alive."""
+"""Live workers and their heartbeats."""
 
 import os
 import subprocess
@@ -21,7 +21,7 @@ from backend.queue.predict_queue import DEFAULT_BATCH_SIZE, PredictQueue
 from backend.queue.redis import set_indexed
 
 
-def save(connection: Redis, name: str, **changes: object) -> None:
+def save_worker(connection: Redis, name: str, **changes: object) -> None:
     info = WorkerInfo.model_validate({**describe_worker("cpu", 8).model_dump(), **changes})
     save_heartbeat(connection, READY_KEY, name, info)
 
@@ -33,20 +33,20 @@ def find_exited_process() -> int:
 
 
 def test_heartbeats_of_processes_that_are_gone_are_removed(connection: Redis) -> None:
-    save(connection, "this-process")
-    save(connection, "exited", pid=find_exited_process())
-    save(connection, "same-number-later", process_start=1)
-    save(connection, "elsewhere", host="other-machine", pid=1, process_start=1)
-    save(connection, "in-a-container", pid_namespace="pid:[1]", pid=1, process_start=1)
+    save_worker(connection, "this-process")
+    save_worker(connection, "exited", pid=find_exited_process())
+    save_worker(connection, "same-number-later", process_start=1)
+    save_worker(connection, "elsewhere", host="other-machine", pid=1, process_start=1)
+    save_worker(connection, "in-a-container", pid_namespace="pid:[1]", pid=1, process_start=1)
     remove_stale_heartbeats(connection)
     assert set(get_live_workers(connection, READY_KEY)) == {"this-process", "elsewhere", "in-a-container"}
 
 
-def test_a_zombie_is_gone(connection: Redis) -> None:
+def test_the_heartbeat_of_a_zombie_is_removed(connection: Redis) -> None:
     with subprocess.Popen([sys.executable, "-c", ""]) as zombie:
         info = describe_worker("cpu", 8)
-        os.waitid(os.P_PID, zombie.pid, os.WEXITED | os.WNOWAIT)  # it has exited, and nobody has reaped it
-        save(connection, "zombie", pid=zombie.pid, process_start=info.process_start)
+        os.waitid(os.P_PID, zombie.pid, os.WEXITED | os.WNOWAIT)  # it has exited and is not reaped
+        save_worker(connection, "zombie", pid=zombie.pid, process_start=info.process_start)
         remove_stale_heartbeats(connection)
     assert get_live_workers(connection, READY_KEY) == {}
 
@@ -68,5 +68,5 @@ def test_a_worker_of_another_version_of_the_backend_is_left_out(
     )
     remove_stale_heartbeats(connection)
     assert "worker old runs another version of the backend (host: Field required)" in caplog.text
-    save(connection, "new")
+    save_worker(connection, "new")
     assert PredictQueue(connection).get_batch_size() == 8

@@ -32,7 +32,7 @@ SCENES = make_scenes(8, (160, 120), seed=21)
 CONFIG = make_labeling_config(SCENES)
 
 
-def region(label: str, x: float, y: float, width: float, height: float) -> dict[str, Any]:
+def make_region(label: str, x: float, y: float, width: float, height: float) -> dict[str, Any]:
     value = {"x": x, "y": y, "width": width, "height": height, "rotation": 0, "rectanglelabels": [label]}
     return {"from_name": "label", "to_name": "image", "type": "rectanglelabels", "value": value}
 
@@ -47,13 +47,15 @@ def make_regions(number: int) -> list[dict[str, Any]]:
     width, height = scene.image.size
     percent_x, percent_y = 100 / width, 100 / height
     return [
-        region(f"{s.colour} {s.shape}", x1 * percent_x, y1 * percent_y, (x2 - x1) * percent_x, (y2 - y1) * percent_y)
+        make_region(
+            f"{s.colour} {s.shape}", x1 * percent_x, y1 * percent_y, (x2 - x1) * percent_x, (y2 - y1) * percent_y
+        )
         for s in scene.shapes
         for x1, y1, x2, y2 in [s.box_xyxy]
     ]
 
 
-def matches(task: dict[str, Any], item: dict[str, Any]) -> bool:
+def passes_filter(task: dict[str, Any], item: dict[str, Any]) -> bool:
     """Returns whether a task passes a filter of the Data Manager; a skipped annotation counts as cancelled only."""
     skipped = [bool(annotation.get("was_cancelled")) for annotation in task["annotations"]]
     counts = {"id": task["id"], "total_annotations": skipped.count(False), "cancelled_annotations": skipped.count(True)}
@@ -86,7 +88,7 @@ class Stub:
             send_reply(request, b"{}", 503)
             return
         items = json.loads(parse_qs(parts.query)["query"][0])["filters"]["items"]
-        tasks = [task for task in self.tasks if all(matches(task, item) for item in items)]
+        tasks = [task for task in self.tasks if all(passes_filter(task, item) for item in items)]
         tasks = sorted(tasks, key=lambda task: task["id"])[:TASKS_PER_PAGE]
         send_reply(request, json.dumps({"tasks": tasks}).encode())
 
@@ -133,7 +135,7 @@ def test_too_few_annotations_are_reported(train: Train, tmp_path: Path, tasks: l
 
 
 def test_10000_boxes_in_one_task_and_a_label_without_examples(train: Train) -> None:
-    many = [region("red circle", i % 100 * 0.9, i // 100 * 0.9, 0.5, 0.5) for i in range(10_000)]
+    many = [make_region("red circle", i % 100 * 0.9, i // 100 * 0.9, 0.5, 0.5) for i in range(10_000)]
     outcome = train(Stub([make_task(1, many), *(make_task(n, make_regions(n)) for n in range(2, 20))]))
     assert outcome["state"] == "done"
 
