@@ -107,7 +107,7 @@ def _respond_with_keep_alive(predict: Callable[[], list[Any]], slots: threading.
         BackendError: from `predict`, within the first interval.
     """
     if not slots.acquire(blocking=False):
-        raise Overloaded(f"{MAX_WAITING_REQUESTS} requests are waiting already; ask again in a minute")
+        raise Overloaded(f"{MAX_WAITING_REQUESTS} requests are waiting already; try again in a minute")
     results: Future[list[Any]] = Future()
 
     def run() -> None:
