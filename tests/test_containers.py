@@ -283,7 +283,7 @@ def test_the_demos_label_studio_accepts_a_private_backend(where: str) -> None:
         environment = {row["name"]: row["value"] for row in get_container(PODS["label-studio"])["env"]}
     assert environment["ML_BLOCK_LOCAL_IP"] == environment["SSRF_PROTECTION_ENABLED"] == "false"
     assert environment["LABEL_STUDIO_ENABLE_LEGACY_API_TOKEN"] == "true"
-    tested = (ROOT / "tests" / "e2e" / "studio.py").read_text()
+    tested = (ROOT / "tests" / "e2e" / "label_studio.py").read_text()
     assert all(f'"{name}"' in tested for name in environment)
 
 

@@ -2,7 +2,7 @@
 
 main           the commands and their options; each option is a setting or belongs to one command
 supervisor     `serve`: web front, workers, pusher and a private Redis as one group; temporary workers for `label`
-process        child processes that are started, restarted and stopped together
+process_group  child processes that are started, restarted and stopped together
 welcome        what `serve` prints once a worker is ready
 check          `check`: one line for each thing that must work
 label          `label`: a folder of images becomes a dataset, and a killed run resumes

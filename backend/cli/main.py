@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import click
 
 from backend import __version__
-from backend.cli.process import EXIT_UNUSABLE
+from backend.cli.process_group import EXIT_UNUSABLE
 from backend.cli.supervisor import build_gunicorn_command, stop_on_signals
 from backend.cli.supervisor import serve as run_supervisor
 from backend.cli.versions import add_versions_commands, follow_training, report_outcome

@@ -16,7 +16,7 @@ from types import FrameType
 
 from redis.exceptions import RedisError
 
-from backend.cli.process import EXIT_UNUSABLE, ROOT, ManagedProcess, ProcessGroup
+from backend.cli.process_group import EXIT_UNUSABLE, ROOT, ManagedProcess, ProcessGroup
 from backend.cli.welcome import welcome
 from backend.errors import SettingsError
 from backend.queue import private_redis

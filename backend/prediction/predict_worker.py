@@ -12,7 +12,7 @@ import torch
 from backend.detection.acceleration import keep_freed_memory
 from backend.metrics import GPU_MEMORY
 from backend.prediction.predict_job import Predictor
-from backend.queue.allowed_job import PREDICT_FUNCTION
+from backend.queue.jobs import PREDICT_FUNCTION
 from backend.queue.live_workers import READY_KEY, describe_worker
 from backend.queue.predict_queue import PREDICT
 from backend.queue.worker_loop import heartbeat, run_worker

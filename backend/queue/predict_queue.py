@@ -15,7 +15,7 @@ from rq.results import Result
 
 from backend.errors import MessageError, Overloaded, QueueUnavailable
 from backend.logs import REQUEST_ID
-from backend.queue.allowed_job import PREDICT_FUNCTION, fetch_job, get_final_result, make_queue
+from backend.queue.jobs import PREDICT_FUNCTION, fetch_job, get_final_result, make_queue
 from backend.queue.live_workers import READY_KEY, get_live_workers
 from backend.queue.messages import Answer, Chunk, ChunkAnswers, TaskError, read_message
 from backend.queue.recovery import LostChunk

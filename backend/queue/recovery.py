@@ -16,7 +16,7 @@ from rq.intermediate_queue import IntermediateQueue
 from rq.job import Job, JobStatus
 
 from backend.errors import WorkerDied
-from backend.queue.allowed_job import fetch_job
+from backend.queue.jobs import fetch_job
 from backend.queue.messages import ANSWER, Answer, TaskError
 
 log = logging.getLogger(__name__)

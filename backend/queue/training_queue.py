@@ -10,7 +10,7 @@ from redis import Redis
 from rq import Retry
 from rq.exceptions import DuplicateJobError
 
-from backend.queue.allowed_job import TRAIN_FUNCTION, fetch_job, get_final_result, make_queue
+from backend.queue.jobs import TRAIN_FUNCTION, fetch_job, get_final_result, make_queue
 from backend.queue.messages import TrainingRequest
 from backend.queue.recovery import LostChunk
 from backend.queue.redis import get_indexed, redis_errors, set_indexed

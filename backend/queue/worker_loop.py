@@ -13,7 +13,7 @@ from redis.exceptions import RedisError
 from rq import SimpleWorker
 from rq.serializers import JSONSerializer
 
-from backend.queue.allowed_job import AllowedJob, JobFunction, make_queue
+from backend.queue.jobs import AllowedJob, JobFunction, make_queue
 from backend.queue.live_workers import WorkerInfo, make_worker_name, save_heartbeat
 from backend.queue.recovery import Recovery
 from backend.queue.redis import connect, redis_errors

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from backend.queue.allowed_job import TRAIN_FUNCTION
+from backend.queue.jobs import TRAIN_FUNCTION
 from backend.queue.live_workers import FIT_READY_KEY, describe_worker
 from backend.queue.training_queue import FIT
 from backend.queue.worker_loop import heartbeat, run_worker

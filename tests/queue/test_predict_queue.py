@@ -10,7 +10,7 @@ from rq.results import Result
 from rq.serializers import JSONSerializer
 
 from backend.errors import QueueUnavailable
-from backend.queue.allowed_job import PREDICT_FUNCTION, AllowedJob, JobFunction, make_queue
+from backend.queue.jobs import PREDICT_FUNCTION, AllowedJob, JobFunction, make_queue
 from backend.queue.live_workers import READY_KEY, describe_worker, save_heartbeat
 from backend.queue.messages import Chunk, Prediction, read_message
 from backend.queue.predict_queue import PREDICT, PredictQueue

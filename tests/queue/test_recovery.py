@@ -10,7 +10,7 @@ from rq.job import Job
 from rq.results import Result
 
 from backend.queue import recovery
-from backend.queue.allowed_job import PREDICT_FUNCTION, make_queue
+from backend.queue.jobs import PREDICT_FUNCTION, make_queue
 from backend.queue.live_workers import READY_KEY
 from backend.queue.messages import ANSWER, Prediction
 from backend.queue.predict_queue import PREDICT, PredictQueue

@@ -1,7 +1,7 @@
 import pytest
 from redis import Redis
 
-from backend.queue.allowed_job import TRAIN_FUNCTION, make_queue
+from backend.queue.jobs import TRAIN_FUNCTION, make_queue
 from backend.queue.training_queue import FIT, TrainingQueue
 from backend.queue.worker_loop import make_worker
 from backend.settings import Settings

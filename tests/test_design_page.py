@@ -12,7 +12,7 @@ from backend.delivery.outbox import Delivery, Outbox
 from backend.delivery.pusher import Lease
 from backend.labelstudio.client import LabelStudioClient
 from backend.monitoring.activity import BulkProgress, record_image
-from backend.queue.allowed_job import make_queue
+from backend.queue.jobs import make_queue
 from backend.queue.live_workers import FIT_READY_KEY, READY_KEY, describe_worker, save_heartbeat
 from backend.queue.messages import Prediction
 from backend.queue.predict_queue import PREDICT
