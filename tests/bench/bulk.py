@@ -30,7 +30,7 @@ from backend.queue.redis import connect
 from backend.registry.checkpoint import find_checkpoint
 from backend.settings import Settings
 from tests.bench.serving import measure_memory_mb
-from tests.e2e.studio import LEGACY_TOKEN, VENV, LabelStudio, running_label_studio
+from tests.e2e.label_studio import LEGACY_TOKEN, VENV, LabelStudio, running_label_studio
 from tests.scenes import encode, make_scenes
 from tests.servers import ServeProcess
 

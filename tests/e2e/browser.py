@@ -17,20 +17,20 @@ SCREENSHOTS = ROOT / os.environ.get("SCREENSHOTS", "build/screenshots")
 
 @functools.cache
 def find_chromium() -> str | None:
-    """Installed where it is missing and we may."""
+    """Finds Chromium; installs it if it is missing and this user may."""
     names = ("chromium", "chromium-browser", "google-chrome")
-    found = next(filter(None, map(shutil.which, names)), None)
-    if not found and os.geteuid() == 0 and shutil.which("apt-get"):
+    path = next(filter(None, map(shutil.which, names)), None)
+    if not path and os.geteuid() == 0 and shutil.which("apt-get"):
         env = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
         subprocess.run(["apt-get", "update", "-qq"], env=env, check=False, timeout=300)
         subprocess.run(["apt-get", "install", "-y", "-qq", "chromium"], env=env, check=False, timeout=300)
-        found = shutil.which("chromium")
-    return found
+        path = shutil.which("chromium")
+    return path
 
 
 @contextlib.contextmanager
 def open_browser() -> Iterator[Browser]:
-    """Skips the test where there is no browser."""
+    """Opens a browser; skips the test if there is none."""
     chromium = find_chromium()
     if not chromium:
         pytest.skip("no Chromium here, and no right to install it: apt-get install chromium")
@@ -40,7 +40,7 @@ def open_browser() -> Iterator[Browser]:
         browser.close()
 
 
-def screenshot(page: Page, name: str) -> None:
-    """The whole page, for people to look at."""
+def save_screenshot(page: Page, name: str) -> None:
+    """Saves a screenshot of the whole page."""
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     page.screenshot(path=SCREENSHOTS / f"{name}.png", full_page=True)

@@ -15,7 +15,7 @@ from backend.labelstudio.regions import read_label
 from backend.monitoring.activity import BulkProgress
 from backend.queue.redis import connect
 from backend.queue.training_queue import TrainingQueue
-from tests.e2e.browser import open_browser, screenshot
+from tests.e2e.browser import open_browser, save_screenshot
 from tests.scenes import encode, make_labeling_config, make_scenes, to_data_uri
 from tests.servers import ServeProcess
 
@@ -133,7 +133,7 @@ def test_the_copied_config_has_the_thresholds_of_the_sliders(open_page: Callable
     slider.focus()
     for _ in range(5):
         page.keyboard.press("ArrowRight")
-    screenshot(page, "playground")
+    save_screenshot(page, "playground")
     page.get_by_role("button", name="Copy the labeling config").click()
     expect(page.locator("#copied")).to_have_text("copied")
     plan = read_plan(page.evaluate("navigator.clipboard.readText()"), 0.9, 0.7)
@@ -218,7 +218,7 @@ def test_the_status_page_updates_without_a_reload(open_page: Callable[..., Page]
         bulk.report(10, 1, 40)
         expect(page.locator("#running")).to_contain_text("fine-tuning 2 of 8")
         expect(page.locator("#running")).to_contain_text("label, 40 images10 of 40, 1 failed")
-        screenshot(page, "status-odd-label")
+        save_screenshot(page, "status-odd-label")
     TrainingQueue(connection).report("51", "done", text="no significant gain")
     expect(page.locator("#running")).to_contain_text("no significant gain")
     expect(page.locator("#running")).not_to_contain_text("label, 40 images")
@@ -235,4 +235,4 @@ def test_a_phone_shows_the_whole_page(open_page: Callable[..., Page], path: str)
     else:
         expect(page.locator("#workers")).to_contain_text("alive")
     assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
-    screenshot(page, f"phone{path.replace('/', '-')}")
+    save_screenshot(page, f"phone{path.replace('/', '-')}")

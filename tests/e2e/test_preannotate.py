@@ -14,8 +14,8 @@ import pytest
 import requests
 from playwright.sync_api import expect
 
-from tests.e2e.browser import open_browser, screenshot
-from tests.e2e.studio import LEGACY_TOKEN, LabelStudio, Project
+from tests.e2e.browser import open_browser, save_screenshot
+from tests.e2e.label_studio import LEGACY_TOKEN, LabelStudio, Project
 from tests.scenes import encode, make_labeling_config, make_scenes, to_data_uri
 from tests.servers import ROOT, ServeProcess, http_server, send_reply, wait_for
 
@@ -33,9 +33,9 @@ def images_url() -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def backend(studio: LabelStudio, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeProcess]:
+def backend(label_studio: LabelStudio, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeProcess]:
     folder = tmp_path_factory.mktemp("bulk")
-    keys = {"LABEL_STUDIO_URL": studio.url, "LABEL_STUDIO_API_KEY": LEGACY_TOKEN}
+    keys = {"LABEL_STUDIO_URL": label_studio.url, "LABEL_STUDIO_API_KEY": LEGACY_TOKEN}
     server = ServeProcess(folder, PREANNOTATE_ON_IMPORT="true", **keys)
     try:
         server.wait_until_ready()
@@ -44,11 +44,11 @@ def backend(studio: LabelStudio, tmp_path_factory: pytest.TempPathFactory) -> It
         server.stop()
 
 
-def create_project(studio: LabelStudio, images_url: str, count: int) -> Project:
-    project = studio.create_project("bulk", make_labeling_config(SCENES), {})
+def create_project(label_studio: LabelStudio, images_url: str, count: int) -> Project:
+    project = label_studio.create_project("bulk", make_labeling_config(SCENES), {})
     tasks = [{"data": {"image": f"{images_url}/{number}.jpg"}} for number in range(count)]
     if tasks:
-        studio.call("POST", f"/api/projects/{project.number}/import", json=tasks)
+        label_studio.call("POST", f"/api/projects/{project.number}/import", json=tasks)
     return project
 
 
@@ -65,7 +65,7 @@ def start_preannotate(backend: ServeProcess, folder: Path, *arguments: str) -> s
 
 def count_by_task(project: Project) -> collections.Counter:
     """Counts the predictions of each task."""
-    return collections.Counter(prediction["task"] for prediction in project.predictions())
+    return collections.Counter(prediction["task"] for prediction in project.list_predictions())
 
 
 def measure_single_tasks(backend: ServeProcess, count: int) -> list[float]:
@@ -92,20 +92,20 @@ def check_status_page(backend: ServeProcess, project: Project) -> None:
         page.goto(backend.url)
         running = page.locator("#running")
         expect(running).to_contain_text(f"preannotate, project {project.number}", timeout=15_000)
-        screenshot(page, "preannotate")
+        save_screenshot(page, "preannotate")
 
 
-def test_a_project_of_1000_tasks_with_the_command_killed_twice(
-    studio: LabelStudio, backend: ServeProcess, images_url: str, tmp_path: Path
+def test_1000_tasks_are_predicted_once_although_the_command_is_killed_twice(
+    label_studio: LabelStudio, backend: ServeProcess, images_url: str, tmp_path: Path
 ) -> None:
-    project = create_project(studio, images_url, TASKS)
+    project = create_project(label_studio, images_url, TASKS)
     option = ("--project", str(project.number))
     dry, _ = start_preannotate(backend, tmp_path, *option, "--dry-run").communicate(timeout=60)
     assert f"{TASKS} tasks have no prediction of demo-" in dry, dry
-    assert project.predictions() == []
+    assert project.list_predictions() == []
     for count in (1, 300):
         killed = start_preannotate(backend, tmp_path, *option)
-        wait_for(lambda count=count: len(project.predictions()) >= count, 120, "some predictions")
+        wait_for(lambda count=count: len(project.list_predictions()) >= count, 120, "some predictions")
         killed.send_signal(signal.SIGKILL)
         killed.communicate(timeout=10)
     resumed = start_preannotate(backend, tmp_path, *option)
@@ -123,48 +123,52 @@ def test_a_project_of_1000_tasks_with_the_command_killed_twice(
 
 
 def test_failures_are_listed_and_old_versions_replaced(
-    studio: LabelStudio, backend: ServeProcess, images_url: str, tmp_path: Path
+    label_studio: LabelStudio, backend: ServeProcess, images_url: str, tmp_path: Path
 ) -> None:
-    project = create_project(studio, images_url, 20)
+    project = create_project(label_studio, images_url, 20)
     bad = [{"data": {"image": f"http://127.0.0.1:1/{number}.jpg"}} for number in range(BROKEN)]
-    studio.call("POST", f"/api/projects/{project.number}/import", json=bad)
-    tasks = [task["id"] for task in project.tasks()]
+    label_studio.call("POST", f"/api/projects/{project.number}/import", json=bad)
+    tasks = [task["id"] for task in project.list_tasks()]
     foreign = {"task": tasks[0], "result": [], "score": 0.5, "model_version": "somebody-else"}
     old = [{"task": task, "result": [], "score": 0.5, "model_version": "demo-00000000"} for task in tasks[:5]]
-    studio.call("POST", f"/api/projects/{project.number}/import/predictions", json=[foreign, *old])
+    label_studio.call("POST", f"/api/projects/{project.number}/import/predictions", json=[foreign, *old])
     run = start_preannotate(backend, tmp_path, "--project", str(project.number), "--replace")
     output, _ = run.communicate(timeout=120)
     assert run.returncode == 1, output
     assert f"20 tasks predicted, {BROKEN} failed" in output
     rows = (tmp_path / f"preannotate-{project.number}-failures.csv").read_text().splitlines()
     assert [row.split(",")[:2] for row in rows[1:]] == [[str(task), "image"] for task in tasks[20:]]
-    versions = collections.Counter(p["model_version"] for p in project.predictions())
+    versions = collections.Counter(p["model_version"] for p in project.list_predictions())
     assert versions.pop("somebody-else") == 1
     assert list(versions.values()) == [20]
     assert "demo-00000000" not in versions
 
 
-def test_tasks_are_predicted_as_they_are_imported(studio: LabelStudio, backend: ServeProcess, images_url: str) -> None:
-    project = create_project(studio, images_url, 0)
+def test_tasks_are_predicted_as_they_are_imported(
+    label_studio: LabelStudio, backend: ServeProcess, images_url: str
+) -> None:
+    project = create_project(label_studio, images_url, 0)
     project.connect(backend.url)
     for count in (10, 25):
         tasks = [{"data": {"image": f"{images_url}/{number}.jpg"}} for number in range(count)]
-        studio.call("POST", f"/api/projects/{project.number}/import", json=tasks)
+        label_studio.call("POST", f"/api/projects/{project.number}/import", json=tasks)
     wait_for(lambda: len(count_by_task(project)) == 35, 60, "predictions")
     time.sleep(3)
     assert set(count_by_task(project).values()) == {1}
 
 
-def test_only_some_tasks(studio: LabelStudio, backend: ServeProcess, images_url: str, tmp_path: Path) -> None:
-    project = create_project(studio, images_url, 12)
-    tasks = [task["id"] for task in project.tasks()]
+def test_only_the_tasks_of_the_options_are_predicted(
+    label_studio: LabelStudio, backend: ServeProcess, images_url: str, tmp_path: Path
+) -> None:
+    project = create_project(label_studio, images_url, 12)
+    tasks = [task["id"] for task in project.list_tasks()]
     some = ",".join(map(str, tasks[:5]))
     for arguments, count in ((("--tasks", some, "--limit", "2"), 2), (("--tasks", some), 5), (("--limit", "3"), 8)):
         run = start_preannotate(backend, tmp_path, "--project", str(project.number), *arguments)
         output, _ = run.communicate(timeout=60)
         assert run.returncode == 0, output
-        assert len(project.predictions()) == count
-    tab = studio.call("POST", "/api/dm/views", json={"project": project.number, "data": {"title": "all"}})["id"]
+        assert len(project.list_predictions()) == count
+    tab = label_studio.call("POST", "/api/dm/views", json={"project": project.number, "data": {"title": "all"}})["id"]
     run = start_preannotate(backend, tmp_path, "--project", str(project.number), "--view", str(tab))
     output, _ = run.communicate(timeout=60)
     assert run.returncode == 0, output

@@ -30,9 +30,9 @@ class LabelStudio:
 
     def call(self, method: str, path: str, **options: Any) -> Any:
         headers = {"Authorization": f"Token {LEGACY_TOKEN}"}
-        answer = requests.request(method, self.url + path, headers=headers, timeout=200, **options)
-        assert answer.ok, f"{method} {path}: {answer.status_code} {answer.text[:500]}"
-        return answer.json() if answer.content else None
+        response = requests.request(method, self.url + path, headers=headers, timeout=200, **options)
+        assert response.ok, f"{method} {path}: {response.status_code} {response.text[:500]}"
+        return response.json() if response.content else None
 
     @functools.cached_property
     def personal_access_token(self) -> str:
@@ -42,48 +42,48 @@ class LabelStudio:
         form = {"email": USER, "password": PASSWORD, "csrfmiddlewaretoken": token}
         session.post(f"{self.url}/user/login/", data=form, headers={"Referer": self.url}, timeout=30)
         headers = {"Referer": self.url, "X-CSRFToken": session.cookies["csrftoken"]}
-        answer = session.post(f"{self.url}/api/token", json={}, headers=headers, timeout=30)
-        assert answer.status_code == 201, answer.text
-        return answer.json()["token"]
+        response = session.post(f"{self.url}/api/token", json={}, headers=headers, timeout=30)
+        assert response.status_code == 201, response.text
+        return response.json()["token"]
 
-    def create_project(self, title: str, config: str, pictures: dict[str, bytes]) -> "Project":
+    def create_project(self, title: str, config: str, images: dict[str, bytes]) -> "Project":
         project = self.call("POST", "/api/projects", json={"title": title, "label_config": config})["id"]
-        files = {f"file{i}": (name, body, "image/png") for i, (name, body) in enumerate(pictures.items())}
+        files = {f"file{i}": (name, body, "image/png") for i, (name, body) in enumerate(images.items())}
         if files:
             self.call("POST", f"/api/projects/{project}/import?return_task_ids=true", files=files)
         return Project(self, project)
 
 
 class Project:
-    """One project of it."""
+    """A project in a running Label Studio."""
 
-    def __init__(self, studio: LabelStudio, number: int) -> None:
-        self.studio, self.number = studio, number
+    def __init__(self, label_studio: LabelStudio, number: int) -> None:
+        self.label_studio, self.number = label_studio, number
         self.backend: int | None = None
 
     def connect(self, url: str) -> None:
         body = {"project": self.number, "url": url, "title": "Grounding DINO", "is_interactive": True}
-        self.backend = self.studio.call("POST", "/api/ml", json=body)["id"]
+        self.backend = self.label_studio.call("POST", "/api/ml", json=body)["id"]
 
-    def model_version(self) -> str:
-        return self.studio.call("GET", f"/api/ml/{self.backend}")["model_version"]
+    def get_model_version(self) -> str:
+        return self.label_studio.call("GET", f"/api/ml/{self.backend}")["model_version"]
 
-    def tasks(self) -> list[dict[str, Any]]:
+    def list_tasks(self) -> list[dict[str, Any]]:
         query = {"include": [{"field": "id"}, {"field": "data"}]}
         path = f"/api/tasks?project={self.number}&fields=all&page_size=1000&query={json.dumps(query)}"
-        return sorted(self.studio.call("GET", path)["tasks"], key=lambda task: task["id"])
+        return sorted(self.label_studio.call("GET", path)["tasks"], key=lambda task: task["id"])
 
-    def predictions(self) -> list[dict[str, Any]]:
-        return self.studio.call("GET", f"/api/predictions?project={self.number}")
+    def list_predictions(self) -> list[dict[str, Any]]:
+        return self.label_studio.call("GET", f"/api/predictions?project={self.number}")
 
-    def action(self, name: str, tasks: list[int]) -> Any:
+    def run_action(self, name: str, tasks: list[int]) -> Any:
         selected = {"selectedItems": {"all": False, "included": tasks}, "project": self.number}
-        return self.studio.call("POST", f"/api/dm/actions?id={name}&project={self.number}", json=selected)
+        return self.label_studio.call("POST", f"/api/dm/actions?id={name}&project={self.number}", json=selected)
 
 
 @contextlib.contextmanager
 def running_label_studio(folder: Path, port: int | None = None) -> Iterator[LabelStudio]:
-    """Label Studio with its data in `folder`, where it may have run before."""
+    """Runs Label Studio with its data in `folder`, where it may have run before."""
     port = port or find_free_port()
     url = f"http://127.0.0.1:{port}"
     data, files, log = folder / "data", folder / "files", folder / "label-studio.log"
@@ -113,11 +113,11 @@ def running_label_studio(folder: Path, port: int | None = None) -> Iterator[Labe
         )
     try:
 
-        def healthy() -> bool:
+        def is_healthy() -> bool:
             assert process.poll() is None, log.read_text(errors="replace")[-3000:]
             return requests.get(f"{url}/health", timeout=2).ok
 
-        wait_for(healthy, BOOT_TIMEOUT, "Label Studio")
+        wait_for(is_healthy, BOOT_TIMEOUT, "Label Studio")
         yield LabelStudio(url, files)
     finally:
         os.killpg(process.pid, signal.SIGKILL)
