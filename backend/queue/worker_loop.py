@@ -43,9 +43,11 @@ def heartbeat(settings: Settings, queue: str, key: str, info: WorkerInfo) -> Ite
     recovery = Recovery(connection, make_queue(queue, connection), key)
     thread = threading.Thread(target=_beat, args=(connection, recovery, name, key, info, stop), daemon=True)
     thread.start()
-    yield name
-    stop.set()
-    thread.join()
+    try:
+        yield name
+    finally:  # also when SIGTERM comes before RQ has set its handler
+        stop.set()
+        thread.join()
 
 
 def _beat(connection: Redis, recovery: Recovery, name: str, key: str, info: WorkerInfo, stop: threading.Event) -> None:

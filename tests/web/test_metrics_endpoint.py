@@ -1,6 +1,7 @@
 import pytest
 from redis import Redis
 
+from backend.monitoring.project_stats import LAST_USED_KEY, SUMMARIES_KEY
 from backend.queue.live_workers import READY_KEY
 from backend.queue.redis import connect, set_indexed
 from backend.queue.worker_metrics import METRICS_KEY
@@ -43,11 +44,17 @@ def test_unreadable_metrics_of_a_worker_do_not_stop_the_gauges(
     assert "/metrics leaves out the workers' metrics" in caplog.text
 
 
-def test_an_unreadable_heartbeat_does_not_stop_the_metrics_of_workers(
+def test_an_unreadable_summary_does_not_stop_the_metrics_of_workers(
     connection: Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
-    set_indexed(connection, READY_KEY, "w", '{"device": 3}')
+    connection.zadd(LAST_USED_KEY, {"7": 1})
+    connection.hset(SUMMARIES_KEY, "7", "{")
     set_indexed(connection, METRICS_KEY, "w", WORKER_TEXT)
     assert "gdino_workers" not in collect_names(connection)
     assert count_worker_images(connection) == [7.0]
-    assert "/metrics leaves out the gauges of the queue: ValidationError" in caplog.text
+    assert "/metrics leaves out the gauges of the queue: JSONDecodeError" in caplog.text
+
+
+def test_an_unreadable_heartbeat_leaves_the_other_gauges(connection: Redis) -> None:
+    set_indexed(connection, READY_KEY, "w", '{"device": 3}')
+    assert {"gdino_workers", "gdino_queue_chunks", "gdino_outbox_chunks"} <= collect_names(connection)
