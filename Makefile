@@ -4,8 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STUDIO_VENV ?= .venv-label-studio
 STUDIO_VERSION := 1.23.2
-# Two processes; the tests of a file stay together, because they share servers, and long files (chaos, cli) come first.
-PARALLEL := -n 2 --dist loadscope --no-loadscope-reorder
+# Three processes on two cores, because servers start and die in many tests; the tests of a file stay together, because
+# they share servers, and long files (chaos, cli) come first.
+PARALLEL := -n 3 --dist loadscope --no-loadscope-reorder
 
 .PHONY: help demo serve test chaos e2e bench lint format install install-dev install-studio clean
 

@@ -2,6 +2,8 @@
 
 import os
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the processes share the cores; threads of all would fight for them
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as a worker does: the tests run several processes on few cores
 
 import contextlib
