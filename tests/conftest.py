@@ -2,9 +2,12 @@
 
 import os
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the processes share the cores; threads of all would fight for them
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as a worker does: the tests run several processes on few cores
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    import torch  # noqa: F401 - it reads the variable below when it is loaded, and here it may use all cores
+
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the servers that tests start: many run at a time on few cores
 
 import contextlib
 import subprocess

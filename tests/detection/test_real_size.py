@@ -1,7 +1,6 @@
 """Models of the published sizes, with random weights and the faster modules, behave as the bundled one does."""
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -56,15 +55,6 @@ def assert_accelerated(model: Any) -> None:
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     return load_checkpoint(str(DEMO_CHECKPOINT)).tokenizer
-
-
-@pytest.fixture(scope="module", autouse=True)
-def two_threads() -> Iterator[None]:
-    """Random proposals are nearly tied: sums of another order, as one thread makes them, would choose other ones."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
