@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from rq import get_current_job
 from safetensors.torch import save
 
 from backend.detection.acceleration import keep_freed_memory
@@ -29,7 +30,7 @@ from backend.images.sources import ImageFetcher
 from backend.labelstudio.client import LabelStudioClient
 from backend.labelstudio.labeling_config import Plan, read_plan
 from backend.queue.messages import TrainingRequest, read_message
-from backend.queue.recovery import MAX_WORKER_DEATHS, get_lost_chunk
+from backend.queue.recovery import MAX_LOST_ATTEMPTS, count_lost_attempts
 from backend.queue.redis import connect
 from backend.queue.training_queue import TrainingQueue
 from backend.registry.checkpoint import find_checkpoint
@@ -82,9 +83,7 @@ def _run_training(settings: Settings, request: TrainingRequest, report: Report) 
     try:
         if not (settings.label_studio_url and settings.label_studio_api_key):
             raise CannotTrain("training reads annotations: set LABEL_STUDIO_URL and LABEL_STUDIO_API_KEY")
-        chunk = get_lost_chunk()
-        deaths = chunk.count_deaths() if chunk else 0
-        if deaths > MAX_WORKER_DEATHS:
+        if (deaths := count_lost_attempts(get_current_job())) >= MAX_LOST_ATTEMPTS:
             raise CannotTrain(f"{deaths} workers died during this training; see their logs")
         training = _Training(settings, request, report)
         with contextlib.closing(training):

@@ -10,7 +10,7 @@ from typing import Any
 from backend.queue.jobs import TRAIN_FUNCTION
 from backend.queue.live_workers import FIT_READY_KEY, describe_worker
 from backend.queue.training_queue import FIT
-from backend.queue.worker_loop import heartbeat, run_worker
+from backend.queue.worker_loop import run_worker
 from backend.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -32,6 +32,5 @@ def run(settings: Settings) -> bool:
 
         return run_training(settings, payload)
 
-    with heartbeat(settings, FIT, FIT_READY_KEY, describe_worker(settings.device)) as name:
-        log.info("training worker %s is ready", name)
-        return run_worker(settings, FIT, name, {TRAIN_FUNCTION: train}, max_jobs=1)
+    info = describe_worker(settings.device)
+    return run_worker(settings, FIT, FIT_READY_KEY, info, {TRAIN_FUNCTION: train}, max_jobs=1)

@@ -16,7 +16,6 @@ import pytest
 import requests
 from redis import Redis
 
-from backend.labelstudio.client import TASKS_PER_PAGE
 from backend.queue.messages import TrainingRequest
 from backend.queue.training_queue import TrainingQueue
 from backend.registry.versions import VersionStore
@@ -63,6 +62,9 @@ def passes_filter(task: dict[str, Any], item: dict[str, Any]) -> bool:
     return value > item["value"] if item["operator"] == "greater" else value == item["value"]
 
 
+PAGE = 100  # tasks, to which this Label Studio limits a page
+
+
 class Stub:
     """Answers as Label Studio does; it is unavailable to the first `failures` requests for tasks."""
 
@@ -89,7 +91,7 @@ class Stub:
             return
         items = json.loads(parse_qs(parts.query)["query"][0])["filters"]["items"]
         tasks = [task for task in self.tasks if all(passes_filter(task, item) for item in items)]
-        tasks = sorted(tasks, key=lambda task: task["id"])[:TASKS_PER_PAGE]
+        tasks = sorted(tasks, key=lambda task: task["id"])[:PAGE]
         send_reply(request, json.dumps({"tasks": tasks}).encode())
 
 
@@ -141,9 +143,9 @@ def test_10000_boxes_in_one_task_and_a_label_without_examples(train: Train) -> N
 
 
 def test_all_pages_of_tasks_are_read(train: Train) -> None:
-    tasks = [make_task(n, make_regions(n)) for n in range(1, TASKS_PER_PAGE + 21)]
+    tasks = [make_task(n, make_regions(n)) for n in range(1, PAGE + 21)]
     outcome = train(Stub(tasks))
-    assert outcome["metrics"]["pictures"] == TASKS_PER_PAGE + 20
+    assert outcome["metrics"]["pictures"] == PAGE + 20
 
 
 def test_an_image_that_cannot_be_loaded_is_left_out(train: Train) -> None:
