@@ -8,6 +8,7 @@ BackendError                      500  internal
 ├── RequestTooLarge               413  request_too_large
 ├── LabelingConfigError           422  labeling_config
 ├── ImageError                    422  image
+│   └── ImageUnavailable          422  image
 ├── CheckpointError               500  checkpoint
 ├── LabelStudioError              502  label_studio
 │   ├── LabelStudioAuthError      502  label_studio_key
@@ -21,7 +22,8 @@ BackendError                      500  internal
 ├── MessageError                  500  message
 └── NotReady                      503  not_ready
 
-Each class carries its HTTP status and its code. Users read the message: it says what to do and never holds a secret.
+Each class carries its HTTP status, its code, and whether a later attempt may succeed. Users read the message: it says
+what to do and never holds a secret.
 """
 
 from __future__ import annotations
@@ -30,10 +32,15 @@ from typing import ClassVar
 
 
 class BackendError(Exception):
-    """Base class of all deliberate errors; `str(error)` is the detail that users read."""
+    """Base class of all deliberate errors; `str(error)` is the detail that users read.
+
+    Attributes:
+        is_retryable: nothing is wrong with the request itself, so a later attempt may succeed.
+    """
 
     status: ClassVar[int] = 500
     code: ClassVar[str] = "internal"
+    is_retryable: ClassVar[bool] = False
 
     def to_dict(self) -> dict[str, str]:
         """Returns code and detail, the form in which an error crosses the queue and HTTP."""
@@ -82,10 +89,16 @@ class ImageError(BackendError):
     status, code = 422, "image"
 
 
+class ImageUnavailable(ImageError):
+    """The image cannot be fetched now: the server that holds it refuses, is away or slow."""
+
+    is_retryable = True
+
+
 class CheckpointError(BackendError):
     """The model cannot be found or loaded."""
 
-    code = "checkpoint"
+    code, is_retryable = "checkpoint", True
 
 
 class LabelStudioError(BackendError):
@@ -97,7 +110,7 @@ class LabelStudioError(BackendError):
 class LabelStudioAuthError(LabelStudioError):
     """Label Studio refused our API key; the request may succeed with another one."""
 
-    code = "label_studio_key"
+    code, is_retryable = "label_studio_key", True
 
 
 class LabelStudioNotFound(LabelStudioError):
@@ -111,25 +124,26 @@ class LabelStudioUnavailable(LabelStudioError):
 
     Attributes:
         may_have_succeeded: Label Studio may have carried out the request; False if it was never sent.
+        has_answered: it is not at the request any more; False if only somebody stopped waiting for its answer.
     """
 
-    status, code = 503, "label_studio_away"
+    status, code, is_retryable = 503, "label_studio_away", True
 
-    def __init__(self, detail: str, may_have_succeeded: bool = True) -> None:
+    def __init__(self, detail: str, may_have_succeeded: bool = True, has_answered: bool = False) -> None:
         super().__init__(detail)
-        self.may_have_succeeded = may_have_succeeded
+        self.may_have_succeeded, self.has_answered = may_have_succeeded, has_answered
 
 
 class QueueUnavailable(BackendError):
     """Redis does not answer."""
 
-    status, code = 503, "queue_unavailable"
+    status, code, is_retryable = 503, "queue_unavailable", True
 
 
 class Overloaded(BackendError):
     """The maximum number of requests or chunks is already waiting."""
 
-    status, code = 503, "overloaded"
+    status, code, is_retryable = 503, "overloaded", True
 
 
 class WorkerDied(BackendError):
@@ -153,10 +167,10 @@ class DiskFull(BackendError):
 class NotReady(BackendError):
     """The prediction was not finished by the deadline; it continues in the background."""
 
-    status, code = 503, "not_ready"
+    status, code, is_retryable = 503, "not_ready", True
 
 
 class MessageError(BackendError):
     """A message in Redis was written by another version of the backend."""
 
-    code = "message"
+    code, is_retryable = "message", True

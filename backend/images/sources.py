@@ -17,9 +17,9 @@ from pathlib import Path
 from urllib.parse import parse_qs, unquote_to_bytes, urljoin, urlsplit
 
 import requests
-from urllib3.exceptions import HTTPError
+from urllib3.exceptions import DecodeError, HTTPError
 
-from backend.errors import ImageError
+from backend.errors import ImageError, ImageUnavailable
 from backend.images.safe_http import AllowedHosts, BlockedAddress, make_guarded_session
 from backend.labelstudio.client import LabelStudioClient, is_connect_failure, parse_origin
 from backend.settings import Settings
@@ -31,10 +31,11 @@ RETRY_DELAYS = (0.2, 1.0)  # seconds before each retry, after a 5xx or a lost co
 READ_SIZE = 64 * 1024  # bytes
 CLOUD_SCHEMES = ("s3", "gs", "azure-blob")
 LOCAL_FILES_ROUTE = "/data/local-files/"  # of Label Studio
+RETRYABLE_STATUSES = (408, 425, 429)  # of HTTP, besides all from 500
 
 
-class _TransientError(Exception):
-    """A failure that a retry may cure."""
+class _ConnectionLost(ImageUnavailable):
+    """An open connection was lost, or the server failed: an attempt at once may succeed."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ class ImageFetcher:
             task_id: the task whose data holds the address; Label Studio presigns URLs for tasks only.
 
         Raises:
+            ImageUnavailable: the server that holds the file refuses, is away or slow; a later attempt may succeed.
             ImageError: the file cannot be read or is too large.
             LabelStudioError: Label Studio refused the API key.
         """
@@ -134,18 +136,20 @@ class ImageFetcher:
             if path.stat().st_size > self._max_bytes:
                 raise self._make_too_large_error()
             return FetchedFile(path.read_bytes(), "")
-        except (OSError, ValueError) as error:
+        except (FileNotFoundError, NotADirectoryError, PermissionError, ValueError) as error:
             raise ImageError(f"the local file cannot be read ({type(error).__name__})") from None
+        except OSError as error:  # of a network file system that is away
+            raise ImageUnavailable(f"the local file cannot be read now ({type(error).__name__})") from None
 
     def _download(self, url: str) -> FetchedFile:
-        """Downloads a file, with retries after transient errors while there is time."""
+        """Downloads a file, again after a lost connection while there is time."""
         deadline = time.monotonic() + TOTAL_TIMEOUT
         for delay in (*RETRY_DELAYS, None):
             try:
                 return self._follow_redirects(url, deadline)
-            except _TransientError as error:
+            except _ConnectionLost:
                 if delay is None or time.monotonic() + delay > deadline:
-                    raise ImageError(str(error)) from None
+                    raise
                 time.sleep(delay)
         raise AssertionError("unreachable")
 
@@ -170,20 +174,21 @@ class ImageFetcher:
         except BlockedAddress as error:
             raise ImageError(f"{error}; if it is yours, add it to ALLOWED_IMAGE_HOSTS") from None
         except (requests.RequestException, HTTPError, ValueError) as error:
-            text = f"the image could not be fetched ({type(error).__name__})"
-            raise _TransientError(text) if _is_transient(error) else ImageError(text) from None
+            raise _find_error_class(error)(f"the image could not be fetched ({type(error).__name__})") from None
         raise ImageError(f"the image address redirects more than {MAX_REDIRECTS} times")
 
     def _read_body(self, reply: requests.Response, deadline: float) -> bytes:
         host, status = urlsplit(reply.url).hostname, reply.status_code
         if status >= 500:
-            raise _TransientError(f"{host} answered HTTP {status} instead of the image")
+            raise _ConnectionLost(f"{host} answered HTTP {status} instead of the image")
         if status in (401, 403):
-            has_key = "Authorization" in reply.request.headers
-            hint = "check LABEL_STUDIO_API_KEY" if has_key else "set LABEL_STUDIO_URL and LABEL_STUDIO_API_KEY"
-            raise ImageError(f"{host} refused the image (HTTP {status}); if that is Label Studio, {hint}")
+            if "Authorization" in reply.request.headers:  # the key can be renewed while the task waits
+                raise ImageUnavailable(f"{host} refused the image (HTTP {status}); check LABEL_STUDIO_API_KEY")
+            hint = "if that is Label Studio, set LABEL_STUDIO_URL and LABEL_STUDIO_API_KEY"
+            raise ImageError(f"{host} refused the image (HTTP {status}); {hint}")
         if status != 200:
-            raise ImageError(f"{host} answered HTTP {status} instead of the image")
+            error_class = ImageUnavailable if status in RETRYABLE_STATUSES else ImageError
+            raise error_class(f"{host} answered HTTP {status} instead of the image")
         body = bytearray()
         # Unlike `read`, `read1` returns what has arrived, so that the deadline holds for a slow server too.
         while data := reply.raw.read1(READ_SIZE, decode_content=True):
@@ -191,17 +196,21 @@ class ImageFetcher:
             if len(body) > self._max_bytes:
                 raise self._make_too_large_error()
             if time.monotonic() > deadline:
-                raise ImageError(f"the image did not arrive within {TOTAL_TIMEOUT} s")
+                raise ImageUnavailable(f"the image did not arrive within {TOTAL_TIMEOUT} s")
         return bytes(body)
 
     def _make_too_large_error(self) -> ImageError:
         return ImageError(f"the image file is larger than MAX_IMAGE_BYTES ({self._max_bytes})")
 
 
-def _is_transient(error: Exception) -> bool:
-    """Returns whether an open connection was lost; one that is refused or times out would fail again."""
+def _find_error_class(error: Exception) -> type[ImageError]:
+    """Finds the error that a failed request means: final, retryable, or worth another attempt at once."""
+    if isinstance(error, (requests.exceptions.SSLError, DecodeError, requests.exceptions.ContentDecodingError)):
+        return ImageError
+    if isinstance(error, requests.Timeout) or is_connect_failure(error):
+        return ImageUnavailable
     is_lost = isinstance(error, (requests.ConnectionError, requests.exceptions.ChunkedEncodingError, HTTPError))
-    return is_lost and not is_connect_failure(error) and not isinstance(error, requests.Timeout)
+    return _ConnectionLost if is_lost else ImageError
 
 
 def _decode_data_uri(uri: str) -> FetchedFile:

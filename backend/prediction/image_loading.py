@@ -11,7 +11,7 @@ from concurrent.futures import TimeoutError as FutureTimeout  # another class th
 from rq.timeouts import JobTimeoutException
 
 from backend.detection.preprocess import ModelInput
-from backend.errors import BackendError, ImageError
+from backend.errors import BackendError, ImageError, ImageUnavailable
 
 DOWNLOAD_THREADS = 8
 LOAD_TIMEOUT = 60  # s for all images together; each has limits of its own, but a server may trickle its headers
@@ -40,7 +40,7 @@ def load_images(tasks_by_uri: Mapping[str, int], load: Callable[[str, int], Mode
         except BackendError as error:
             images[uri] = error
         except FutureTimeout:
-            images[uri] = ImageError(f"the image did not arrive within {LOAD_TIMEOUT} s")
+            images[uri] = ImageUnavailable(f"the image did not arrive within {LOAD_TIMEOUT} s")
         except JobTimeoutException:
             raise
         except Exception as error:  # one odd image fails alone, whatever it made a library do
