@@ -13,6 +13,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rq import get_current_job
+from rq.timeouts import JobTimeoutException
+
 from backend.detection.detector import DetectionsOrError, Detector
 from backend.detection.detector_cache import DetectorCache
 from backend.detection.device import is_device_error
@@ -26,10 +29,11 @@ from backend.labelstudio.labeling_config import Plan
 from backend.labelstudio.regions import Region, make_prediction, make_regions
 from backend.labelstudio.targets import MAX_TARGETS, DetectionQuery, ImageTarget, expand_targets
 from backend.metrics import IMAGES, timed
+from backend.prediction.circuit_breaker import pause_if_unavailable
 from backend.prediction.image_loading import load_images
 from backend.prediction.job_report import JobReport
 from backend.queue.messages import Answer, Chunk, ChunkAnswers, ChunkTask, Prediction, TaskError, read_message
-from backend.queue.recovery import MAX_WORKER_DEATHS, WORKER_DIED, LostChunk, get_lost_chunk
+from backend.queue.recovery import MAX_LOST_ATTEMPTS, WORKER_DIED, LostChunk, count_lost_attempts, get_lost_chunk
 from backend.queue.watchdog import Watchdog
 from backend.registry.checkpoint import find_checkpoint
 from backend.settings import Settings
@@ -97,13 +101,15 @@ class Predictor:
                 os._exit(EXIT_BROKEN_DEVICE)
             raise
         report.finish(chunk.tasks, answers)
+        pause_if_unavailable(answers)
         return ChunkAnswers(answers=answers).model_dump()
 
     def _predict_chunk(self, chunk: Chunk, report: JobReport) -> list[Answer]:
         try:
             if chunk.checkpoint != self.checkpoint:
                 raise OTHER_CHECKPOINT
-            detector = self.detectors.get((chunk.version.project, chunk.version.id) if chunk.version else None)
+            with self.watchdog.watching():  # a file system may hang
+                detector = self.detectors.get((chunk.version.project, chunk.version.id) if chunk.version else None)
         except CheckpointError as error:
             log.error("%s", error)
             return [TaskError.of(error)] * len(chunk.tasks)
@@ -127,18 +133,29 @@ class ChunkRun:
     def predict_one_by_one(self, tasks: Sequence[ChunkTask], lost: LostChunk) -> list[Answer]:
         """Predicts a chunk over which a worker died, and saves each answer at once for the next worker."""
         answers = lost.load_answers()
-        is_hopeless = lost.count_deaths() > MAX_WORKER_DEATHS
+        is_hopeless = count_lost_attempts(get_current_job()) >= MAX_LOST_ATTEMPTS
         for index, task in enumerate(tasks):
             if index in answers:
                 continue
             if is_hopeless:
                 answers[index] = WORKER_DIED
                 continue
-            lost.mark_started(index)
-            (answers[index],) = self.predict_tasks([task])
-            lost.save_answer(index, answers[index])
+            with lost.working_on(index):
+                answers[index] = self._predict_alone(task)
+                lost.save_answer(index, answers[index])
         lost.delete()
         return [answers[index] for index in range(len(tasks))]
+
+    def _predict_alone(self, task: ChunkTask) -> Answer:
+        """Predicts a task of a chunk that raised as a whole; if it raises, it fails alone."""
+        try:
+            (answer,) = self.predict_tasks([task])
+        except Exception as error:
+            if is_device_error(error) or isinstance(error, JobTimeoutException):
+                raise
+            log.exception("project %s, task %s failed", self.report.project or "-", task.id)
+            return TaskError.of(BackendError("the worker failed on this task; its log says why"))
+        return answer
 
     def predict_tasks(self, tasks: Sequence[ChunkTask]) -> list[Answer]:
         """Predicts tasks; a task fails alone."""

@@ -14,8 +14,9 @@ from backend.metrics import GPU_MEMORY
 from backend.prediction.predict_job import Predictor
 from backend.queue.jobs import PREDICT_FUNCTION
 from backend.queue.live_workers import READY_KEY, describe_worker
-from backend.queue.predict_queue import PREDICT
-from backend.queue.worker_loop import heartbeat, run_worker
+from backend.queue.predict_queue import PREDICT, make_backlogs
+from backend.queue.redis import connect_patiently
+from backend.queue.worker_loop import run_worker
 from backend.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -36,6 +37,8 @@ def run(settings: Settings) -> None:
     device = predictor.detectors.base.device
     if device.type == "cuda":
         GPU_MEMORY.labels(str(device)).set_function(lambda: torch.cuda.memory_reserved(device))
-    with heartbeat(settings, PREDICT, READY_KEY, describe_worker(str(device), predictor.batch_size)) as name:
-        log.info("worker %s is ready on %s with a batch size of %d", name, device, predictor.batch_size)
-        run_worker(settings, PREDICT, name, {PREDICT_FUNCTION: predictor.predict})
+    info = describe_worker(str(device), settings.model, predictor.checkpoint, predictor.batch_size)
+    log.info("ready on %s with a batch size of %d", device, predictor.batch_size)
+    refill = make_backlogs(connect_patiently(settings.redis_url), predictor.checkpoint).refill
+    functions = {PREDICT_FUNCTION: predictor.predict}
+    run_worker(settings, PREDICT + predictor.checkpoint, READY_KEY, info, functions, refill=refill)

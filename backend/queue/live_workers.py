@@ -15,21 +15,24 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from redis import Redis
 
 from backend.queue.messages import describe_validation_error
-from backend.queue.recovery import READY_TTL
 from backend.queue.redis import get_indexed, set_indexed
 
 READY_KEY = "gdino:ready:"  # + name of a predict worker whose model is loaded -> JSON: WorkerInfo
 FIT_READY_KEY = "gdino:fit-ready:"  # + name of a training worker, likewise
 
+READY_TTL = 10  # s after its last heartbeat for which a worker counts as alive
+
 log = logging.getLogger(__name__)
 
 
 class WorkerInfo(BaseModel):
-    """A live worker: its torch device, the images of one batch (predict workers), and its process."""
+    """A live worker: its torch device and process; of a predict worker also its model and the images of one batch."""
 
     model_config = ConfigDict(frozen=True)
 
     device: str
+    model: str | None = None  # as MODEL names it
+    checkpoint: str | None = None  # its fingerprint
     batch_size: int | None = None
     host: str
     pid: int
@@ -42,11 +45,15 @@ def make_worker_name() -> str:
     return f"{socket.gethostname()}-{os.getpid()}-{time.time_ns() % 1_000_000}"
 
 
-def describe_worker(device: str, batch_size: int | None = None) -> WorkerInfo:
+def describe_worker(
+    device: str, model: str | None = None, checkpoint: str | None = None, batch_size: int | None = None
+) -> WorkerInfo:
     """Describes the worker in this process."""
     pid = os.getpid()
     return WorkerInfo(
         device=device,
+        model=model,
+        checkpoint=checkpoint,
         batch_size=batch_size,
         host=socket.gethostname(),
         pid=pid,

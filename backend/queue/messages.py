@@ -25,7 +25,7 @@ class Message(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,18 @@ class Prediction(BaseModel):
 
 
 class ErrorDetail(BaseModel):
-    """An error's code, which programs read, and its text, which people read."""
+    """An error's code, which programs read, its text, which people read, and whether a later attempt may succeed."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     code: str
     detail: str
+    is_retryable: bool
+
+    @classmethod
+    def of(cls, error: BackendError) -> ErrorDetail:
+        """Makes the details of an error."""
+        return cls(code=error.code, detail=str(error), is_retryable=error.is_retryable)
 
 
 class TaskError(BaseModel):
@@ -97,7 +103,7 @@ class TaskError(BaseModel):
     @classmethod
     def of(cls, error: BackendError) -> TaskError:
         """Makes the answer for a task that failed with this error."""
-        return cls(error=ErrorDetail(code=error.code, detail=str(error)))
+        return cls(error=ErrorDetail.of(error))
 
 
 def _tag_answer(answer: Any) -> str:
@@ -109,6 +115,11 @@ Answer = Annotated[
     Annotated[Prediction, Tag("prediction")] | Annotated[TaskError, Tag("error")], Discriminator(_tag_answer)
 ]
 ANSWER: TypeAdapter[Answer] = TypeAdapter(Answer)
+
+
+def dump_answer(answer: Answer) -> dict[str, Any]:
+    """Returns an answer as Label Studio gets it: what may be tried again is the backend's own concern."""
+    return answer.model_dump(exclude={"error": {"is_retryable"}})
 
 
 class ChunkAnswers(Message):

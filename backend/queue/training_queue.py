@@ -7,18 +7,16 @@ import time
 from typing import Any
 
 from redis import Redis
-from rq import Retry
 from rq.exceptions import DuplicateJobError
 
 from backend.queue.jobs import TRAIN_FUNCTION, fetch_job, get_final_result, make_queue
 from backend.queue.messages import TrainingRequest
-from backend.queue.recovery import LostChunk
+from backend.queue.recovery import LostChunk, allow_lost_attempts
 from backend.queue.redis import get_indexed, redis_errors, set_indexed
 
 FIT = "fit"  # the queue's name
 PROGRESS_KEY = "gdino:training:"  # + project -> JSON: state, done, of, text, time, and in the end the outcome
 TRAINING_TIMEOUT = 7 * 24 * 3600  # s
-MAX_RETRIES = 3  # of a training whose worker was killed; each goes on where the last one stopped
 
 
 class TrainingQueue:
@@ -55,7 +53,7 @@ class TrainingQueue:
             job_id=job_id,
             unique=True,
             job_timeout=TRAINING_TIMEOUT,
-            retry=Retry(max=MAX_RETRIES),
+            retry=allow_lost_attempts(),  # each goes on where the last one stopped
             description=f"train for project {project}",
         )
         self.report(project, "queued")

@@ -3,11 +3,16 @@
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 
 import pytest
+from redis import Redis
 
 from backend.errors import MessageError
-from backend.prediction.predict_job import EXIT_BROKEN_DEVICE, Predictor
+from backend.prediction.job_report import JobReport
+from backend.prediction.predict_job import EXIT_BROKEN_DEVICE, ChunkRun, Predictor
+from backend.queue.messages import Answer, ChunkTask, TaskError
+from backend.queue.recovery import LostChunk
 from backend.registry.project_model import ProjectModel
 from backend.settings import Settings
 from tests.chunks import make_chunk
@@ -39,6 +44,24 @@ def predictor() -> Predictor:
 def make_chunk_of(config: str, *data: dict[str, object]):
     tasks = [{"id": number, "data": row} for number, row in enumerate(data, 1)]
     return ProjectModel(SETTINGS, config).make_chunks(tasks, len(tasks))[0]
+
+
+def test_a_task_that_raises_fails_alone_in_the_second_attempt(
+    predictor: Predictor, connection: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunk = make_chunk_of(CONFIG, *({"image": to_data_uri(scene.image)} for scene in SCENES))
+    run = ChunkRun(predictor, predictor.detectors.base, chunk.plan, "v", JobReport(predictor.thumbnails))
+    original = ChunkRun.predict_tasks
+
+    def raise_at_two(self: ChunkRun, tasks: Sequence[ChunkTask]) -> list[Answer]:
+        if any(task.id == 2 for task in tasks):
+            raise ValueError("odd")
+        return original(self, tasks)
+
+    monkeypatch.setattr(ChunkRun, "predict_tasks", raise_at_two)
+    answers = run.predict_one_by_one(chunk.tasks, LostChunk(connection, chunk.id))
+    codes = [answer.error.code if isinstance(answer, TaskError) else "" for answer in answers]
+    assert codes == ["", "internal", ""]
 
 
 def test_each_task_gets_the_regions_of_its_own_images(predictor: Predictor) -> None:

@@ -19,10 +19,11 @@ from backend.queue.live_workers import (
 )
 from backend.queue.predict_queue import DEFAULT_BATCH_SIZE, PredictQueue
 from backend.queue.redis import set_indexed
+from tests.chunks import CHECKPOINT
 
 
 def save_worker(connection: Redis, name: str, **changes: object) -> None:
-    info = WorkerInfo.model_validate({**describe_worker("cpu", 8).model_dump(), **changes})
+    info = WorkerInfo.model_validate({**describe_worker("cpu", "demo", CHECKPOINT, 8).model_dump(), **changes})
     save_heartbeat(connection, READY_KEY, name, info)
 
 
@@ -44,7 +45,7 @@ def test_heartbeats_of_processes_that_are_gone_are_removed(connection: Redis) ->
 
 def test_the_heartbeat_of_a_zombie_is_removed(connection: Redis) -> None:
     with subprocess.Popen([sys.executable, "-c", ""]) as zombie:
-        info = describe_worker("cpu", 8)
+        info = describe_worker("cpu", "demo", CHECKPOINT, 8)
         os.waitid(os.P_PID, zombie.pid, os.WEXITED | os.WNOWAIT)  # it has exited and is not reaped
         save_worker(connection, "zombie", pid=zombie.pid, process_start=info.process_start)
         remove_stale_heartbeats(connection)
@@ -53,7 +54,7 @@ def test_the_heartbeat_of_a_zombie_is_removed(connection: Redis) -> None:
 
 def test_all_heartbeats_can_be_removed(connection: Redis) -> None:
     for key in (READY_KEY, FIT_READY_KEY):
-        save_heartbeat(connection, key, "worker", describe_worker("cpu", 8))
+        save_heartbeat(connection, key, "worker", describe_worker("cpu", "demo", CHECKPOINT, 8))
     remove_all_heartbeats(connection)
     assert get_live_workers(connection, READY_KEY) == get_live_workers(connection, FIT_READY_KEY) == {}
 
@@ -62,11 +63,9 @@ def test_a_worker_of_another_version_of_the_backend_is_left_out(
     connection: Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
     set_indexed(connection, READY_KEY, "old", '{"batch_size": 2, "device": "cpu"}', 10)
-    assert (PredictQueue(connection).count_ready_workers(), PredictQueue(connection).get_batch_size()) == (
-        0,
-        DEFAULT_BATCH_SIZE,
-    )
+    queue = PredictQueue(connection, CHECKPOINT)
+    assert (queue.get_ready_workers(), queue.get_batch_size()) == ({}, DEFAULT_BATCH_SIZE)
     remove_stale_heartbeats(connection)
     assert "worker old runs another version of the backend (host: Field required)" in caplog.text
     save_worker(connection, "new")
-    assert PredictQueue(connection).get_batch_size() == 8
+    assert queue.get_batch_size() == 8

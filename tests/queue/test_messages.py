@@ -81,7 +81,7 @@ def test_a_missing_field_is_refused(kind: type[Message], payload: dict[str, Any]
             read_message(kind, changed)
 
 
-@pytest.mark.parametrize("other", [0, 2, "1", None])
+@pytest.mark.parametrize("other", [0, 1, "2", None])
 def test_another_format_is_refused(other: object) -> None:
     with pytest.raises(MessageError, match="format"):
         read_message(Chunk, {**CHUNK.payload, "format": other})

@@ -4,18 +4,19 @@ from pathlib import Path
 
 import pytest
 from redis import Redis
-from rq import Queue, SimpleWorker
+from rq import SimpleWorker
 from rq.job import Job
 from rq.results import Result
 from rq.serializers import JSONSerializer
 
 from backend.errors import QueueUnavailable
+from backend.queue.backlogs import Place
 from backend.queue.jobs import PREDICT_FUNCTION, AllowedJob, JobFunction, make_queue
 from backend.queue.live_workers import READY_KEY, describe_worker, save_heartbeat
 from backend.queue.messages import Chunk, Prediction, read_message
-from backend.queue.predict_queue import PREDICT, PredictQueue
+from backend.queue.predict_queue import PredictQueue
 from backend.queue.redis import connect
-from tests.chunks import PREDICTION, make_answers, make_chunk, make_error
+from tests.chunks import CHECKPOINT, PREDICT_QUEUE, PREDICTION, make_answers, make_chunk, make_error
 
 CHUNK = make_chunk({"id": 1, "data": {"image": "http://x/?token=s3cret"}})
 
@@ -23,21 +24,21 @@ CHUNK = make_chunk({"id": 1, "data": {"image": "http://x/?token=s3cret"}})
 def run_waiting_jobs(connection: Redis, **functions: JobFunction) -> None:
     """Runs all waiting jobs in this process, as a worker with these functions does."""
     job_class = AllowedJob.with_functions(functions)
-    SimpleWorker([PREDICT], connection=connection, serializer=JSONSerializer, job_class=job_class).work(
+    SimpleWorker([PREDICT_QUEUE], connection=connection, serializer=JSONSerializer, job_class=job_class).work(
         burst=True, logging_level="ERROR"
     )
 
 
 def test_interactive_jobs_go_to_the_front(connection: Redis) -> None:
-    queue = PredictQueue(connection)
+    queue = PredictQueue(connection, CHECKPOINT)
     bulk = queue.enqueue([make_chunk({"id": 1}, model_version=str(number)) for number in range(3)])
-    urgent = queue.enqueue([CHUNK], at_front=True)
-    waiting = Queue(PREDICT, connection=connection, serializer=JSONSerializer).job_ids
+    urgent = queue.enqueue([CHUNK], Place.URGENT)
+    waiting = make_queue(PREDICT_QUEUE, connection).job_ids
     assert waiting == [job.id for job in urgent + bulk]
 
 
 def test_a_job_is_json_and_its_description_shows_no_address(connection: Redis) -> None:
-    (job,) = PredictQueue(connection).enqueue([CHUNK])
+    (job,) = PredictQueue(connection, CHECKPOINT).enqueue([CHUNK])
     stored = connection.hgetall(f"rq:job:{job.id}")
     assert stored[b"description"] == b"predict 1 tasks"
     assert read_message(Chunk, json.loads(json.dumps(job.args))[0]) == CHUNK
@@ -46,7 +47,7 @@ def test_a_job_is_json_and_its_description_shows_no_address(connection: Redis) -
 @pytest.mark.parametrize("name", ["os.system", "backend.prediction.predict_worker.run", "subprocess.run", "train"])
 def test_a_forged_job_does_not_run(connection: Redis, tmp_path: Path, name: str) -> None:
     mark = tmp_path / "pwned"
-    queue = Queue(PREDICT, connection=connection, serializer=JSONSerializer)
+    queue = make_queue(PREDICT_QUEUE, connection)
     job = queue.enqueue(name, f"touch {mark}")
     run_waiting_jobs(connection, predict=lambda payload: {})
     assert not mark.exists()
@@ -54,7 +55,7 @@ def test_a_forged_job_does_not_run(connection: Redis, tmp_path: Path, name: str)
 
 
 def test_forged_callbacks_do_not_run(connection: Redis, tmp_path: Path) -> None:
-    queue = Queue(PREDICT, connection=connection, serializer=JSONSerializer)
+    queue = make_queue(PREDICT_QUEUE, connection)
     job = queue.enqueue(PREDICT_FUNCTION, CHUNK.payload)
     mark = tmp_path / "pwned"
     for kind in ("success", "failure", "stopped"):
@@ -68,14 +69,14 @@ def test_forged_callbacks_do_not_run(connection: Redis, tmp_path: Path) -> None:
 
 
 def test_waiting_for_a_failed_job_returns_none(connection: Redis) -> None:
-    queue = PredictQueue(connection)
+    queue = PredictQueue(connection, CHECKPOINT)
     (job,) = queue.enqueue([make_chunk()])
     run_waiting_jobs(connection)
     assert queue.wait(job, time.monotonic() + 5) is None
 
 
 def test_waiting_ends_at_the_deadline(connection: Redis) -> None:
-    queue = PredictQueue(connection)
+    queue = PredictQueue(connection, CHECKPOINT)
     (job,) = queue.enqueue([CHUNK])
     start = time.monotonic()
     with pytest.raises(TimeoutError):
@@ -86,19 +87,19 @@ def test_waiting_ends_at_the_deadline(connection: Redis) -> None:
 
 def finish_job(connection: Redis, job: Job, answers: list[dict]) -> None:
     """Takes a job off the queue and stores its answers, as a worker does."""
-    make_queue(PREDICT, connection).remove(job)
+    make_queue(PREDICT_QUEUE, connection).remove(job)
     Result.create(job, Result.Type.SUCCESSFUL, ttl=60, return_value=make_answers(answers))
 
 
 def test_a_waiting_chunk_is_not_enqueued_again(connection: Redis) -> None:
-    queue = PredictQueue(connection)
+    queue = PredictQueue(connection, CHECKPOINT)
     first, again = queue.enqueue([CHUNK, CHUNK])
     assert first.id == again.id
-    assert len(Queue(PREDICT, connection=connection, serializer=JSONSerializer)) == 1
+    assert len(make_queue(PREDICT_QUEUE, connection)) == 1
 
 
 def test_a_prediction_is_reused_and_an_error_is_predicted_again(connection: Redis) -> None:
-    queue = PredictQueue(connection)
+    queue = PredictQueue(connection, CHECKPOINT)
     (job,) = queue.enqueue([CHUNK])
     finish_job(connection, job, [PREDICTION])
     assert queue.wait(queue.enqueue([CHUNK])[0], time.monotonic() + 1) == [Prediction(**PREDICTION)]
@@ -106,28 +107,38 @@ def test_a_prediction_is_reused_and_an_error_is_predicted_again(connection: Redi
     finish_job(connection, job, [make_error("away")])
     (new,) = queue.enqueue([CHUNK])
     assert new.latest_result() is None
-    assert Queue(PREDICT, connection=connection, serializer=JSONSerializer).job_ids == [new.id]
+    assert make_queue(PREDICT_QUEUE, connection).job_ids == [new.id]
 
 
 def test_an_unreachable_redis_is_reported_at_once() -> None:
     start = time.monotonic()
     with pytest.raises(QueueUnavailable, match="is Redis running"):
-        PredictQueue(connect("redis://127.0.0.1:1")).enqueue([CHUNK])
+        PredictQueue(connect("redis://127.0.0.1:1"), CHECKPOINT).enqueue([CHUNK])
     assert time.monotonic() - start < 3
 
 
 def test_an_annotators_request_moves_a_waiting_chunk_to_the_front(connection: Redis) -> None:
-    queue = PredictQueue(connection)
+    queue = PredictQueue(connection, CHECKPOINT)
     chunks = [make_chunk({"id": number}) for number in range(3)]
     jobs = queue.enqueue(chunks)
-    queue.enqueue(chunks[2:], at_front=True)
-    waiting = Queue(PREDICT, connection=connection, serializer=JSONSerializer).job_ids
+    queue.enqueue(chunks[2:], Place.URGENT)
+    waiting = make_queue(PREDICT_QUEUE, connection).job_ids
     assert waiting == [jobs[2].id, jobs[0].id, jobs[1].id]
 
 
 def test_the_batch_size_is_the_smallest_of_the_ready_workers(connection: Redis) -> None:
-    queue = PredictQueue(connection)
+    queue = PredictQueue(connection, CHECKPOINT)
     assert queue.get_batch_size() == 4
     for name, size in (("a", 16), ("b", 8)):
-        save_heartbeat(connection, READY_KEY, name, describe_worker("cpu", size))
+        save_heartbeat(connection, READY_KEY, name, describe_worker("cpu", "demo", CHECKPOINT, size))
+    save_heartbeat(connection, READY_KEY, "other", describe_worker("cpu", "other", "another", 2))
     assert queue.get_batch_size() == 8
+    assert set(queue.get_ready_workers()) == {"a", "b"}
+
+
+def test_the_batch_size_outlasts_a_restart_of_the_workers(connection: Redis) -> None:
+    queue = PredictQueue(connection, CHECKPOINT)
+    save_heartbeat(connection, READY_KEY, "a", describe_worker("cpu", "demo", CHECKPOINT, 16))
+    queue.get_batch_size()
+    connection.delete(READY_KEY + "a")
+    assert queue.get_batch_size() == 16  # a repeated request is cut into the same chunks
