@@ -10,18 +10,20 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from redis import Redis
 from rq.job import Job
 
+from backend.delivery.bulk import BulkSender
 from backend.delivery.imported_projects import record_import
-from backend.delivery.outbox import Delivery, Outbox
+from backend.delivery.outbox import SELECTION_TIMEOUT, Delivery, Outbox, OutboxEntry
 from backend.errors import BackendError, BadRequest, NotReady, QueueUnavailable
 from backend.monitoring.feedback import AnnotationEvent, AnnotationLog, count_outcomes, get_predicted
 from backend.monitoring.project_stats import list_model_versions
-from backend.queue.messages import Answer, Chunk, Prediction, TaskError
+from backend.queue.backlogs import Place
+from backend.queue.messages import Answer, Chunk, Prediction, TaskError, dump_answer
 from backend.queue.predict_queue import PredictQueue
 from backend.queue.private_redis import resolve_redis_url
 from backend.queue.redis import connect, redis_errors
@@ -32,7 +34,6 @@ from backend.settings import Settings
 log = logging.getLogger(__name__)
 
 ENQUEUE_SLOTS = threading.BoundedSemaphore(2)  # requests that enqueue at a time: /health wants a turn too
-SELECTION_TIMEOUT = 60  # s that Label Studio may take from selecting the tasks of a request to sending it
 DELETION_EVENTS = ("ANNOTATIONS_DELETED", "ANNOTATION_DELETED")
 ANNOTATION_EVENTS = ("ANNOTATION_CREATED", "ANNOTATION_UPDATED", "ANNOTATIONS_CREATED", *DELETION_EVENTS)
 
@@ -70,7 +71,7 @@ class GroundingDINO:
     @property
     def queue(self) -> PredictQueue:
         """The queue of the predict workers."""
-        return PredictQueue(self._connection)
+        return PredictQueue(self._connection, self._project_model.checkpoint.fingerprint)
 
     @property
     def _outbox(self) -> Outbox:
@@ -95,9 +96,19 @@ class GroundingDINO:
         return version
 
     def predict(
-        self, tasks: Sequence[Mapping[str, Any]], context: Mapping[str, Any] | None = None, **kwargs: Any
+        self,
+        tasks: Sequence[Mapping[str, Any]],
+        context: Mapping[str, Any] | None = None,
+        is_cancelled: Callable[[], bool] = lambda: False,
+        **kwargs: Any,
     ) -> list[dict[str, Any]]:
         """Predicts tasks.
+
+        Args:
+            tasks: as Label Studio sends them.
+            context: what the annotator is typing, in a request for interactive work.
+            is_cancelled: returns whether nobody waits for the answers any more.
+            **kwargs: of label-studio-ml's interface; not used.
 
         Returns:
             One answer per task, in order: a prediction, or `{"error": {"code", "detail"}}`.
@@ -106,32 +117,43 @@ class GroundingDINO:
             LabelingConfigError: the config cannot be served.
             QueueUnavailable: Redis does not answer.
         """
-        requested_at, deadline = time.time(), time.monotonic() + self.settings.predict_deadline
-        with ENQUEUE_SLOTS:
+        deadline, requested_at = time.monotonic() + self.settings.predict_deadline, self._outbox.get_time()
+        is_stored = not context and self._can_deliver(tasks)  # Label Studio does not store answers to interactive work
+        may_push = is_stored and not self._outbox.is_mismatched(self.project_id)
+        is_large = len(tasks) > self.settings.push_above
+        with contextlib.nullcontext() if len(tasks) == 1 else ENQUEUE_SLOTS:
+            if may_push and is_large:
+                self._make_sender().send(tasks, requested_at)
+                return [dump_answer(PUSHED_LATER)] * len(tasks)
             size = self.settings.batch_size or self.queue.get_batch_size()
             chunks = self._project_model.make_chunks(tasks, size, context)
-            jobs = self.queue.enqueue(chunks, at_front=len(tasks) == 1, project=self.project_id)
-        is_stored = not context and self._can_push(tasks)  # Label Studio does not store answers to interactive work
-        if is_stored and len(tasks) > self.settings.push_above:
-            self._outbox.add(self.project_id, chunks, requested_at)
-            return [PUSHED_LATER.model_dump()] * len(tasks)
-        answers = [self._wait(job, chunk, deadline) for job, chunk in zip(jobs, chunks, strict=True)]
-        if is_stored:
-            answers = self._settle_deliveries(chunks, answers, requested_at)
-        return [answer.model_dump() for chunk_answers in answers for answer in chunk_answers]
+            place = Place.BACKLOG if is_large else Place.QUEUE if len(tasks) > 1 else Place.URGENT
+            jobs = self.queue.enqueue(chunks, place, self.project_id)
+        answers = [self._wait(job, chunk, deadline, is_cancelled) for job, chunk in zip(jobs, chunks, strict=True)]
+        if may_push and is_cancelled():  # nobody stores the answers
+            self._add_to_outbox(chunks, requested_at)
+        elif is_stored:
+            answers = self._settle_deliveries(chunks, answers, requested_at, may_push)
+        return [dump_answer(answer) for chunk_answers in answers for answer in chunk_answers]
 
-    def _can_push(self, tasks: Sequence[Mapping[str, Any]]) -> bool:
-        """Returns whether predictions of these tasks may be imported into Label Studio."""
-        return (
-            bool(self.settings.label_studio_url and self.settings.label_studio_api_key and self.project_id)
-            and all(isinstance(task.get("id"), int) for task in tasks)
-            and not self._outbox.is_mismatched(self.project_id)
+    def _make_sender(self) -> BulkSender:
+        return BulkSender(
+            self.settings, self._connection, self.project_id, self._project_model, self._project_model.created_at
         )
 
-    def _wait(self, job: Job, chunk: Chunk, deadline: float) -> list[Answer]:
+    def _can_deliver(self, tasks: Sequence[Mapping[str, Any]]) -> bool:
+        """Returns whether predictions of these tasks can be imported into Label Studio."""
+        has_key = bool(self.settings.label_studio_url and self.settings.label_studio_api_key and self.project_id)
+        return has_key and all(isinstance(task.get("id"), int) for task in tasks)
+
+    def _add_to_outbox(self, chunks: Sequence[Chunk], requested_at: float) -> None:
+        created_at = self._project_model.created_at
+        self._outbox.add([OutboxEntry.of(self.project_id, chunk, requested_at, created_at) for chunk in chunks])
+
+    def _wait(self, job: Job, chunk: Chunk, deadline: float, is_cancelled: Callable[[], bool]) -> list[Answer]:
         """Waits for the answers of a chunk; the same error for each task where there are none."""
         try:
-            answers = self.queue.wait(job, deadline)
+            answers = self.queue.wait(job, deadline, is_cancelled)
         except TimeoutError:
             error: BackendError = NotReady("the prediction is not finished yet; it continues, retrieve again")
         else:
@@ -143,23 +165,22 @@ class GroundingDINO:
         return [TaskError.of(error)] * len(chunk.tasks)
 
     def _settle_deliveries(
-        self, chunks: Sequence[Chunk], answers: Sequence[list[Answer]], requested_at: float
+        self, chunks: Sequence[Chunk], answers: Sequence[list[Answer]], requested_at: float, may_push: bool
     ) -> list[list[Answer]]:
-        """Leaves unfinished chunks to the pusher; withholds the predictions that it has delivered meanwhile."""
+        """Leaves unfinished chunks to the delivery; withholds the predictions that it has delivered meanwhile."""
         late = [
             chunk
             for chunk, chunk_answers in zip(chunks, answers, strict=True)
             if any(isinstance(answer, TaskError) and answer.error.code == NotReady.code for answer in chunk_answers)
         ]
-        self._outbox.add(self.project_id, late, requested_at)
+        if may_push:
+            self._add_to_outbox(late, requested_at)
         settled: list[list[Answer]] = []
         for chunk, chunk_answers in zip(chunks, answers, strict=True):
             by_task = zip(chunk.tasks, chunk_answers, strict=True)
             predicted = [task.id for task, answer in by_task if isinstance(answer, Prediction)]
-            since = requested_at - SELECTION_TIMEOUT
-            claims = self._outbox.claim(
-                Delivery.PULL, self.project_id, chunk.model_version, predicted, time.time(), since
-            )
+            since = dict.fromkeys(predicted, requested_at - SELECTION_TIMEOUT)
+            claims = self._outbox.claim(Delivery.PULL, self.project_id, chunk.model_version, since)
             settled.append(
                 [
                     PUSHED_ALREADY if claims.get(task.id) else answer
@@ -255,7 +276,7 @@ class GroundingDINO:
         Raises:
             QueueUnavailable: Redis does not answer.
         """
-        return self.queue.count_ready_workers()
+        return len(self.queue.get_ready_workers())
 
 
 with contextlib.suppress(ImportError):  # label-studio-ml's `init_app` takes only what counts as its subclass

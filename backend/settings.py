@@ -88,6 +88,15 @@ class Settings(BaseSettings):
     )
     push_above: int = _make_setting(50, "tasks of a request above which predictions are pushed, with a key", ge=0)
     preannotate_on_import: bool = _make_setting(False, "`true`: predict tasks as they are imported, with a key")
+    retry_hours: int = _make_setting(
+        24, "how long a prediction to be pushed is tried again while its image or Label Studio is away", "hours", ge=0
+    )
+    import_timeout: int = _make_setting(
+        300, "time that Label Studio may take to store an import of predictions", "seconds", ge=1
+    )
+    stop_timeout: int = _make_setting(
+        8, "time to finish a chunk at SIGTERM; else it goes back to the queue", "seconds", ge=1
+    )
     forward_timeout: int = _make_setting(120, "time after which a forward pass counts as hung", "seconds", ge=1)
     allowed_image_hosts: str = _make_setting(
         "", "comma-separated private hosts or networks that images may be fetched from"

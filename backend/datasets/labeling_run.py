@@ -22,8 +22,9 @@ from backend.errors import BackendError, SettingsError
 from backend.images.decoding import read_oriented_size
 from backend.labelstudio.labeling_config import Plan
 from backend.labelstudio.regions import read_label
+from backend.queue.backlogs import Place
 from backend.queue.messages import Answer, Chunk, TaskError
-from backend.queue.predict_queue import ChunkState, PredictQueue
+from backend.queue.predict_queue import ChunkState, PredictQueue, delete_chunk, get_result
 from backend.registry.project_model import ProjectModel
 from backend.settings import Settings
 
@@ -58,8 +59,9 @@ class LabelingRun:
 
     def __init__(self, settings: Settings, connection: Redis, label_config: str, out: Path) -> None:
         """Reads the config; raises LabelingConfigError or SettingsError if it does not suit a folder."""
-        self._settings, self._queue = settings, PredictQueue(connection)
         self.project_model = ProjectModel(settings, label_config)
+        self._settings, self._connection = settings, connection
+        self._queue = PredictQueue(connection, self.project_model.checkpoint.fingerprint)
         self.label_config, self.field = label_config, _read_image_field(self.project_model.plan)
         self._answers_path = out / ANSWERS_FILE
 
@@ -100,7 +102,7 @@ class LabelingRun:
                 yield from self._send([waiting.popleft() for _ in range(min(size, len(waiting)))], sent)
             if not sent:
                 continue
-            result = self._queue.get_result(sent[0].chunk.id)
+            result = get_result(self._connection, sent[0].chunk.id)
             if result.state is ChunkState.WAITING:
                 time.sleep(POLL_INTERVAL)
                 continue
@@ -111,12 +113,12 @@ class LabelingRun:
                     yield {"key": file.key, "error": answer.error.detail}
                 else:
                     yield {"key": file.key, "prediction": answer.model_dump()}
-            self._queue.delete(first.chunk.id)
+            delete_chunk(self._connection, first.chunk.id)
 
     def _has_room(self, sent: Sequence[SentChunk]) -> bool:
         if sum(chunk.size for chunk in sent) > MAX_BYTES_IN_FLIGHT:
             return False
-        return len(sent) < CHUNKS_PER_WORKER * max(self._queue.count_ready_workers(), 1)
+        return len(sent) < CHUNKS_PER_WORKER * max(len(self._queue.get_ready_workers()), 1)
 
     def _send(self, files: Sequence[ImageFile], sent: deque[SentChunk]) -> Iterator[Row]:
         """Enqueues a chunk; yields an error row for each file that cannot be read."""
@@ -132,7 +134,7 @@ class LabelingRun:
             uri = "data:;base64," + base64.b64encode(body).decode()
             tasks.append({"id": file.key, "data": {self.field: uri}})  # the key keeps equal images in jobs of their own
         for chunk in self.project_model.make_chunks(tasks, max(len(tasks), 1)):
-            self._queue.enqueue([chunk])
+            self._queue.enqueue([chunk], Place.BACKLOG)
             sent.append(SentChunk(chunk, readable, size))
 
 

@@ -37,7 +37,7 @@ class ProjectModel:
             created_at: when the project was created, in seconds since the epoch, where it is known.
         """
         self._settings, self._label_config = settings, label_config
-        self._project, self._created_at = project, created_at
+        self._project, self.created_at = project, created_at
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -50,7 +50,7 @@ class ProjectModel:
         if not self._project:
             return None
         store = VersionStore(self._settings.model_dir, self._project)
-        return store.get_serving(self.checkpoint.fingerprint, self._created_at)
+        return store.get_serving(self.checkpoint.fingerprint, self.created_at)
 
     @functools.cached_property
     def plan(self) -> Plan:
@@ -80,7 +80,7 @@ class ProjectModel:
             plan: Plan | None = self.plan
         except LabelingConfigError:
             plan = None
-        save_summary(connection, self._project, self.model_version, plan, self._label_config, self._created_at)
+        save_summary(connection, self._project, self.model_version, plan, self._label_config, self.created_at)
 
     def make_chunks(
         self,
