@@ -1,6 +1,7 @@
 """The web front: a Flask application that Label Studio, browsers and Prometheus call.
 
 - `app`: Label Studio's routes (`/setup`, `/predict`, `/webhook`, ...), the probes, and the error handlers.
+- `predict_response`: the response to `/predict`, which may take minutes.
 - `auth`: the secret URL prefix and basic auth; `request_body`: the JSON body of a request, checked.
 - `request_log`: each request's id, its line in the log, and its metrics.
 - `pages`: the HTML pages, their static files and the samples; `static/`: the pages themselves.

@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, wait
-from concurrent.futures import TimeoutError as FutureTimeout  # another class than the builtin in Python 3.10
-from contextvars import copy_context
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from flask import Flask, Response, g, jsonify, request
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
-from backend.errors import BackendError, BadRequest, NotFound, Overloaded, RequestTooLarge
+from backend.errors import BackendError, BadRequest, NotFound, RequestTooLarge
 from backend.settings import Settings
 from backend.web.auth import SecretPathMiddleware, check_login, require_login
 from backend.web.pages import make_blueprint
+from backend.web.predict_response import Slots, respond
 from backend.web.request_body import parse_json_body
 from backend.web.request_log import register_request_log
 
 log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 250_000_000  # Label Studio's own limit for imports
-MAX_WAITING_REQUESTS = 200  # /predict requests; fewer than gunicorn's threads, so that /health always gets one
-KEEP_ALIVE_INTERVAL = 20.0  # s between two bytes to a waiting client
 RETRY_AFTER = "30"  # s, of the header of that name
 PROJECT_ID = re.compile(r"[0-9]{1,18}(\.[0-9]{1,18})?(?![0-9])")
 
@@ -45,7 +39,7 @@ def create_app(make_plugin: Callable[..., Any], settings: Settings) -> Flask:
     app.register_blueprint(make_blueprint(settings))
     app.wsgi_app = SecretPathMiddleware(app.wsgi_app, settings.path_secret)  # type: ignore[method-assign]
     _register_error_handlers(app)
-    slots = threading.BoundedSemaphore(MAX_WAITING_REQUESTS)
+    slots = Slots()
 
     def plugin(project: Any = None, label_config: Any = None) -> Any:
         """Makes the plugin for the current request."""
@@ -76,7 +70,13 @@ def create_app(make_plugin: Callable[..., Any], settings: Settings) -> Flask:
         if not isinstance(params, Mapping):
             raise BadRequest("params must be an object")
         model = plugin(body.get("project"), body.get("label_config"))
-        return _respond_with_keep_alive(lambda: model.predict(tasks, context=params.get("context")), slots)
+        return respond(
+            lambda is_cancelled: model.predict(tasks, context=params.get("context"), is_cancelled=is_cancelled),
+            slots,
+            is_selection=len(tasks) > 1,
+            connection=request.environ.get("gunicorn.socket"),
+            description=_describe_request(),
+        )
 
     @app.post("/webhook")
     def webhook() -> Response:
@@ -94,46 +94,6 @@ def create_app(make_plugin: Callable[..., Any], settings: Settings) -> Flask:
         return jsonify(versions=model.versions(), trainings=model.trainings())
 
     return app
-
-
-def _respond_with_keep_alive(predict: Callable[[], list[Any]], slots: threading.BoundedSemaphore) -> Response:
-    """Runs `predict` in a thread of its own and responds with its results.
-
-    Label Studio gives up when it gets no byte for 100 s. So a response that takes longer than `KEEP_ALIVE_INTERVAL`
-    begins with spaces, which JSON allows. Its status is 200 by then, whatever the outcome.
-
-    Raises:
-        Overloaded: no slot is free.
-        BackendError: from `predict`, within the first interval.
-    """
-    if not slots.acquire(blocking=False):
-        raise Overloaded(f"{MAX_WAITING_REQUESTS} requests are waiting already; try again in a minute")
-    results: Future[list[Any]] = Future()
-
-    def run() -> None:
-        try:
-            results.set_result(predict())
-        except Exception as error:  # raised again by `results.result`
-            results.set_exception(error)
-        finally:
-            slots.release()
-
-    threading.Thread(target=copy_context().run, args=(run,), daemon=True).start()
-    try:
-        return jsonify(results=results.result(KEEP_ALIVE_INTERVAL))
-    except FutureTimeout:
-        return Response(_stream_spaces_then_results(results, _describe_request()), mimetype="application/json")
-
-
-def _stream_spaces_then_results(results: Future[list[Any]], description: str) -> Iterator[str]:
-    while not results.done():
-        yield " "
-        wait([results], KEEP_ALIVE_INTERVAL)
-    try:
-        yield json.dumps({"results": results.result()})
-    except BackendError as error:  # too late for its status
-        log.warning("%s: %s: %s", description, error.code, error)
-        yield json.dumps({"error": error.to_dict()})
 
 
 def _parse_tasks(tasks: Any) -> list[Mapping[str, Any]]:

@@ -10,10 +10,11 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from prometheus_client.metrics_core import GaugeMetricFamily, InfoMetricFamily, Metric
 from redis import Redis
 
+from backend.delivery.failures import Failures
 from backend.delivery.outbox import Outbox
 from backend.metrics import REGISTRY, merge_metrics
 from backend.monitoring.project_stats import get_shown_model_versions
-from backend.queue.predict_queue import PredictQueue
+from backend.queue.predict_queue import count_waiting_by_checkpoint
 from backend.queue.worker_metrics import collect_metrics
 from backend.web.status import READY_KEYS, list_workers
 
@@ -72,9 +73,14 @@ def _read_gauges(connection: Redis) -> Iterator[Metric]:
             count = sum(worker["queue"] == queue and worker["is_busy"] == is_busy for worker in workers)
             live.add_metric([queue, state], count)
     yield live
-    waiting = PredictQueue(connection).count_waiting()
+    waiting = count_waiting_by_checkpoint(connection).total()
     yield GaugeMetricFamily("gdino_queue_chunks", "Chunks waiting for a worker.", waiting)
-    yield GaugeMetricFamily("gdino_outbox_chunks", "Chunks to push into Label Studio.", len(Outbox(connection)))
+    pending = Outbox(connection).count_by_project()
+    yield GaugeMetricFamily("gdino_outbox_chunks", "Chunks to push into Label Studio.", sum(pending.values()))
+    given_up = GaugeMetricFamily("gdino_given_up_tasks", "Tasks whose prediction was given up.", labels=["project"])
+    for project, count in Failures(connection).count_by_project().items():
+        given_up.add_metric([project], count)
+    yield given_up
     versions = InfoMetricFamily("gdino_model_version", "Model version of a project.", labels=["project"])
     for project, version in get_shown_model_versions(connection).items():
         versions.add_metric([project], {"model_version": version})

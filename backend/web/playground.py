@@ -22,8 +22,9 @@ from backend.errors import BackendError, BadRequest, ImageError, LabelingConfigE
 from backend.labelstudio.labeling_config import Control, Label, Plan
 from backend.labelstudio.regions import read_label, read_percent_box
 from backend.monitoring.project_stats import get_created_at, get_label_config
+from backend.queue.backlogs import Place
 from backend.queue.messages import Answer, Chunk, TaskError
-from backend.queue.predict_queue import PredictQueue
+from backend.queue.predict_queue import PredictQueue, delete_chunk
 from backend.queue.redis import redis_errors
 from backend.registry.project_model import ProjectModel
 from backend.settings import Settings
@@ -100,7 +101,7 @@ def predict_unfiltered(
     plan = Plan(tuple(_without_thresholds(control, min_score) for control in controls), (), ())
     task = {"id": secrets.token_hex(8), "data": {IMAGE_FIELD: image}}
     (chunk,) = project_model.make_chunks([task], 1, plan=plan)
-    answer = _predict(settings, PredictQueue(connection), chunk)
+    answer = _predict(settings, connection, chunk)
     if isinstance(answer, TaskError):
         raise ImageError(answer.error.detail)
     places: dict[tuple[str, str], int | None] = {(control.from_name, NEGATIVE): None for control in controls}
@@ -160,15 +161,16 @@ def _without_thresholds(control: Control, min_score: float) -> Control:
     )
 
 
-def _predict(settings: Settings, queue: PredictQueue, chunk: Chunk) -> Answer:
+def _predict(settings: Settings, connection: Redis, chunk: Chunk) -> Answer:
     """Predicts a chunk of one task, kept off the status page, and deletes it: it holds the image."""
-    (job,) = queue.enqueue([chunk], at_front=True, project=None)
+    queue = PredictQueue(connection, chunk.checkpoint)
+    (job,) = queue.enqueue([chunk], Place.URGENT, project=None)
     try:
         answers = queue.wait(job, time.monotonic() + settings.predict_deadline)
     except TimeoutError:
         raise NotReady("no answer yet: check that a worker is running, and try again") from None
     finally:
-        queue.delete(chunk.id)
+        delete_chunk(connection, chunk.id)
     if not answers:
         raise BackendError("the worker failed on this image; its log says why")
     return answers[0]

@@ -10,9 +10,12 @@ import requests
 from playwright.sync_api import Browser, Page, expect
 
 from backend.boxes import Detection, non_max_suppression
+from backend.delivery.failures import Failure, Failures
 from backend.labelstudio.labeling_config import read_plan
 from backend.labelstudio.regions import read_label
 from backend.monitoring.activity import BulkProgress
+from backend.queue.live_workers import READY_KEY, describe_worker, save_heartbeat
+from backend.queue.pauses import PAUSED_BULK_KEY, Pauses
 from backend.queue.redis import connect
 from backend.queue.training_queue import TrainingQueue
 from tests.e2e.browser import open_browser, save_screenshot
@@ -224,6 +227,26 @@ def test_the_status_page_updates_without_a_reload(open_page: Callable[..., Page]
     expect(page.locator("#running")).not_to_contain_text("label, 40 images")
     page.get_by_role("link", name="try it in the playground").first.click()
     expect(page.get_by_role("textbox", name="Labeling config", exact=True)).to_have_value(config)
+
+
+def test_the_status_page_says_what_needs_attention(open_page: Callable[..., Page], served: ServeProcess) -> None:
+    connection = connect((served.model_dir / "redis.url").read_text())
+    page = open_page("/")
+    expect(page.locator("#workers")).to_contain_text("alive")
+    expect(page.get_by_role("heading", name="Needs attention")).to_be_hidden()
+    Pauses(connection, PAUSED_BULK_KEY).begin("61", "storage.example answered HTTP 503 instead of the image")
+    Failures(connection).record("62", [Failure(7, "image", "the image is damaged", 0, "v")])
+    save_heartbeat(connection, READY_KEY, "odd-one", describe_worker("cuda:0", "other/model", "another", 8))
+    trouble = page.locator("#trouble")
+    expect(trouble).to_contain_text("bulk prediction of project 61 pauses", timeout=10_000)
+    expect(trouble).to_contain_text("storage.example answered HTTP 503")
+    expect(trouble).to_contain_text("1 task of project 62 given up")
+    expect(trouble).to_contain_text("worker odd-one serves another model")
+    save_screenshot(page, "status-trouble")
+    Pauses(connection, PAUSED_BULK_KEY).end("61")
+    Failures(connection).remove("62", [7])
+    connection.delete(READY_KEY + "odd-one")
+    expect(page.get_by_role("heading", name="Needs attention")).to_be_hidden(timeout=10_000)
 
 
 @pytest.mark.parametrize("path", ["/", "/playground"])

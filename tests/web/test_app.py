@@ -253,7 +253,7 @@ def test_150_waiting_requests_are_answered(redis_url: str) -> None:
 
 
 def test_a_request_beyond_the_waiting_limit_is_overloaded(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("backend.web.app.MAX_WAITING_REQUESTS", 0)
+    monkeypatch.setattr("backend.web.predict_response.MAX_WAITING_REQUESTS", 0)
     answer = make_client(redis_url=redis_url).post("/predict", json={"tasks": [], "label_config": CONFIG})
     assert (answer.status_code, answer.json["error"]["code"]) == (503, "overloaded")
     assert int(answer.headers["Retry-After"]) > 0
@@ -273,7 +273,7 @@ def test_a_full_queue_refuses_large_requests_and_serves_an_annotator(
 
 
 def test_spaces_keep_a_long_wait_alive(workerless: FlaskClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("backend.web.app.KEEP_ALIVE_INTERVAL", 0.2)
+    monkeypatch.setattr("backend.web.predict_response.KEEP_ALIVE_INTERVAL", 0.2)
     task = {"id": 7, "data": {"image": "y"}}
     answer = workerless.post("/predict", json={"tasks": [task], "label_config": CONFIG})
     assert answer.text.startswith("   ")

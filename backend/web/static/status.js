@@ -87,6 +87,21 @@ function makeRunning(status) {
   return cards.length ? cards : [makeNote("No command and no training.")];
 }
 
+// -- what needs attention ------------------------------------------------------------------------------------------
+
+/** Makes a card for each project that pauses or has given tasks up, and for each worker that serves another model. */
+function makeTrouble(status) {
+  const others = status.workers.filter((worker) => worker.queue === "predict" && worker.checkpoint !== status.checkpoint);
+  return [
+    ...status.pauses.map((pause) => makeCard(`${pause.work} of project ${pause.project} pauses`, `tries again within ${pause.seconds} s`,
+      element("div", { textContent: pause.reason }))),
+    ...Object.entries(status.given_up).map(([project, tasks]) => makeCard(`${count(tasks, "task")} of project ${project} given up`, "",
+      element("div", {}, "The reasons, and another attempt: ", element("code", { textContent: `python -m backend failures --project ${project}` })))),
+    ...others.map((worker) => makeCard(`worker ${worker.name} serves another model`, "",
+      element("div", { textContent: `${worker.model}; it takes nothing from the queue of ${status.model}` }))),
+  ];
+}
+
 // -- projects ------------------------------------------------------------------------------------------------------
 
 /** Shows what annotators made of the predicted boxes of one label. */
@@ -158,6 +173,9 @@ function render(status) {
   const elapsed = (status.time % 60) / 60; // of the current minute; the rest of the 60 s lies in the minute before
   const perMinute = Math.round(status.rate.at(-2) * (1 - elapsed) + status.rate.at(-1));
   show("rate", [status.rate, perMinute], String(perMinute), makeSparkline(status.rate));
+  const trouble = makeTrouble(status);
+  byId("trouble-section").hidden = !trouble.length;
+  show("trouble", [status.pauses, status.given_up, status.workers.map((worker) => worker.checkpoint)], trouble);
   show("running", [status.bulk, status.trainings, Math.floor(status.time / 10)], makeRunning(status));
   show("projects", [status.projects, status.projects.map((project) => formatAge(status.time - project.time))],
     status.projects.length ? status.projects.map((project, i) => makeProjectCard(project, status.time, i === 0))
