@@ -6,6 +6,9 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from redis import Redis
+
+from backend.delivery.failures import Failures
 from backend.delivery.outbox import Outbox
 from backend.errors import BackendError
 from backend.images.decoding import ImageLoader
@@ -13,8 +16,9 @@ from backend.images.sources import ImageFetcher
 from backend.labelstudio.client import LabelStudioClient, parse_origin
 from backend.labelstudio.labeling_config import Plan, read_plan
 from backend.labelstudio.targets import expand_targets
-from backend.queue.predict_queue import PredictQueue
-from backend.queue.redis import connect
+from backend.queue.live_workers import READY_KEY, get_live_workers
+from backend.queue.predict_queue import count_waiting_by_checkpoint
+from backend.queue.redis import connect, redis_errors
 from backend.registry.checkpoint import find_checkpoint
 from backend.settings import Settings
 
@@ -53,11 +57,11 @@ def check(settings: Settings, project: str) -> Iterator[CheckResult]:
         The result of each check, as soon as it is known.
     """
     connection = connect(settings.redis_url)
-    queue, outbox = PredictQueue(connection), Outbox(connection)
     label_studio = LabelStudioClient(settings.label_studio_url, settings.label_studio_api_key)
     yield _run_check("MODEL", lambda: find_checkpoint(settings.model).source)
-    yield _run_check("Redis", lambda: f"{queue.count_waiting()} chunks are waiting, {len(outbox)} to be pushed")
-    yield _run_check("workers", lambda: _count_workers(queue))
+    yield _run_check("Redis", lambda: _describe_queue(connection))
+    yield _run_check("workers", lambda: _describe_workers(settings, connection))
+    yield _run_check("given up", lambda: _describe_failures(connection))
     if not settings.label_studio_url:
         detail = "LABEL_STUDIO_URL is not set: uploads cannot be read, nothing can be pushed"
         yield CheckResult("Label Studio", detail, is_ok=False)
@@ -76,11 +80,31 @@ def _run_check(subject: str, attempt: Callable[[], str]) -> CheckResult:
         return CheckResult(subject, str(error), is_ok=False)
 
 
-def _count_workers(queue: PredictQueue) -> str:
-    count = queue.count_ready_workers()
-    if not count:
-        raise BackendError("none has its model loaded; see the log of `serve`, or start `worker`")
-    return f"{count} ready"
+def _describe_queue(connection: Redis) -> str:
+    waiting = count_waiting_by_checkpoint(connection).total()
+    to_push = sum(Outbox(connection).count_by_project().values())
+    return f"{waiting} chunks are waiting, {to_push} to be pushed"
+
+
+def _describe_workers(settings: Settings, connection: Redis) -> str:
+    """Describes the workers of this MODEL; names those of others, which take nothing from this one's queue."""
+    checkpoint = find_checkpoint(settings.model).fingerprint
+    with redis_errors():
+        workers = get_live_workers(connection, READY_KEY)
+    others = [f"{name} serves {info.model}" for name, info in workers.items() if info.checkpoint != checkpoint]
+    ready = len(workers) - len(others)
+    if not ready:
+        also = f" ({', '.join(others)})" if others else ""
+        raise BackendError(f"none has this MODEL loaded{also}; see the log of `serve`, or start `worker`")
+    return ", ".join([f"{ready} ready", *(f"another MODEL: {other}" for other in others)])
+
+
+def _describe_failures(connection: Redis) -> str:
+    counts = Failures(connection).count_by_project()
+    if not counts:
+        return "no tasks"
+    tasks = ", ".join(f"{count} of project {project}" for project, count in counts.items())
+    raise BackendError(f"{tasks}; `python -m backend failures --project …` lists them and tries them again")
 
 
 def _check_project(settings: Settings, label_studio: LabelStudioClient, project: str) -> Iterator[CheckResult]:

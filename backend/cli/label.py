@@ -27,7 +27,7 @@ from backend.datasets.previews import write_previews
 from backend.errors import QueueUnavailable, SettingsError
 from backend.monitoring.activity import BulkProgress
 from backend.queue.live_workers import make_worker_name
-from backend.queue.predict_queue import PredictQueue
+from backend.queue.predict_queue import count_waiting_by_checkpoint
 from backend.queue.private_redis import resolve_redis_url
 from backend.queue.redis import connect
 from backend.settings import Settings
@@ -148,7 +148,7 @@ def _find_or_start_workers(settings: Settings) -> Iterator[Settings]:
 def _is_server_running(settings: Settings) -> bool:
     """Returns whether a server of this MODEL_DIR answers: one that was killed leaves its address behind."""
     try:
-        PredictQueue(connect(resolve_redis_url(settings).redis_url)).count_waiting()
+        count_waiting_by_checkpoint(connect(resolve_redis_url(settings).redis_url))
         return True
     except (SettingsError, QueueUnavailable):
         return False

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,12 +16,9 @@ from backend.cli.process_group import EXIT_UNUSABLE
 from backend.cli.supervisor import build_gunicorn_command, stop_on_signals
 from backend.cli.supervisor import serve as run_supervisor
 from backend.cli.versions import add_versions_commands, follow_training, report_outcome
-from backend.delivery.import_watcher import ImportWatcher
-from backend.delivery.pusher import Pusher
+from backend.delivery import deliver_worker
 from backend.errors import BackendError, CheckpointError, SettingsError
-from backend.labelstudio.client import LabelStudioClient
 from backend.logs import set_up_logging
-from backend.queue.live_workers import make_worker_name
 from backend.queue.private_redis import resolve_redis_url
 from backend.queue.redis import connect
 from backend.queue.training_queue import TrainingQueue
@@ -104,16 +100,13 @@ def worker(queue: str, **options: str | None) -> None:
 @cli.command()
 @settings_options
 def push(**options: str | None) -> None:
-    """Run the pusher alone, which stores the predictions of large requests in Label Studio."""
+    """Run the delivery workers alone, which store the predictions of large requests in Label Studio."""
     settings = resolve_redis_url(_read_settings(options))
     if not (settings.label_studio_url and settings.label_studio_api_key):
         raise SettingsError("set LABEL_STUDIO_URL and LABEL_STUDIO_API_KEY: without them nothing can be pushed")
-    label_studio = LabelStudioClient(settings.label_studio_url, settings.label_studio_api_key)
-    stop, name = stop_on_signals(), make_worker_name()
-    if settings.preannotate_on_import:
-        watcher = ImportWatcher(settings, connect(settings.redis_url), label_studio, name)
-        threading.Thread(target=watcher.run, args=(stop,), daemon=True).start()
-    Pusher(connect(settings.redis_url), label_studio, name).run(stop)
+    deliver_worker.run(settings, stop_on_signals())
+    logging.shutdown()
+    os._exit(0)  # a normal exit would wait for a thread whose Redis is away
 
 
 @cli.command()
@@ -158,14 +151,47 @@ def preannotate(
     project: str, tasks: str, view: str, limit: int, dry_run: bool, replace: bool, **options: str | None
 ) -> None:
     """Predict a whole project. Ctrl-C stops it, and the same command resumes it. Exit code 1: some tasks failed."""
-    from backend.cli.preannotate import preannotate as run_preannotate  # loads the pusher: other commands do without
+    from backend.cli.preannotate import preannotate as run_preannotate  # loads the delivery: other commands do without
 
     settings = resolve_redis_url(_read_settings({**options, "log_level": options["log_level"] or "ERROR"}))
     try:
-        sys.exit(run_preannotate(settings, project, tasks, view, limit, dry_run, replace))
+        sys.exit(run_preannotate(settings, project, _parse_numbers("--tasks", tasks), view, limit, dry_run, replace))
     except KeyboardInterrupt:
         print("stopped; queued predictions are still delivered, and the same command resumes", file=sys.stderr)
         sys.exit(130)
+
+
+@cli.command()
+@click.option("--project", default="", metavar="NUMBER", help="the project's number in Label Studio; empty: count all")
+@click.option("--tasks", default="", metavar="NUMBERS", help="only these tasks, comma-separated")
+@click.option("--retry", is_flag=True, help="send the tasks to the workers again")
+@click.option("--drop", is_flag=True, help="forget the tasks")
+@settings_options
+def failures(project: str, tasks: str, retry: bool, drop: bool, **options: str | None) -> None:
+    """List the tasks whose predictions were given up, with the reason; try them again, or drop them. Exit code 1:
+    there are some.
+    """
+    from backend.cli import failures as command
+
+    settings = resolve_redis_url(_read_settings({**options, "log_level": options["log_level"] or "ERROR"}))
+    numbers = _parse_numbers("--tasks", tasks)
+    if project and not project.isdigit():
+        raise SettingsError("--project must be a project's number")
+    if ((retry or drop) and not project) or (retry and drop):
+        raise SettingsError("--retry and --drop need --project, and exclude each other")
+    if retry:
+        sys.exit(command.retry_failures(settings, project, numbers))
+    if drop:
+        sys.exit(command.drop_failures(settings, project, numbers))
+    sys.exit(command.list_failures(settings, project))
+
+
+def _parse_numbers(option: str, text: str) -> list[int]:
+    """Parses comma-separated numbers; raises SettingsError."""
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if not all(word.isdigit() for word in words):
+        raise SettingsError(f"{option} must be task numbers, comma-separated")
+    return [int(word) for word in words]
 
 
 @cli.command()

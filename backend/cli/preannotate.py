@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from backend.delivery.deliver_worker import running_workers
 from backend.delivery.preannotation import Preannotation, PreannotationSummary
 from backend.errors import SettingsError
 from backend.labelstudio.client import LabelStudioClient
@@ -17,14 +18,14 @@ from backend.settings import Settings
 
 
 def preannotate(
-    settings: Settings, project: str, tasks: str, view: str, limit: int, dry_run: bool, replace: bool
+    settings: Settings, project: str, task_ids: list[int], view: str, limit: int, dry_run: bool, replace: bool
 ) -> int:
     """Predicts the tasks of a project that have no prediction of the current version.
 
     Args:
         settings: with the URL of a Redis.
         project: its number.
-        tasks: the numbers of the tasks to predict, comma-separated; empty: all.
+        task_ids: the tasks to predict; empty: all.
         view: the number of the Data Manager tab whose tasks are predicted; empty: all.
         limit: how many tasks to predict at most; 0: all.
         dry_run: only report what would be predicted.
@@ -41,10 +42,6 @@ def preannotate(
         raise SettingsError("set LABEL_STUDIO_URL and LABEL_STUDIO_API_KEY: without them there are no tasks to read")
     if not project.isdigit():
         raise SettingsError("--project must be a project's number")
-    numbers = [word.strip() for word in tasks.split(",") if word.strip()]
-    if not all(number.isdigit() for number in numbers):
-        raise SettingsError("--tasks must be task numbers, comma-separated")
-    task_ids = [int(number) for number in numbers]
     label_studio = LabelStudioClient(settings.label_studio_url, settings.label_studio_api_key)
     connection = connect(settings.redis_url)
     run = Preannotation(settings, connection, label_studio, project)
@@ -69,7 +66,8 @@ def preannotate(
             bar.refresh()
             progress.report(done, failed, expected)
 
-        summary = run.run(run.open_cursor(task_ids, view), max_tasks, on_progress, replace)
+        with running_workers(settings, label_studio, threads=1):  # where no server delivers
+            summary = run.run(run.open_cursor(task_ids, view), max_tasks, on_progress, replace)
     return _report_summary(summary, Path(f"preannotate-{project}-failures.csv"))
 
 

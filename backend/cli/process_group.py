@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
-SHUTDOWN_TIMEOUT = 2  # s between SIGTERM and SIGKILL
+STOP_TIMEOUT = 2  # s between SIGTERM and SIGKILL, unless a stage needs longer
 MAX_RESTART_DELAY = 30  # s before a process that keeps crashing is started again
 STABLE_AFTER = 60  # s after which a crash counts as the first
 POLL_INTERVAL = 0.2  # s
@@ -87,11 +87,14 @@ class ProcessGroup:
     """Supervised processes; as a context, it stops them at the end, in the reverse order of their stages."""
 
     def __init__(self) -> None:
-        self._stages: list[list[ManagedProcess]] = []
+        self._stages: list[tuple[list[ManagedProcess], float]] = []
 
-    def add_stage(self, *processes: ManagedProcess) -> None:
-        """Adds processes that need those of the earlier stages; `supervise` starts what is not running yet."""
-        self._stages.append(list(processes))
+    def add_stage(self, *processes: ManagedProcess, stop_timeout: float = STOP_TIMEOUT) -> None:
+        """Adds processes that need those of the earlier stages; `supervise` starts what is not running yet.
+
+        They get `stop_timeout` seconds to end at SIGTERM.
+        """
+        self._stages.append((list(processes), stop_timeout))
 
     def supervise(self, stop: threading.Event) -> int:
         """Starts and restarts the processes until `stop` is set.
@@ -107,15 +110,15 @@ class ProcessGroup:
         return 0
 
     def _list_processes(self) -> list[ManagedProcess]:
-        return [process for stage in self._stages for process in stage]
+        return [process for processes, _ in self._stages for process in processes]
 
     def stop(self) -> None:
-        """Stops the processes, each stage within SHUTDOWN_TIMEOUT."""
-        for stage in reversed(self._stages):
-            for process in stage:
+        """Stops the processes, each stage within its time."""
+        for processes, stop_timeout in reversed(self._stages):
+            for process in processes:
                 process.terminate()
-            deadline = time.monotonic() + SHUTDOWN_TIMEOUT
-            for process in stage:
+            deadline = time.monotonic() + stop_timeout
+            for process in processes:
                 process.wait_or_kill(deadline)
 
     def __enter__(self) -> ProcessGroup:

@@ -1,4 +1,4 @@
-"""`serve`: web front, workers, pusher and, where none is configured, a private Redis, as one supervised group."""
+"""`serve`: web front, all workers and, where none is configured, a private Redis, as one supervised group."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ def serve(settings: Settings) -> int:
         env = {**os.environ, **running.to_env()}
         processes = [_make_process("web front", ["web"], env), *_make_workers(running, env)]
         if running.label_studio_url and running.label_studio_api_key:
-            processes.append(_make_process("pusher", ["push"], env))
+            processes.append(_make_process("delivery worker", ["push"], env))
             last_device = {**env, "DEVICE": list_devices(running.device)[-1]}  # of several GPUs the least busy one
             processes.append(_make_process("training worker", ["worker", "--queue", "fit"], last_device))
-        group.add_stage(*processes)
+        group.add_stage(*processes, stop_timeout=running.stop_timeout)
         threading.Thread(target=welcome, args=(running, echo, stop), daemon=True).start()
         status = group.supervise(stop)
         stop.set()
@@ -77,7 +77,8 @@ def temporary_workers(settings: Settings) -> Iterator[Settings]:
         raise SystemExit(EXIT_UNUSABLE)
 
     with _run_group(settings, stop) as (group, running):
-        group.add_stage(*_make_workers(running, {**os.environ, **running.to_env()}))
+        workers = _make_workers(running, {**os.environ, **running.to_env()})
+        group.add_stage(*workers, stop_timeout=running.stop_timeout)
 
         def supervise() -> None:
             if group.supervise(stop):  # the main thread waits for answers that will never come

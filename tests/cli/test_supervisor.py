@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import requests
 
-from backend.queue.live_workers import READY_KEY, get_live_workers
-from backend.queue.predict_queue import PredictQueue
+from backend.queue.live_workers import READY_KEY, describe_worker, get_live_workers, save_heartbeat
+from backend.queue.predict_queue import PredictQueue, delete_chunk
 from backend.queue.redis import connect
 from tests.chunks import make_chunk
 from tests.scenes import make_labeling_config, make_scenes, to_data_uri
@@ -165,11 +165,28 @@ def test_a_second_worker_joins_a_running_server(served: ServeProcess) -> None:
     assert requests.get(f"{served.url}/ready", timeout=5).json()["workers"] == 1
 
 
-def test_a_worker_with_another_model_refuses(served: ServeProcess) -> None:
-    queue = PredictQueue(connect((served.model_dir / "redis.url").read_text()))
-    chunk = make_chunk({"id": 1}, checkpoint="other")
-    (answer,) = queue.wait(queue.enqueue([chunk])[0], time.monotonic() + 20)
-    assert answer.error.code == "checkpoint"
+def test_a_worker_leaves_the_chunks_of_another_model_alone(served: ServeProcess) -> None:
+    connection = connect((served.model_dir / "redis.url").read_text())
+    queue, chunk = PredictQueue(connection, "other"), make_chunk({"id": 1}, checkpoint="other")
+    queue.enqueue([chunk])
+    time.sleep(2)
+    assert queue.count_waiting() == 1
+    delete_chunk(connection, chunk.id)
+
+
+def test_check_and_status_name_workers_of_another_model(served: ServeProcess) -> None:
+    connection = connect((served.model_dir / "redis.url").read_text())
+    save_heartbeat(connection, READY_KEY, "odd-one", describe_worker("cuda:0", "other/model", "another", 8))
+    env = {**os.environ, "MODEL": "demo", "MODEL_DIR": str(served.model_dir)}
+    done = subprocess.run(
+        [sys.executable, "-m", "backend", "check"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60
+    )
+    assert "ok    workers: 1 ready, another MODEL: odd-one serves other/model" in done.stdout
+    status = requests.get(f"{served.url}/status", timeout=5).json()
+    models = {worker["model"]: worker["checkpoint"] == status["checkpoint"] for worker in status["workers"]}
+    assert models == {"demo": True, "other/model": False}
+    assert requests.get(f"{served.url}/ready", timeout=5).json()["workers"] == 1
+    connection.delete(READY_KEY + "odd-one")
 
 
 def test_serve_can_be_stopped_while_it_waits_for_redis(start_server: Callable[..., ServeProcess]) -> None:
