@@ -1,10 +1,10 @@
-"""`make bench`: the CPU time in which the web front cuts 10,000 tasks into chunks and enqueues them."""
+"""`make bench`: the CPU time in which the web front cuts 10,000 tasks into chunks, notes and enqueues them."""
 
 import tempfile
 import time
 from pathlib import Path
 
-from backend.queue.predict_queue import PredictQueue
+from backend.delivery.bulk import BulkSender
 from backend.queue.redis import connect
 from backend.registry.project_model import ProjectModel
 from backend.settings import Settings
@@ -31,13 +31,13 @@ def main() -> None:
         for run in range(RUNS + 1):
             for labels in LABELS:
                 start = time.process_time()
-                chunks = ProjectModel(Settings(model="demo"), make_config(labels)).make_chunks(tasks, BATCH)
-                PredictQueue(connection).enqueue(chunks, project="1")
+                project_model = ProjectModel(Settings(model="demo"), make_config(labels), "1", 1)
+                BulkSender(Settings(model="demo", batch_size=BATCH), connection, "1", project_model, 1).send(tasks, 0)
                 if run:  # the first run also sets up what is set up lazily
                     times[labels].append(1000 * (time.process_time() - start))
                 connection.flushdb()
     for labels in LABELS:
-        show(f"10,000 tasks with {labels} labels, made and enqueued", "ms", times[labels])
+        show(f"10,000 tasks with {labels} labels, made, noted and enqueued", "ms", times[labels])
 
 
 if __name__ == "__main__":

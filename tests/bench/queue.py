@@ -19,6 +19,7 @@ from PIL import Image
 
 from backend.labelstudio.labeling_config import read_plan
 from backend.prediction.predict_job import Predictor
+from backend.queue.backlogs import Place
 from backend.queue.messages import Chunk, Prediction
 from backend.queue.predict_queue import PredictQueue
 from backend.queue.redis import connect
@@ -48,14 +49,15 @@ def predict(served: ServeProcess, uri: str, first: int, count: int) -> list[dict
 
 def bench_single_tasks(served: ServeProcess, uri: str, predictor: Predictor) -> None:
     """Measures in turn: an image fetched and predicted in this process, as a job, and through a request."""
-    queue = PredictQueue(connect((served.model_dir / "redis.url").read_text()))
     project_model = ProjectModel(Settings(model="demo"), CONFIG)
+    connection = connect((served.model_dir / "redis.url").read_text())
+    queue = PredictQueue(connection, project_model.checkpoint.fingerprint)
 
     def make_chunk(number: int) -> Chunk:
         return project_model.make_chunks([{"id": -number, "data": {"image": uri}}], 1)[0]
 
     def predict_as_job(number: int) -> None:
-        (job,) = queue.enqueue([make_chunk(number)], at_front=True)
+        (job,) = queue.enqueue([make_chunk(number)], Place.URGENT)
         (answer,) = queue.wait(job, time.monotonic() + 60)
         assert isinstance(answer, Prediction)
 

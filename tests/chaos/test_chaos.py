@@ -16,7 +16,9 @@ import requests
 from redis import Redis
 
 from backend.queue import private_redis
+from backend.queue.predict_queue import PREDICT
 from backend.queue.redis import connect
+from backend.registry.checkpoint import find_checkpoint
 from tests.chaos.saboteur.sitecustomize import HANGS, KILLS, SLOW
 from tests.scenes import make_labeling_config, make_scenes, to_data_uri
 from tests.servers import ServeProcess, find_free_port, is_running, wait_for
@@ -28,6 +30,7 @@ KILLS_OF_WORKERS, CHUNKS, CLIENTS = (4, 60, 200) if FULL else (2, 16, 60)
 BATCH = 4
 SCENE = make_scenes(1)[0]
 CONFIG = make_labeling_config([SCENE])
+QUEUE = PREDICT + find_checkpoint("demo").fingerprint
 SABOTEUR = str(Path(__file__).parent / "saboteur")
 
 
@@ -77,11 +80,11 @@ def connect_to(served: ServeProcess) -> Redis:
 
 
 def count_finished(connection: Redis) -> int:
-    return int(connection.zcard("rq:finished:predict"))
+    return int(connection.zcard(f"rq:finished:{QUEUE}"))
 
 
 def count_at_work(connection: Redis) -> int:
-    return int(connection.zcard("rq:wip:predict"))
+    return int(connection.zcard(f"rq:wip:{QUEUE}"))
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +114,7 @@ def test_killed_workers_lose_nothing(sabotaged: ServeProcess) -> None:
         last = time.monotonic()
         assert list_error_codes(answer.result()) == []
     assert time.monotonic() - last < 30 + CHUNKS / 4
-    assert connection.llen("rq:queue:predict") == count_at_work(connection) == 0
+    assert connection.llen(f"rq:queue:{QUEUE}") == count_at_work(connection) == 0
 
 
 def test_an_image_that_kills_workers_fails_alone(sabotaged: ServeProcess) -> None:

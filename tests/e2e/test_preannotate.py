@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,14 @@ JPEGS = [encode(scene.image, "JPEG", quality=95) for scene in SCENES]
 
 @pytest.fixture(scope="module")
 def images_url() -> Iterator[str]:
-    with http_server(lambda request: send_reply(request, JPEGS[int(Path(request.path).stem) % len(JPEGS)])) as url:
+    def answer(request: BaseHTTPRequestHandler) -> None:
+        name = Path(request.path).stem
+        if name.isdigit():
+            send_reply(request, JPEGS[int(name) % len(JPEGS)])
+        else:
+            send_reply(request, b"", 404)
+
+    with http_server(answer) as url:
         yield url
 
 
@@ -126,7 +134,7 @@ def test_failures_are_listed_and_old_versions_replaced(
     label_studio: LabelStudio, backend: ServeProcess, images_url: str, tmp_path: Path
 ) -> None:
     project = create_project(label_studio, images_url, 20)
-    bad = [{"data": {"image": f"http://127.0.0.1:1/{number}.jpg"}} for number in range(BROKEN)]
+    bad = [{"data": {"image": f"{images_url}/missing-{number}.jpg"}} for number in range(BROKEN)]
     label_studio.call("POST", f"/api/projects/{project.number}/import", json=bad)
     tasks = [task["id"] for task in project.list_tasks()]
     foreign = {"task": tasks[0], "result": [], "score": 0.5, "model_version": "somebody-else"}
@@ -155,6 +163,25 @@ def test_tasks_are_predicted_as_they_are_imported(
     wait_for(lambda: len(count_by_task(project)) == 35, 60, "predictions")
     time.sleep(3)
     assert set(count_by_task(project).values()) == {1}
+
+
+def test_reading_tasks_makes_label_studio_request_nothing(
+    label_studio: LabelStudio, backend: ServeProcess, images_url: str, tmp_path: Path
+) -> None:
+    opened, project = (create_project(label_studio, images_url, count) for count in (5, 60))
+    for connected in (opened, project):
+        connected.connect(backend.url)
+        # "Retrieve predictions when loading a task automatically"
+        change = {"evaluate_predictions_automatically": True}
+        label_studio.call("PATCH", f"/api/projects/{connected.number}", json=change)
+    before = backend.read_log().count("POST /predict")
+    label_studio.call("GET", "/api/tasks", params={"project": opened.number})
+    assert backend.read_log().count("POST /predict") == before + 1  # the switch is on
+    run = start_preannotate(backend, tmp_path, "--project", str(project.number))
+    output, _ = run.communicate(timeout=60)
+    assert "60 tasks predicted, 0 failed" in output
+    assert count_by_task(project) == dict.fromkeys((task["id"] for task in project.list_tasks()), 1)
+    assert backend.read_log().count("POST /predict") == before + 1
 
 
 def test_only_the_tasks_of_the_options_are_predicted(

@@ -74,7 +74,7 @@ def test_another_label_studio_with_the_same_numbers_is_left_alone(label_studio: 
             "params": {},
         }
         requests.post(f"{backend.url}/predict", json=body, timeout=60)
-        wait_for(lambda: "has other data than the requesting project" in backend.read_log(), 30, "the log line")
+        wait_for(lambda: "is another than the requesting project" in backend.read_log(), 30, "the log line")
         assert project.list_predictions() == []
         answers = requests.post(f"{backend.url}/predict", json=body, timeout=60).json()["results"]
         assert all("result" in answer for answer in answers)  # answers are pulled from now on
