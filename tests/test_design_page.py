@@ -1,27 +1,25 @@
 """The tables of docs/design.md match the code: "to change X, open Y", and all Redis keys."""
 
 import re
-import time
 
 import requests
 from redis import Redis
 
-from backend.delivery.import_watcher import ImportWatcher
-from backend.delivery.imported_projects import record_import
-from backend.delivery.outbox import Delivery, Outbox
-from backend.delivery.pusher import Lease
-from backend.labelstudio.client import LabelStudioClient
+from backend.delivery.deliver_worker import enqueue_due
+from backend.delivery.failures import Failure, Failures
+from backend.delivery.imported_projects import record_import, save_cursor
+from backend.delivery.outbox import Delivery, Outbox, OutboxEntry
 from backend.monitoring.activity import BulkProgress, record_image
-from backend.queue.jobs import make_queue
+from backend.queue.backlogs import Place
 from backend.queue.live_workers import FIT_READY_KEY, READY_KEY, describe_worker, save_heartbeat
 from backend.queue.messages import Prediction
-from backend.queue.predict_queue import PREDICT
-from backend.queue.recovery import LostChunk, Recovery
+from backend.queue.pauses import PAUSED_BULK_KEY, PAUSED_DELIVERY_KEY, PAUSED_IMPORT_KEY, Pauses
+from backend.queue.predict_queue import PredictQueue
+from backend.queue.recovery import LostChunk
 from backend.queue.redis import INDEX, connect
 from backend.queue.training_queue import TrainingQueue
 from backend.queue.worker_metrics import publish_metrics
-from backend.settings import Settings
-from tests.chunks import PREDICTION, make_chunk
+from tests.chunks import CHECKPOINT, PREDICTION, make_chunk
 from tests.scenes import make_labeling_config, make_scenes, to_data_uri
 from tests.servers import ROOT, ServeProcess
 
@@ -73,21 +71,28 @@ def leave_keys_of_the_web_front_and_a_worker(served: ServeProcess) -> None:
 def leave_keys_of_the_rest(connection: Redis) -> None:
     """Calls directly what a run reaches only with a Label Studio, a command or a dead worker."""
     outbox, chunk = Outbox(connection), make_chunk({"id": 1})
-    outbox.add("7", [chunk], time.time())
-    outbox.claim(Delivery.PUSHING, "7", "v", [1], time.time(), 0)
+    outbox.add([OutboxEntry.of("7", chunk, since=0)])
+    outbox.claim(Delivery.PUSHING, "7", "v", {1: 0})
+    outbox.recheck("7", "v", [1], 0)
+    outbox.rest("7", 60)
+    outbox.mark_failed("7", [chunk.id])
     outbox.mark_mismatched("8")
-    Lease(connection, "me").acquire_or_renew()
+    Failures(connection).record("7", [Failure(1, "image", "damaged", 0, "v")])
     record_import(connection, "7")
-    ImportWatcher(Settings(), connection, LabelStudioClient("", ""), "me")._acquire_or_renew_lock("7")
+    save_cursor(connection, "7", 1)
+    enqueue_due(connection)
+    for key in (PAUSED_BULK_KEY, PAUSED_DELIVERY_KEY, PAUSED_IMPORT_KEY):
+        Pauses(connection, key).begin("7", "the storage is away")
+    bulk = [make_chunk({"id": number}) for number in range(10)]
+    PredictQueue(connection, CHECKPOINT).enqueue(bulk, Place.BACKLOG, "7")
     lost = LostChunk(connection, chunk.id)
-    lost.record_death()
     lost.save_answer(0, Prediction(**PREDICTION))
-    Recovery(connection, make_queue(PREDICT, connection), READY_KEY).requeue_lost()
     TrainingQueue(connection).start("7", "encoder")
     BulkProgress(connection, "preannotate-7", "preannotate, project 7").report(1, 0, 2)
     record_image(connection, b"jpeg", [], project="7", task=1, model_version="v")
     for key in (READY_KEY, FIT_READY_KEY):
-        save_heartbeat(connection, key, "worker", describe_worker("cpu", 4))
+        save_heartbeat(connection, key, "worker", describe_worker("cpu", "demo", CHECKPOINT, 4))
+    PredictQueue(connection, CHECKPOINT).get_batch_size()
     publish_metrics(connection, "worker")
 
 
