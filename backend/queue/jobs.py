@@ -40,6 +40,13 @@ return redis.call('ZADD', KEYS[1], redis.call('TIME')[1] + ARGV[2], ARGV[1])
 """
 
 
+# KEYS: jobs that were taken off and not begun, note; ARGV: job id, time to live of the note in s.
+FIRST_SEEN_SCRIPT = """
+if not redis.call('LPOS', KEYS[1], ARGV[1]) then return 1 end
+return redis.call('SET', KEYS[2], 1, 'NX', 'EX', ARGV[2]) and 1 or 0
+"""
+
+
 class ExecutionsOfJob(ExecutionRegistry):
     """The executions of one job. RQ's own raises for one that has expired, while it keeps its id for a minute more."""
 
@@ -70,8 +77,9 @@ class DequeuedJobs(IntermediateQueue):
     """The jobs that a worker took off a queue and has not begun yet."""
 
     def set_first_seen(self, job_id: str) -> bool:
-        """Notes that the job was seen here; returns False if it was before."""
-        return bool(self.connection.set(self.get_first_seen_key(job_id), 1, nx=True, ex=FIRST_SEEN_TTL))
+        """Notes that the job was seen here; returns False if it was before. A job begun meanwhile gets no note."""
+        keys = (self.key, self.get_first_seen_key(job_id))
+        return bool(self.connection.eval(FIRST_SEEN_SCRIPT, 2, *keys, job_id, FIRST_SEEN_TTL))
 
     def should_be_cleaned_up(self, job_id: str) -> bool:
         """Returns whether the job's worker must be dead, by the clock of Redis."""

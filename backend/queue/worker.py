@@ -197,6 +197,8 @@ class Worker(SimpleWorker):
             job.prepare_for_execution(self.name, pipeline=pipeline)
             pipeline.persist(job.key)
             pipeline.lrem(queue.intermediate_queue_key, 1, job.id)
+            # It may be put back, and taken off again: the note would make it look abandoned then.
+            pipeline.delete(queue.intermediate_queue.get_first_seen_key(job.id))
             self.set_state("busy", pipeline=pipeline)
             if self._begin:
                 self._begin(pipeline)

@@ -25,6 +25,8 @@ from backend.queue.predict_queue import delete_chunk
 from backend.queue.recovery import MAX_LOST_ATTEMPTS, allow_lost_attempts, count_lost_attempts
 from backend.queue.redis import connect
 from backend.queue.worker import HEARTBEAT_INTERVAL
+from backend.queue.worker_loop import make_worker
+from backend.settings import Settings
 from tests.chunks import PREDICT_QUEUE
 from tests.servers import wait_for
 
@@ -124,6 +126,22 @@ def test_a_job_that_was_taken_off_the_queue_and_not_begun_is_put_back_unblamed(
     job.refresh()
     assert count_lost_attempts(job) == 0
     assert not connection.keys("*:first_seen:*")  # a second time it may be a living worker's again
+
+
+def test_a_job_that_was_seen_before_it_was_begun_does_not_count_as_abandoned_later(
+    redis_process: RedisProcess,
+) -> None:
+    connection, queue = redis_process.connection, make_queue(PREDICT_QUEUE, redis_process.connection)
+    worker = make_worker(Settings(redis_url=redis_process.url), PREDICT_QUEUE, "w", {})
+    job = enqueue(connection)
+    taken, _ = worker.dequeue_job_and_maintain_ttl(1)
+    queue.intermediate_queue.cleanup(worker, queue)
+    note = queue.intermediate_queue.get_first_seen_key(job.id)
+    assert connection.exists(note)
+    worker.prepare_execution(taken)
+    assert not connection.exists(note)
+    assert queue.intermediate_queue.set_first_seen(job.id)  # by a worker that looked a moment before
+    assert not connection.exists(note)
 
 
 def test_a_job_that_no_worker_is_at_is_found_though_its_worker_lives(
