@@ -37,8 +37,10 @@ ENQUEUE_SLOTS = threading.BoundedSemaphore(2)  # requests that enqueue at a time
 DELETION_EVENTS = ("ANNOTATIONS_DELETED", "ANNOTATION_DELETED")
 ANNOTATION_EVENTS = ("ANNOTATION_CREATED", "ANNOTATION_UPDATED", "ANNOTATIONS_CREATED", *DELETION_EVENTS)
 
-PUSHED_LATER = TaskError.of(NotReady("predictions of so many tasks are pushed into the project as they are made"))
-PUSHED_ALREADY = TaskError.of(NotReady("the prediction was pushed into the project a moment ago"))
+PUSHED_LATER = TaskError.from_error(
+    NotReady("predictions of so many tasks are pushed into the project as they are made")
+)
+PUSHED_ALREADY = TaskError.from_error(NotReady("the prediction was pushed into the project a moment ago"))
 
 connect_once = functools.cache(connect)
 
@@ -148,7 +150,7 @@ class GroundingDINO:
 
     def _add_to_outbox(self, chunks: Sequence[Chunk], requested_at: float) -> None:
         created_at = self._project_model.created_at
-        self._outbox.add([OutboxEntry.of(self.project_id, chunk, requested_at, created_at) for chunk in chunks])
+        self._outbox.add([OutboxEntry.from_chunk(self.project_id, chunk, requested_at, created_at) for chunk in chunks])
 
     def _wait(self, job: Job, chunk: Chunk, deadline: float, is_cancelled: Callable[[], bool]) -> list[Answer]:
         """Waits for the answers of a chunk; the same error for each task where there are none."""
@@ -162,7 +164,7 @@ class GroundingDINO:
             error = BackendError("the worker failed on this chunk of tasks; its log says why")
         task_ids = ", ".join(str(task.id) for task in chunk.tasks)
         log.warning("project %s, tasks %s: %s", self.project_id or "-", task_ids, error)
-        return [TaskError.of(error)] * len(chunk.tasks)
+        return [TaskError.from_error(error)] * len(chunk.tasks)
 
     def _settle_deliveries(
         self, chunks: Sequence[Chunk], answers: Sequence[list[Answer]], requested_at: float, may_push: bool

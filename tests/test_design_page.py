@@ -71,7 +71,7 @@ def leave_keys_of_the_web_front_and_a_worker(served: ServeProcess) -> None:
 def leave_keys_of_the_rest(connection: Redis) -> None:
     """Calls directly what a run reaches only with a Label Studio, a command or a dead worker."""
     outbox, chunk = Outbox(connection), make_chunk({"id": 1})
-    outbox.add([OutboxEntry.of("7", chunk, since=0)])
+    outbox.add([OutboxEntry.from_chunk("7", chunk, since=0)])
     outbox.claim(Delivery.PUSHING, "7", "v", {1: 0})
     outbox.recheck("7", "v", [1], 0)
     outbox.rest("7", 60)
@@ -82,7 +82,7 @@ def leave_keys_of_the_rest(connection: Redis) -> None:
     save_cursor(connection, "7", 1)
     enqueue_due(connection)
     for key in (PAUSED_BULK_KEY, PAUSED_DELIVERY_KEY, PAUSED_IMPORT_KEY):
-        Pauses(connection, key).begin("7", "the storage is away")
+        Pauses(connection, key).pause("7", "the storage is away")
     bulk = [make_chunk({"id": number}) for number in range(10)]
     PredictQueue(connection, CHECKPOINT).enqueue(bulk, Place.BACKLOG, "7")
     lost = LostChunk(connection, chunk.id)

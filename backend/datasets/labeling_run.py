@@ -35,7 +35,7 @@ ANSWERS_FILE = ".answers.jsonl"  # in the folder that is written: the model vers
 
 Row = dict[str, Any]  # key, and prediction or error
 
-CHUNK_FAILED = TaskError.of(BackendError("the worker failed on this image; its log says why"))
+CHUNK_FAILED = TaskError.from_error(BackendError("the worker failed on this image; its log says why"))
 
 
 def make_labeling_config(labels: Sequence[str]) -> str:

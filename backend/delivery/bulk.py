@@ -57,7 +57,9 @@ class BulkSender:
             new = [task for task in self._tasks if task["id"] not in pending]
             size = self._settings.batch_size or self._queue.get_batch_size()  # workers may still be starting
             chunks = self.project_model.make_chunks(new, size)
-            self._entries += [OutboxEntry.of(self._project, chunk, self._since, self._created_at) for chunk in chunks]
+            self._entries += [
+                OutboxEntry.from_chunk(self._project, chunk, self._since, self._created_at) for chunk in chunks
+            ]
             self._tasks = []
         if self._entries:
             self._queue.check_room(len(self._entries))  # the outbox would keep them whatever the queue says

@@ -43,7 +43,7 @@ class ImportPredictor:
         try:
             is_done = self._send(project)
             with redis_errors():
-                self._pauses.end(project)
+                self._pauses.resume(project)
             if is_done:
                 remove_imported(self._connection, project, imported_at)
         except (LabelStudioNotFound, LabelingConfigError) as error:
@@ -51,7 +51,7 @@ class ImportPredictor:
             remove_imported(self._connection, project, imported_at)
         except (LabelStudioError, Overloaded, QueueUnavailable) as error:
             with redis_errors():
-                seconds = self._pauses.begin(project, str(error))
+                seconds = self._pauses.pause(project, str(error))
             log.warning("project %s: predicting its new tasks pauses for %s s: %s", project, seconds, error)
         return {}
 

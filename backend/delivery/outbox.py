@@ -120,7 +120,7 @@ class OutboxEntry(Message):
     chunk: Chunk
 
     @classmethod
-    def of(cls, project: str, chunk: Chunk, since: float, created_at: int | None = None) -> OutboxEntry:
+    def from_chunk(cls, project: str, chunk: Chunk, since: float, created_at: int | None = None) -> OutboxEntry:
         """Makes the entry of a chunk that was requested now."""
         return cls(
             project=project, created_at=created_at, since=since, failed_since=None, attempts=0, error=None,

@@ -29,9 +29,9 @@ def pause_if_unavailable(answers: Sequence[Answer]) -> None:
     reasons = [answer.error.detail for answer in answers if isinstance(answer, TaskError) and answer.error.is_retryable]
     try:
         if len(reasons) < MIN_FAILED_SHARE * len(answers):
-            pauses.end(project)
+            pauses.resume(project)
             return
-        seconds = pauses.begin(project, reasons[0])
+        seconds = pauses.pause(project, reasons[0])
     except RedisError as error:
         log.warning("project %s: its bulk work could not be paused (%s)", project, type(error).__name__)
     else:

@@ -112,7 +112,7 @@ class Predictor:
                 detector = self.detectors.get((chunk.version.project, chunk.version.id) if chunk.version else None)
         except CheckpointError as error:
             log.error("%s", error)
-            return [TaskError.of(error)] * len(chunk.tasks)
+            return [TaskError.from_error(error)] * len(chunk.tasks)
         run = ChunkRun(self, detector, chunk.plan, chunk.model_version, report)
         with self.watchdog.watching():
             if lost := get_lost_chunk():
@@ -154,7 +154,7 @@ class ChunkRun:
             if is_device_error(error) or isinstance(error, JobTimeoutException):
                 raise
             log.exception("project %s, task %s failed", self.report.project or "-", task.id)
-            return TaskError.of(BackendError("the worker failed on this task; its log says why"))
+            return TaskError.from_error(BackendError("the worker failed on this task; its log says why"))
         return answer
 
     def predict_tasks(self, tasks: Sequence[ChunkTask]) -> list[Answer]:
@@ -180,7 +180,7 @@ class ChunkRun:
         for index, task in enumerate(tasks):
             if index in errors:
                 log.warning("project %s, task %s: %s", self.report.project or "-", task.id, errors[index])
-                answers.append(TaskError.of(errors[index]))
+                answers.append(TaskError.from_error(errors[index]))
             else:
                 answers.append(Prediction.model_validate(make_prediction(regions[index], self.model_version)))
         return answers

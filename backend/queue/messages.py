@@ -88,7 +88,7 @@ class ErrorDetail(BaseModel):
     is_retryable: bool
 
     @classmethod
-    def of(cls, error: BackendError) -> ErrorDetail:
+    def from_error(cls, error: BackendError) -> ErrorDetail:
         """Makes the details of an error."""
         return cls(code=error.code, detail=str(error), is_retryable=error.is_retryable)
 
@@ -101,9 +101,9 @@ class TaskError(BaseModel):
     error: ErrorDetail
 
     @classmethod
-    def of(cls, error: BackendError) -> TaskError:
+    def from_error(cls, error: BackendError) -> TaskError:
         """Makes the answer for a task that failed with this error."""
-        return cls(error=ErrorDetail.of(error))
+        return cls(error=ErrorDetail.from_error(error))
 
 
 def _tag_answer(answer: Any) -> str:

@@ -34,7 +34,7 @@ class Pauses:
         self._connection, self._key = connection, key
         self._counters = PAUSES_KEY + key.removeprefix("gdino:paused:")
 
-    def begin(self, project: str, reason: str) -> int | None:
+    def pause(self, project: str, reason: str) -> int | None:
         """Pauses a project; returns for how many seconds, None if it is paused already."""
         if self.is_paused(project):
             return None
@@ -47,8 +47,8 @@ class Pauses:
         set_indexed(self._connection, self._key, project, json.dumps(row), round(seconds))
         return round(seconds)
 
-    def end(self, project: str) -> None:
-        """Forgets the pauses of a project whose work goes on: the next one is short again."""
+    def resume(self, project: str) -> None:
+        """Ends the pause of a project, and forgets those before it: the next one is short again."""
         self._connection.delete(self._counters + project, self._key + project)
 
     def count(self, project: str) -> int:

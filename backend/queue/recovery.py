@@ -25,7 +25,9 @@ CHUNK_KEY = "gdino:chunk:"  # + job id -> hash: at (index of the task at work), 
 CHUNK_TTL = 24 * 3600  # s
 MAX_LOST_ATTEMPTS = 20  # of one job; what is left of its chunk then fails
 
-WORKER_DIED = TaskError.of(WorkerDied("the worker died over this task, twice; its image may be too large for it"))
+WORKER_DIED = TaskError.from_error(
+    WorkerDied("the worker died over this task, twice; its image may be too large for it")
+)
 
 
 def allow_lost_attempts() -> Retry:

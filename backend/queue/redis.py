@@ -17,36 +17,35 @@ CONNECT_TIMEOUT, SOCKET_TIMEOUT = 0.5, 2.0  # s; together below the 3 s that Lab
 MAX_CONNECTIONS = 512  # one for each waiting thread of the web front, and some to spare
 PATIENCE, PATIENT_INTERVAL = 120, 0.5  # s for which a worker's command waits for Redis, and between two attempts
 PATIENT_SOCKET_TIMEOUT = 15  # s; longer than RQ waits for a job in one command
+FAIL_FAST = Retry(NoBackoff(), 0)
 INDEX = "names"  # ends the key of a kind's index: a sorted set of name -> when its value was set
 
 
 def connect(redis_url: str) -> Redis:
     """Makes a client that connects on first use and fails fast: it does not retry while Redis is away."""
-    return Redis.from_url(
-        redis_url,
-        socket_connect_timeout=CONNECT_TIMEOUT,
-        socket_timeout=SOCKET_TIMEOUT,
-        max_connections=MAX_CONNECTIONS,
-        retry=Retry(NoBackoff(), 0),
-        health_check_interval=0,
-    )
+    return _connect(redis_url, SOCKET_TIMEOUT, FAIL_FAST)
 
 
 def connect_patiently(redis_url: str) -> Redis:
     """Makes a worker's client: while Redis is away each command waits for it, up to `PATIENCE` seconds."""
+    patient = Retry(ConstantBackoff(PATIENT_INTERVAL), int(PATIENCE / PATIENT_INTERVAL))
+    return _connect(redis_url, PATIENT_SOCKET_TIMEOUT, patient)
+
+
+def _connect(redis_url: str, socket_timeout: float, retry: Retry) -> Redis:
     return Redis.from_url(
         redis_url,
         socket_connect_timeout=CONNECT_TIMEOUT,
-        socket_timeout=PATIENT_SOCKET_TIMEOUT,
+        socket_timeout=socket_timeout,
         max_connections=MAX_CONNECTIONS,
-        retry=Retry(ConstantBackoff(PATIENT_INTERVAL), int(PATIENCE / PATIENT_INTERVAL)),
+        retry=retry,
         health_check_interval=0,
     )
 
 
 def end_patience(connection: Redis) -> None:
     """Makes a client fail fast from now on: its process is about to end."""
-    connection.set_retry(Retry(NoBackoff(), 0))
+    connection.set_retry(FAIL_FAST)
 
 
 def get_time(connection: Redis) -> float:

@@ -59,7 +59,7 @@ def add_entries(connection: Redis, chunks: Sequence[Chunk], project: str = "1", 
     """Puts chunks into the outbox and the queue."""
     outbox = Outbox(connection)
     since = outbox.get_time() if since is None else since
-    outbox.add([OutboxEntry.of(project, chunk, since, CREATED_AT) for chunk in chunks])
+    outbox.add([OutboxEntry.from_chunk(project, chunk, since, CREATED_AT) for chunk in chunks])
     PredictQueue(connection, CHECKPOINT).enqueue(chunks, project=project)
 
 

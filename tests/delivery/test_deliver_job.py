@@ -7,7 +7,7 @@ import pytest
 from redis import Redis
 from rq.results import Result
 
-from backend.delivery import deliver_job, outbox
+from backend.delivery import batch_import, deliver_job, outbox
 from backend.delivery.failures import Failures
 from backend.delivery.outbox import Delivery, Outbox
 from backend.errors import LabelStudioError, LabelStudioUnavailable
@@ -47,8 +47,8 @@ def stand_in() -> Iterator[LabelStudioStandIn]:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shortens the times, all of them in proportion."""
     monkeypatch.setattr(deliver_job, "LOOK_UP_INTERVAL", 0.1)
-    monkeypatch.setattr(deliver_job, "REFUSED_TIMEOUT", 0.3)
-    monkeypatch.setattr(deliver_job, "PULL_TIMEOUT", 0.5)
+    monkeypatch.setattr(batch_import, "REFUSED_TIMEOUT", 0.3)
+    monkeypatch.setattr(batch_import, "PULL_TIMEOUT", 0.5)
     monkeypatch.setattr(deliver_job, "FIRST_RETRY", 0.05)
 
 
@@ -146,7 +146,7 @@ def test_a_double_of_an_import_that_took_longer_than_it_may_is_deleted(
 def test_a_double_that_label_studio_stores_itself_is_deleted(
     connection: Redis, stand_in: LabelStudioStandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(deliver_job, "SLOW_IMPORT", 0)
+    monkeypatch.setattr(batch_import, "SLOW_IMPORT", 0)
     add_finished(connection)
     stand_in.double_import(1, seconds=0)
     deliver(connection, make_deliverer(connection, stand_in))
@@ -298,9 +298,9 @@ def test_a_prediction_that_label_studio_fails_at_is_given_up_alone(
         return original(client, project, rows, timeout)
 
     monkeypatch.setattr(LabelStudioClient, "import_predictions", fail_at_two)
-    monkeypatch.setattr(deliver_job, "REFUSED_TIMEOUT", 0)
+    monkeypatch.setattr(batch_import, "REFUSED_TIMEOUT", 0)
     monkeypatch.setattr(deliver_job, "LOOK_UP_INTERVAL", 0)
-    monkeypatch.setattr(deliver_job, "MAX_PREDICTIONS_PER_IMPORT", 64)
+    monkeypatch.setattr(batch_import, "MAX_PREDICTIONS_PER_IMPORT", 64)
     deliverer, chunks = make_deliverer(connection, stand_in), make_task_chunks(20, size=4)
     add_entries(connection, chunks)
     finish_chunks(connection, chunks)

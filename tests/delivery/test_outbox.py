@@ -20,7 +20,7 @@ def outbox(connection: Redis) -> Outbox:
 
 
 def make_entry(chunk: Chunk, project: str = "1") -> OutboxEntry:
-    return OutboxEntry.of(project, chunk, since=10)
+    return OutboxEntry.from_chunk(project, chunk, since=10)
 
 
 def test_an_entry_stays_until_it_is_replaced(outbox: Outbox) -> None:

@@ -78,12 +78,12 @@ def test_a_chunk_is_enqueued_once(connection: Redis, queue: PredictQueue) -> Non
 
 def test_a_pause_holds_back_the_bulk_work_of_its_project_only(connection: Redis, queue: PredictQueue) -> None:
     pauses, paused, other = Pauses(connection, PAUSED_BULK_KEY), make_chunks("a", 9), make_chunks("b", 9)
-    assert pauses.begin("1", "the storage is away")
+    assert pauses.pause("1", "the storage is away")
     queue.enqueue(paused, Place.BACKLOG, "1")
     queue.enqueue(other, Place.BACKLOG, "2")
     queue.enqueue(paused[:1], Place.URGENT, "1")
     assert list_projects(connection, [*paused, *other]) == "a" + "b" * 9
-    pauses.end("1")
+    pauses.resume("1")
     make_backlogs(connection, CHECKPOINT).refill()
     assert list_projects(connection, paused) == "a" * 8
 
@@ -92,14 +92,14 @@ def test_pauses_in_a_row_grow_and_are_listed(connection: Redis) -> None:
     pauses = Pauses(connection, PAUSED_BULK_KEY)
     lengths = []
     for _ in range(6):
-        lengths.append(pauses.begin("1", "refused"))
-        assert pauses.begin("1", "refused again") is None  # another worker found the same
+        lengths.append(pauses.pause("1", "refused"))
+        assert pauses.pause("1", "refused again") is None  # another worker found the same
         assert pauses.list() == [{"project": "1", "reason": "refused", "seconds": lengths[-1]}]
         connection.delete(PAUSED_BULK_KEY + "1")
     assert lengths == sorted(lengths[:4]) + lengths[4:]
     assert lengths[0] <= 5
     assert all(48 <= length <= 72 for length in lengths[4:])
     connection.set("gdino:pauses:bulk:1", 5000)  # after a day of them
-    assert 48 <= pauses.begin("1", "refused") <= 72
-    pauses.end("1")
+    assert 48 <= pauses.pause("1", "refused") <= 72
+    pauses.resume("1")
     assert pauses.list() == []
