@@ -15,7 +15,7 @@ import ctypes
 import functools
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeGuard
 
 import torch
@@ -25,39 +25,80 @@ from backend.detection.deformable_attention import GatheredAttention, SlicedLaye
 
 log = logging.getLogger(__name__)
 
-MIN_PARAMETERS_ON_CPU = 20_000_000  # parameters; in smaller models the replacements cost more time than they save
+MIN_PARAMETERS_ON_CPU = 20_000_000  # in smaller models the replacements cost more time than they save
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # options of mallopt, from glibc's malloc.h
 
 
-def accelerate(model: Any) -> None:
-    """Replaces modules of a Grounding DINO of either class, in place, for inference on the device where it lies."""
+def accelerate(model: Any, precision: torch.dtype) -> torch.dtype:
+    """Replaces modules of a Grounding DINO of either class, in place, for inference on the device where it lies.
+
+    Returns:
+        The precision for autocast; float32 where none is needed. On a CPU bfloat16 is that of a few modules.
+    """
     if model.device.type == "cuda":
         accelerate_on_gpu(model)
-    elif model.device.type == "cpu" and sum(weight.numel() for weight in model.parameters()) >= MIN_PARAMETERS_ON_CPU:
-        accelerate_on_cpu(model)
+    elif model.device.type == "cpu":
+        is_small = sum(weight.numel() for weight in model.parameters()) < MIN_PARAMETERS_ON_CPU
+        if precision is torch.bfloat16 or not is_small:
+            accelerate_on_cpu(model, precision)
+        if precision is torch.bfloat16:
+            return torch.float32
+    return precision
 
 
-def accelerate_on_cpu(model: Any) -> None:
-    """Replaces modules for inference on a CPU; exact up to the rounding of float32."""
+def accelerate_on_cpu(model: Any, precision: torch.dtype = torch.float32) -> None:
+    """Replaces modules for inference on a CPU; in float32 they are exact up to its rounding.
+
+    In bfloat16 are, if it is the precision, the two parts that take most of the time and tolerate it: the linear layers
+    of the image backbone, and the feed-forward network of the encoder.
+    """
     _replace_attention(model, functools.partial(sample_rows, compile_locate_samples()))
     for layer in model.model.encoder.layers:
         layer.deformable_layer = SlicedLayer(layer.deformable_layer)
     if torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        for module in (model.model.backbone, model.model.encoder, model.model.decoder):
+        _pack_linears(model.model.backbone, precision)
+        for layer in model.model.encoder.layers:
+            _pack_feed_forward(layer.deformable_layer.layer, precision)
+        for module in (model.model.encoder, model.model.decoder):
             _pack_linears(module)
+        model.model.enc_output = PackedLinear(model.model.enc_output)
 
 
 def accelerate_on_gpu(model: Any) -> None:
-    """Replaces modules for inference on a GPU; boxes, scores and fusion stay in float32 under autocast."""
+    """Replaces modules for inference on a GPU; boxes and fusion stay in float32 under autocast."""
     _replace_attention(model, _load_triton_kernel(model.device))
     for layer in model.model.encoder.layers:
         layer.fusion_layer.attn = FullPrecision(layer.fusion_layer.attn)
-    for heads in (model.bbox_embed, model.class_embed, model.model.decoder.bbox_embed):
+    for heads in (model.bbox_embed, model.model.decoder.bbox_embed):
         for i, head in enumerate(heads):
             heads[i] = FullPrecision(head)
     model.model.encoder_output_bbox_embed = FullPrecision(model.model.encoder_output_bbox_embed)
-    model.model.encoder_output_class_embed = FullPrecision(model.model.encoder_output_class_embed)
+
+
+def reduce_weights(model: nn.Module, precision: torch.dtype) -> dict[str, Tensor]:
+    """Converts the weights that autocast would convert in every pass: of linear layers and convolutions.
+
+    Returns:
+        The weights in float32 by name, on the CPU, for `restore_weights`; empty if the precision is float32.
+    """
+    if precision is torch.float32:
+        return {}
+    kept = {part for module in model.modules() if isinstance(module, FullPrecision) for part in module.modules()}
+    weights: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        if type(module) in (nn.Linear, nn.Conv2d) and module not in kept:
+            for parameter_name, parameter in module.named_parameters(name):
+                weights[parameter_name] = parameter.data.cpu()
+                parameter.data = parameter.data.to(precision)
+    return weights
+
+
+def restore_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Undoes `reduce_weights`."""
+    for name, weight in weights.items():
+        parameter = model.get_parameter(name)
+        parameter.data = weight.to(parameter.device)
 
 
 def _load_triton_kernel(device: torch.device) -> Callable[..., Tensor] | None:
@@ -103,17 +144,26 @@ def keep_freed_memory(keep: bool = True) -> None:
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1 if keep else 131_072)
 
 
-def _pack_linears(root: nn.Module) -> None:
+def _pack_linears(root: nn.Module, precision: torch.dtype = torch.float32) -> None:
     """Replaces the linear layers below a module, those of FoldedFusion excepted: it uses their weights directly."""
     for module in list(root.modules()):
         if isinstance(module, FoldedFusion):
             continue
-        activation = _find_fused_activation(module)
+        _pack_feed_forward(module, precision)
         for name, child in list(module.named_children()):
             if type(child) is nn.Linear:
-                setattr(module, name, PackedLinear(child, activation if name == "fc1" else "none"))
-        if activation != "none":
-            module.activation_fn = nn.Identity()
+                setattr(module, name, PackedLinear(child, precision=precision))
+
+
+def _pack_feed_forward(module: nn.Module, precision: torch.dtype) -> None:
+    """Replaces `fc1` and `fc2` of a module, with the activation between them fused in; others stay."""
+    activation = _find_fused_activation(module)
+    if activation == "none":
+        return
+    # What lies between the two stays in the reduced precision.
+    module.fc1 = PackedLinear(module.fc1, activation, precision, output=precision)
+    module.fc2 = PackedLinear(module.fc2, precision=precision)
+    module.activation_fn = nn.Identity()
 
 
 def _find_fused_activation(module: nn.Module) -> str:
@@ -242,17 +292,27 @@ def _to_float32(value: Any) -> Any:
 
 
 class PackedLinear(nn.Module):
-    """A linear layer with its weights in oneDNN's layout and an activation fused in; float32, for inference only."""
+    """A linear layer with its weights in oneDNN's layout and an activation fused in; for inference only.
 
-    def __init__(self, linear: nn.Linear, activation: str = "none") -> None:
+    In bfloat16 the products are summed in float32, on processors that have instructions for it.
+    """
+
+    def __init__(
+        self,
+        linear: Any,
+        activation: str = "none",
+        precision: torch.dtype = torch.float32,
+        output: torch.dtype = torch.float32,
+    ) -> None:
+        """Packs the weights of a linear layer; `output` is the type of the results."""
         super().__init__()
-        self.activation = activation
-        self.bias = linear.bias
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.data, None)
+        self.activation, self.precision, self.output = activation, precision, output
+        self.bias = None if linear.bias is None else linear.bias.data.to(precision)
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.data.to(precision), None)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Maps (..., in_features) to (..., out_features)."""
         output: Tensor = torch.ops.mkldnn._linear_pointwise(
-            hidden_states, self.packed, self.bias, self.activation, [], "none"
+            hidden_states.to(self.precision), self.packed, self.bias, self.activation, [], "none"
         )
-        return output
+        return output.to(self.output)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 16  # queries per program
+BLOCK = 32  # queries per program
 
 
 def sample(
@@ -44,7 +44,8 @@ def sample(
     return output
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+# Of `tokens` and `queries` Triton would compile a variant for multiples of 16: while serving, for one size in 16.
+@triton.jit(do_not_specialize=["tokens", "queries"])  # type: ignore[untyped-decorator]
 def _sample(  # type: ignore[no-untyped-def]
     values,
     reference,
@@ -76,7 +77,7 @@ def _sample(  # type: ignore[no-untyped-def]
     highest = tl.max(scores, 1)
     total = tl.sum(tl.exp(scores - highest[:, None]), 1)
     sums = tl.zeros((BLOCK, WIDTH), tl.float32)
-    for level in tl.static_range(LEVELS):
+    for level in range(LEVELS):  # a loop: unrolled it needs 245 registers of a thread, and few programs run at once
         height = tl.load(shapes + 2 * level).to(tl.int32)
         width = tl.load(shapes + 2 * level + 1).to(tl.int32)
         table = values + ((image * tokens + tl.load(starts + level)) * HEADS + head) * WIDTH

@@ -10,17 +10,19 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
-from backend.boxes import Detection, clip_box, cxcywh_to_xyxy, non_max_suppression
-from backend.detection.acceleration import accelerate
+from backend.boxes import Detection
+from backend.detection.acceleration import accelerate, reduce_weights, restore_weights
 from backend.detection.captions import Caption, build_captions
 from backend.detection.device import with_index
+from backend.detection.forward_pass import ForwardPass, ImageFeatures, compute_strides
+from backend.detection.phrase_scores import phrase_scores
+from backend.detection.postprocess import Candidates, find_candidates, make_detections
 from backend.detection.preprocess import ImageFormat, ModelInput, Size, make_model_input
 from backend.errors import ImageError
 from backend.labelstudio.labeling_config import Label
@@ -30,45 +32,40 @@ log = logging.getLogger(__name__)
 
 MAX_BATCH_SIZE = 16  # images; in larger batches an annotator waits longer and an image is hardly faster
 MAX_BATCH_SECONDS = 1.0  # duration of one forward pass, for the same reason
+WARM_UP_PASSES = 2  # not timed: the first loads libraries and compiles kernels, the second captures CUDA graphs
 MAX_TIMED_PASSES = 3  # passes that find_batch_size measures
 
 DetectionsOrError = list[Detection] | ImageError  # of one image
 
 
-@dataclass(frozen=True)
-class NegativeLabel(Label):
-    """A negative phrase as a label: its boxes become `NegativeDetection`."""
+class CaptionScores(NamedTuple):
+    """What a caption found on a batch of images; on the CPU.
+
+    Attributes:
+        caption: the caption.
+        scores: (images, queries), of the best phrase.
+        best: (images, queries), index of the best phrase.
+        boxes_cxcywh: (images, queries, 4), relative to the padded images.
+    """
+
+    caption: Caption
+    scores: Tensor
+    best: Tensor
+    boxes_cxcywh: Tensor
 
 
-@dataclass(frozen=True)
-class NegativeDetection(Detection):
-    """A box that fits a negative phrase best: it takes part in non-maximum suppression and is then dropped."""
+class PhraseQuery(NamedTuple):
+    """What to look for on all images of a call.
 
+    Attributes:
+        captions: with all phrases.
+        label_by_phrase: index of the label of each phrase.
+        thresholds: (labels,), scores that a box has to reach.
+    """
 
-def phrase_scores(logits: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
-    """Computes phrase scores (..., phrases) in 0..1 from token logits (..., tokens)."""
-    probabilities = logits.sigmoid()
-    return torch.stack([probabilities[..., start:end].mean(-1) for start, end in spans], dim=-1)
-
-
-class SharedBackbone(nn.Module):
-    """Wraps the image backbone so that all captions of a batch share one pass through it."""
-
-    def __init__(self, backbone: Any) -> None:
-        super().__init__()
-        self.backbone, self.position_embedding = backbone, backbone.position_embedding
-        self._pixels: Tensor | None = None
-        self._features: tuple[list[Any], list[Any]] = ([], [])
-
-    def forward(self, pixel_values: Tensor, pixel_mask: Tensor) -> tuple[list[Any], list[Any]]:
-        """Returns what the backbone returns; computes it only if `pixel_values` is another tensor object."""
-        if self._pixels is not pixel_values:
-            self._pixels, self._features = pixel_values, self.backbone(pixel_values, pixel_mask)
-        return list(self._features[0]), list(self._features[1])  # copies: the model appends to them
-
-    def clear(self) -> None:
-        """Frees the features of the last batch."""
-        self._pixels, self._features = None, ([], [])
+    captions: Sequence[Caption]
+    label_by_phrase: Mapping[str, int]
+    thresholds: Tensor
 
 
 class Detector:
@@ -98,13 +95,12 @@ class Detector:
         self.image_format = image_format
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # Triton and pinned memory use the current device
-        self.precision = precision
         self.batch_size = MAX_BATCH_SIZE
         self.on_forward: Callable[[], object] = lambda: None
-        accelerate(self.model)
-        self.backbone = SharedBackbone(model.model.backbone)
-        self.model.model.backbone = self.backbone
-        self._strides = _compute_strides(model.config)
+        self.precision = accelerate(self.model, precision)
+        self._full_weights = reduce_weights(self.model, self.precision)
+        self._strides = compute_strides(model.config)
+        self.forward_pass = ForwardPass(self.model, image_format, self._strides)
 
     def find_batch_size(self) -> int:
         """Finds the largest batch that fits in memory and takes about a second at most; also warms the model up.
@@ -112,7 +108,8 @@ class Detector:
         It is measured on a blank image with one short phrase; larger images may need smaller batches.
         """
         labels, blank = [Label("object", ("object",), 0.5)], Image.new("RGB", (400, 300))
-        self.detect([blank], labels)  # not timed: the first pass loads libraries and compiles kernels
+        for _ in range(WARM_UP_PASSES):
+            self.detect([blank], labels)
         seconds: list[float] = []
         while sum(seconds) < MAX_BATCH_SECONDS and len(seconds) < MAX_TIMED_PASSES:
             start = time.perf_counter()
@@ -121,10 +118,10 @@ class Detector:
         size = max(min(int(MAX_BATCH_SECONDS / min(seconds)), MAX_BATCH_SIZE), 1)
         if self.device.type == "cpu":
             return size
-        model_input, caption = self.prepare_image(blank), self._build_captions(["object"])[0]
+        model_input, captions = self.prepare_image(blank), self._build_captions(["object"])
         while size > 1:
             try:
-                self._forward(self._stack_pixels([model_input] * size), caption)
+                self._score([model_input] * size, captions)
                 break
             except torch.OutOfMemoryError:
                 size //= 2
@@ -187,91 +184,104 @@ class Detector:
             LabelingConfigError: a phrase is longer than a caption may be.
         """
         min_threshold = min((label.threshold for label in labels), default=1.0)
-        negatives = [NegativeLabel(phrase, (phrase,), min_threshold) for phrase in negative_phrases]
-        label_by_phrase: dict[str, Label] = {}
-        for label in (*labels, *negatives):
-            for phrase in label.phrases:
-                label_by_phrase.setdefault(phrase, label)
-        captions = self._build_captions(list(label_by_phrase))
-        results: dict[int, DetectionsOrError] = {}
+        phrases: dict[str, int] = {}  # with the index of their label; those of negative phrases come after the labels
+        for index, of_label in enumerate([*(label.phrases for label in labels), *((p,) for p in negative_phrases)]):
+            for phrase in of_label:
+                phrases.setdefault(phrase, index)
+        thresholds = [*(label.threshold for label in labels), *(min_threshold for _ in negative_phrases)]
+        query = PhraseQuery(self._build_captions(list(phrases)), phrases, torch.tensor(thresholds))
+        results: dict[int, list[Candidates] | ImageError] = {}
         for indices in _group_by_size(inputs, self.batch_size):
             batch = {index: inputs[index] for index in indices}
-            results.update(self._detect_batch(batch, captions, label_by_phrase))
-        return [_suppress(results[index], nms_iou) for index in range(len(inputs))]
+            results.update(self._detect_batch(batch, query, self.batch_size))
+        return [
+            found if isinstance(found, ImageError) else make_detections(found, labels, nms_iou)
+            for _, found in sorted(results.items())
+        ]
 
     def _build_captions(self, phrases: Sequence[str]) -> list[Caption]:
         return build_captions(self.tokenizer, phrases, self.model.config.max_text_len)
 
     def _detect_batch(
-        self, batch: Mapping[int, ModelInput], captions: Sequence[Caption], label_by_phrase: Mapping[str, Label]
-    ) -> Mapping[int, DetectionsOrError]:
-        """Detects on equal-sized images by their index; if memory runs out, on each half of them in turn."""
+        self, batch: Mapping[int, ModelInput], query: PhraseQuery, max_rows: int
+    ) -> dict[int, list[Candidates] | ImageError]:
+        """Detects on equal-sized images by their index; if memory runs out, on each half of them in turn.
+
+        `max_rows` limits images x captions of a pass.
+        """
         try:
-            return self._detect_together(batch, captions, label_by_phrase)
+            return {**self._detect_together(batch, query, max_rows)}
         except torch.OutOfMemoryError:
             self._free_memory()
-        if len(batch) == 1:
+        if len(batch) == 1 and (max_rows == 1 or len(query.captions) == 1):
             error = ImageError(f"the image needs more memory than {self.device} has; give it another DEVICE")
             return dict.fromkeys(batch, error)
         log.warning("%s is out of memory with a batch of %d images; retrying with half", self.device, len(batch))
         indices, half = list(batch), len(batch) // 2
-        results: dict[int, DetectionsOrError] = {}
-        for half_indices in (indices[:half], indices[half:]):
+        results: dict[int, list[Candidates] | ImageError] = {}
+        for half_indices in filter(None, (indices[:half], indices[half:])):
             half_batch = {index: batch[index] for index in half_indices}
-            results.update(self._detect_batch(half_batch, captions, label_by_phrase))
+            results.update(self._detect_batch(half_batch, query, max(max_rows // 2, 1)))
         return results
 
     def _detect_together(
-        self, batch: Mapping[int, ModelInput], captions: Sequence[Caption], label_by_phrase: Mapping[str, Label]
-    ) -> dict[int, list[Detection]]:
-        """Runs one forward pass per caption over equal-sized images; returns the detections by index."""
-        pixel_values = self._stack_pixels(list(batch.values()))
+        self, batch: Mapping[int, ModelInput], query: PhraseQuery, max_rows: int
+    ) -> dict[int, list[Candidates]]:
+        """Runs all captions over equal-sized images; returns the candidates of each caption by index."""
         BATCH_IMAGES.observe(len(batch))
-        detections: dict[int, list[Detection]] = {index: [] for index in batch}
-        for caption in captions:
-            logits, boxes_cxcywh = self._forward(pixel_values, caption)
-            scores, best = phrase_scores(logits, caption.spans).max(-1)
-            labels = [label_by_phrase[phrase] for phrase in caption.phrases]
+        candidates: dict[int, list[Candidates]] = {index: [] for index in batch}
+        for caption, scores, best, boxes in self._score(list(batch.values()), query.captions, max_rows):
+            labels = torch.tensor([query.label_by_phrase[phrase] for phrase in caption.phrases])
             for row, (index, model_input) in enumerate(batch.items()):
-                detections[index] += _to_detections(scores[row], best[row], boxes_cxcywh[row], model_input, labels)
-        self.backbone.clear()
-        return detections
-
-    def _stack_pixels(self, batch: Sequence[ModelInput]) -> Tensor:
-        """Returns pixel values (images, 3, height, width) on the device."""
-        pixel_values = torch.stack([model_input.pixels for model_input in batch])
-        if self.device.type == "cuda":
-            pixel_values = pixel_values.pin_memory()  # so that the copy is asynchronous
-        return pixel_values.to(self.device, non_blocking=True)
-
-    def _free_memory(self) -> None:
-        self.backbone.clear()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+                found = find_candidates(scores[row], best[row], boxes[row], model_input, labels, query.thresholds)
+                candidates[index].append(found)
+        return candidates
 
     @torch.inference_mode()
-    def _forward(self, pixel_values: Tensor, caption: Caption) -> tuple[Tensor, Tensor]:
-        """Returns token logits (images, queries, tokens) and boxes_cxcywh (images, queries, 4) in 0..1, on the CPU."""
-        self.on_forward()
-        input_ids = torch.tensor([caption.input_ids] * len(pixel_values), device=self.device)
-        with torch.autocast(self.device.type, self.precision, enabled=self.precision is not torch.float32):
-            output = self.model(pixel_values=pixel_values, input_ids=input_ids)
-        logits, boxes_cxcywh = output.logits.float().cpu(), output.pred_boxes.float().cpu()
-        if self.precision is not torch.float32 and (logits.isnan().any() or boxes_cxcywh.isnan().any()):
-            log.warning("this checkpoint gives NaN in %s; falling back to float32", self.precision)
-            self.precision = torch.float32
-            self.backbone.clear()
-            return self._forward(pixel_values, caption)
-        return logits, boxes_cxcywh
+    def _score(
+        self, batch: Sequence[ModelInput], captions: Sequence[Caption], max_rows: int = 1
+    ) -> list[CaptionScores]:
+        """Scores each caption on equal-sized images, up to `max_rows` images x captions in a pass."""
+        size = max(max_rows // len(batch), 1) if self.device.type == "cuda" else 1  # captions of a pass
+        groups = [captions[start : start + size] for start in range(0, len(captions), size)]
+        pixels = self._stack_pixels(batch)
+        results: list[CaptionScores] = []
+        images: ImageFeatures | None = None
+        for group in groups:
+            self.on_forward()
+            # Its cache of converted weights would keep tensors that a CUDA graph reuses; the weights are converted.
+            reduced = self.precision is not torch.float32
+            with torch.autocast(self.device.type, self.precision, enabled=reduced, cache_enabled=False):
+                images = images or self.forward_pass.encode_images(pixels)
+                text = self.forward_pass.encode_text(group)
+                logits, boxes_cxcywh = self.forward_pass.detect(images, text)
+            all_scores, boxes_cxcywh = phrase_scores(logits, text.span_matrix), boxes_cxcywh.cpu()
+            for i, caption in enumerate(group):
+                scores, best = all_scores[:, i, :, : len(caption.phrases)].max(-1)
+                results.append(CaptionScores(caption, scores.cpu(), best.cpu(), boxes_cxcywh[:, i]))
+            if reduced and any(row.scores.isnan().any() or row.boxes_cxcywh.isnan().any() for row in results):
+                self._fall_back_to_float32()
+                return self._score(batch, captions, max_rows)
+        return results
 
+    def _stack_pixels(self, batch: Sequence[ModelInput]) -> Tensor:
+        """Returns pixels, uint8 (images, height, width, 3), on the device."""
+        is_on_gpu = self.device.type == "cuda"
+        # A GPU copies from pinned memory while this thread goes on.
+        pixels = torch.empty(len(batch), *batch[0].pixels.shape, dtype=torch.uint8, pin_memory=is_on_gpu)
+        torch.stack([model_input.pixels for model_input in batch], out=pixels)
+        return pixels.to(self.device, non_blocking=True)
 
-def _compute_strides(config: Any) -> list[int]:
-    """Returns the pixels of a resized image per feature token and axis, for each feature level."""
-    backbone = config.backbone_config
-    strides = [backbone.patch_size * 2 ** (stage - 1) for stage in backbone.out_indices]
-    while len(strides) < config.num_feature_levels:
-        strides.append(2 * strides[-1])
-    return strides
+    def _fall_back_to_float32(self) -> None:
+        log.warning("this checkpoint gives NaN in %s; falling back to float32", self.precision)
+        restore_weights(self.model, self._full_weights)
+        self.precision, self._full_weights = torch.float32, {}
+        self.forward_pass.clear()
+
+    def _free_memory(self) -> None:
+        self.forward_pass.clear()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def _group_by_size(inputs: Sequence[ModelInput], max_batch_size: int) -> Iterator[list[int]]:
@@ -281,32 +291,3 @@ def _group_by_size(inputs: Sequence[ModelInput], max_batch_size: int) -> Iterato
         groups[model_input.pixels.shape].append(index)
     for indices in groups.values():
         yield from (indices[i : i + max_batch_size] for i in range(0, len(indices), max_batch_size))
-
-
-def _suppress(detections: DetectionsOrError, nms_iou: float) -> DetectionsOrError:
-    """Applies non-maximum suppression to the detections of one image, then drops the negative ones."""
-    if isinstance(detections, ImageError):
-        return detections
-    return [d for d in non_max_suppression(detections, nms_iou) if not isinstance(d, NegativeDetection)]
-
-
-def _to_detections(
-    scores: Tensor, best: Tensor, boxes_cxcywh: Tensor, model_input: ModelInput, labels: Sequence[Label]
-) -> list[Detection]:
-    """Converts the queries of one image and one caption to detections at or above their label's threshold.
-
-    Args:
-        scores: (queries,), of the best phrase.
-        best: (queries,), index of the best phrase.
-        boxes_cxcywh: (queries, 4), relative to the padded image.
-        model_input: the image.
-        labels: one for each phrase of the caption.
-    """
-    thresholds = torch.tensor([label.threshold for label in labels])
-    detections: list[Detection] = []
-    for query in (scores >= thresholds[best]).nonzero().flatten().tolist():
-        box_xyxy = cxcywh_to_xyxy(boxes_cxcywh[query].tolist(), *model_input.padded_size)
-        label = labels[int(best[query])]
-        kind = NegativeDetection if isinstance(label, NegativeLabel) else Detection
-        detections.append(kind(clip_box(*box_xyxy, *model_input.size), scores[query].item(), label.name))
-    return detections

@@ -26,7 +26,7 @@ class ImageProvider(Protocol):
         """Loads an image as the model reads it."""
 
     def get_shape(self, uri: str) -> tuple[int, ...]:
-        """Returns channels, height and width of that input, without loading it."""
+        """Returns height and width of that input, without loading it."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def draw_batches(
         for example in group:
             image = training_set.images.load_input(example.target.uri)
             caption, target = sample_caption(example, image, tokenizer, rng, max_tokens)
-            pixels.append(image.pixels)
+            pixels.append(image.normalize())
             captions.append(caption)
             targets.append(target)
         return Batch(torch.stack(pixels), captions, targets)

@@ -25,8 +25,6 @@ class ImageCache:
 
     def __init__(self, folder: Path, loader: ImageLoader, detector: Detector) -> None:
         self._folder, self._loader, self._detector = folder, loader, detector
-        self._mean = torch.tensor(detector.image_format.mean)[:, None, None]
-        self._std = torch.tensor(detector.image_format.std)[:, None, None]
         self._shapes: dict[str, tuple[int, ...]] = {}
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -70,23 +68,23 @@ class ImageCache:
             raise DiskFull(f"MODEL_DIR has less than {MIN_FREE_DISK // 10**9} GB left; make room and start again")
         image = self._loader.load(uri, task)
         model_input = self._detector.prepare_image(image.image, image.size)
-        pixels = ((model_input.pixels * self._std + self._mean) * 255).round().clamp(0, 255).to(torch.uint8).numpy()
+        pixels = model_input.pixels.numpy()
         temporary = path.with_suffix(".new")
         with temporary.open("wb") as file:
-            np.savez(file, pixels=pixels, shape=pixels.shape, frame=model_input.padded_size, size=model_input.size)
+            np.savez(file, pixels=pixels, shape=pixels.shape[:2], padding=model_input.padding, size=model_input.size)
         temporary.replace(path)
-        self._shapes[uri] = pixels.shape
+        self._shapes[uri] = pixels.shape[:2]
 
     def get_shape(self, uri: str) -> tuple[int, ...]:
-        """Returns channels, height and width of a downloaded image as the model reads it."""
+        """Returns height and width of a downloaded image as the model reads it."""
         return self._shapes[uri]
 
     def load_input(self, uri: str) -> ModelInput:
         """Loads a downloaded image."""
         with np.load(self._get_path(uri)) as arrays:
-            pixels = (torch.from_numpy(arrays["pixels"]).float() / 255 - self._mean) / self._std
-            padded_size, size = arrays["frame"].tolist(), arrays["size"].tolist()
-        return ModelInput(pixels, (padded_size[0], padded_size[1]), (size[0], size[1]))
+            padding, size = arrays["padding"].tolist(), arrays["size"].tolist()
+            pixels = torch.from_numpy(arrays["pixels"])
+        return ModelInput(pixels, (padding[0], padding[1]), (size[0], size[1]), self._detector.image_format)
 
     def _get_path(self, uri: str) -> Path:
         return self._folder / f"{hashlib.sha256(uri.encode(errors='replace')).hexdigest()[:32]}.npz"

@@ -20,7 +20,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from backend.detection.captions import Caption
-from backend.detection.detector import phrase_scores
+from backend.detection.phrase_scores import make_span_matrix, phrase_scores
 
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0
 CLASS_WEIGHT, L1_WEIGHT, GIOU_WEIGHT = 2.0, 5.0, 2.0  # of the terms, both in the matching cost and in the loss
@@ -145,7 +145,8 @@ def _compute_stage_loss(logits: Tensor, boxes_cxcywh: Tensor, batch: Batch) -> T
         if not len(target.phrases):
             continue
         with torch.no_grad():
-            queries, boxes = _match_queries(phrase_scores(logits[i], caption.spans), boxes_cxcywh[i], target)
+            span_matrix = make_span_matrix(caption.spans, logits.shape[-1]).to(logits.device)
+            queries, boxes = _match_queries(phrase_scores(logits[i], span_matrix), boxes_cxcywh[i], target)
         for query, box in zip(queries.tolist(), boxes.tolist(), strict=True):
             start, end = caption.spans[int(target.phrases[box])]
             token_targets[i, query, start:end] = 1

@@ -233,7 +233,7 @@ class _Training:
         """Downloads the images; returns the cache, and the examples whose images could be loaded."""
         fetcher = ImageFetcher.from_settings(self._settings, self._label_studio)
         loader = ImageLoader(fetcher, self._settings.max_image_pixels)
-        images = ImageCache(self._work_dir / "pictures", loader, detector)
+        images = ImageCache(self._work_dir / "images", loader, detector)
         task_by_uri = {example.target.uri: example.task for example in examples}
         errors = images.download(task_by_uri, lambda done: self._report("loading", done, len(task_by_uri)))
         if errors:  # Label Studio may have been unavailable

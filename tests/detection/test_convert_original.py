@@ -13,12 +13,14 @@ from PIL import Image
 from transformers import GroundingDinoForObjectDetection
 
 from backend.detection.acceleration import FoldedFusion, FusedAttention, PackedLinear, accelerate_on_cpu
+from backend.detection.captions import Caption
 from backend.detection.checkpoints import load_model
 from backend.detection.convert_original import read_state_dict
 from backend.detection.deformable_attention import GatheredAttention, SlicedLayer
-from backend.detection.detector import phrase_scores
+from backend.detection.phrase_scores import make_span_matrix, phrase_scores
 from backend.detection.preprocess import ImageFormat
 from backend.errors import CheckpointError
+from tests.detection.forward import make_forward_pass, run_forward_pass, run_transformers
 
 pytestmark = [
     pytest.mark.timeout(300),
@@ -79,24 +81,25 @@ def stock(pth: Path) -> GroundingDinoForObjectDetection:
 
 @pytest.fixture(scope="module", params=["stock", "fast"])
 def actual(stock: GroundingDinoForObjectDetection, request: pytest.FixtureRequest) -> dict[str, np.ndarray]:
-    model = stock
-    if request.param == "fast":
+    image_format = ImageFormat(480, 640)
+    pixels = image_format.resize(Image.open(DATA / INPUT["image"]).convert("RGB"))[None]
+    spans = [tuple(label["span"]) for label in INPUT["labels"]]
+    caption = Caption(tuple(map(str, spans)), tuple(INPUT["input_ids"]), tuple(spans))
+    if request.param == "stock":
+        output = run_transformers(stock, image_format, pixels, caption)
+    else:
         model = copy.deepcopy(stock)
         accelerate_on_cpu(model)
         replaced = {type(module) for module in model.modules()}
         assert {FoldedFusion, FusedAttention, GatheredAttention, PackedLinear, SlicedLayer} <= replaced
-    image = Image.open(DATA / INPUT["image"]).convert("RGB")
-    with torch.inference_mode():
-        output = model(
-            pixel_values=ImageFormat(480, 640).preprocess(image)[None], input_ids=torch.tensor([INPUT["input_ids"]])
-        )
-    spans = [tuple(label["span"]) for label in INPUT["labels"]]
+        output = run_forward_pass(make_forward_pass(model, image_format), pixels, caption)
+    scores = phrase_scores(output.logits[0], make_span_matrix(spans, len(caption.input_ids)))
     return {
-        "pred_logits": output.logits[0, :, : len(INPUT["input_ids"])].numpy(),
-        "pred_boxes": output.pred_boxes[0].numpy(),
-        "label_scores": phrase_scores(output.logits[0], spans).numpy(),
-        "encoder_text": output.encoder_last_hidden_state_text[0].numpy(),
-        "encoder_vision": output.encoder_last_hidden_state_vision[0].numpy(),
+        "pred_logits": output.logits[0].numpy(),
+        "pred_boxes": output.boxes_cxcywh[0].numpy(),
+        "label_scores": scores.numpy(),
+        "encoder_text": output.text_states[0].numpy(),
+        "encoder_vision": output.image_states[0].numpy(),
     }
 
 

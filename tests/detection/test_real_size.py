@@ -16,13 +16,15 @@ from transformers import (
 
 from backend.boxes import iou
 from backend.detection.acceleration import FoldedFusion, FusedAttention, PackedLinear
-from backend.detection.captions import build_caption, build_captions
+from backend.detection.captions import Caption, build_caption, build_captions
 from backend.detection.checkpoints import load_checkpoint
 from backend.detection.deformable_attention import GatheredAttention, SlicedLayer
-from backend.detection.detector import Detector, phrase_scores
+from backend.detection.detector import Detector
+from backend.detection.phrase_scores import make_span_matrix, phrase_scores
 from backend.detection.preprocess import ImageFormat
 from backend.labelstudio.labeling_config import Label
 from backend.registry.checkpoint import DEMO_CHECKPOINT
+from tests.detection.forward import draw_noise, run_forward_pass, run_transformers
 
 pytestmark = [
     pytest.mark.timeout(300),
@@ -65,11 +67,16 @@ def detector(tokenizer: Any) -> Detector:
     return detector
 
 
+def score_phrases(detector: Detector, pixels: torch.Tensor, caption: Caption) -> torch.Tensor:
+    """Returns scores (images, queries, phrases)."""
+    logits = run_forward_pass(detector.forward_pass, pixels, caption).logits
+    return phrase_scores(logits, make_span_matrix(caption.spans, logits.shape[-1]))
+
+
 def compute_scores(detector: Detector, phrases: list[str], images: int = 1, seed: int = 1) -> torch.Tensor:
     """Returns scores (images, queries, phrases), sorted over the queries; the phrases in the order of PHRASES."""
-    pixels = torch.randn(images, 3, 320, 427, generator=torch.Generator().manual_seed(seed))
-    caption = build_caption(detector.tokenizer, phrases)
-    all_scores = phrase_scores(detector._forward(pixels, caption)[0], caption.spans)
+    pixels, caption = draw_noise(images, 320, 427, seed), build_caption(detector.tokenizer, phrases)
+    all_scores = score_phrases(detector, pixels, caption)
     return all_scores[..., [phrases.index(phrase) for phrase in PHRASES]].sort(1).values
 
 
@@ -80,9 +87,8 @@ def test_label_order_changes_nothing(detector: Detector) -> None:
 def test_a_batch_equals_one_by_one(detector: Detector) -> None:
     together = compute_scores(detector, PHRASES, images=2)
     assert (together[:1] - together[1:]).abs().max() > 1e-4  # two different images
-    pixels = torch.randn(2, 3, 320, 427, generator=torch.Generator().manual_seed(1))
-    caption = build_caption(detector.tokenizer, PHRASES)
-    alone = [phrase_scores(detector._forward(pixels[i : i + 1], caption)[0], caption.spans) for i in (0, 1)]
+    pixels, caption = draw_noise(2, 320, 427), build_caption(detector.tokenizer, PHRASES)
+    alone = [score_phrases(detector, pixels[i : i + 1], caption) for i in (0, 1)]
     assert (torch.cat(alone).sort(1).values - together).abs().max() < 1e-4
 
 
@@ -108,15 +114,12 @@ def test_splitting_a_caption_keeps_every_box_of_its_halves(detector: Detector, m
 )
 def test_other_architectures_give_the_numbers_of_transformers(build: Any, tokenizer: Any) -> None:
     stock = randomize(build())
-    fast = Detector(copy.deepcopy(stock), tokenizer, SMALL).model
-    assert_accelerated(fast)
-    caption = build_caption(tokenizer, PHRASES)
-    inputs = {"pixel_values": torch.randn(1, 3, 224, 320), "input_ids": torch.tensor([caption.input_ids])}
-    with torch.inference_mode():
-        expected, actual = stock(**inputs), fast(**inputs)
-    difference = expected.encoder_last_hidden_state_vision - actual.encoder_last_hidden_state_vision
-    assert difference.abs().max() < 1e-4
-    length = len(caption.input_ids)
-    sorted_scores = [output.logits[..., :length].sigmoid().sort(1).values for output in (expected, actual)]
+    fast = Detector(copy.deepcopy(stock), tokenizer, SMALL)
+    assert_accelerated(fast.model)
+    caption, pixels = build_caption(tokenizer, PHRASES), draw_noise(1, 224, 320)
+    expected = run_transformers(stock, SMALL, pixels, caption)
+    actual = run_forward_pass(fast.forward_pass, pixels, caption)
+    assert (expected.image_states - actual.image_states).abs().max() < 1e-4
+    sorted_scores = [output.logits.sigmoid().sort(1).values for output in (expected, actual)]
     difference = (sorted_scores[0] - sorted_scores[1]).abs()
     assert difference.flatten().quantile(0.99) < 1e-4  # near ties: a few of the 900 queries may differ

@@ -9,7 +9,7 @@ import pytest
 import requests
 from playwright.sync_api import Browser, Page, expect
 
-from backend.boxes import Detection, non_max_suppression
+from backend.boxes import Detection
 from backend.delivery.failures import Failure, Failures
 from backend.labelstudio.labeling_config import read_plan
 from backend.labelstudio.regions import read_label
@@ -21,6 +21,7 @@ from backend.queue.training_queue import TrainingQueue
 from tests.e2e.browser import open_browser, save_screenshot
 from tests.scenes import encode, make_labeling_config, make_scenes, to_data_uri
 from tests.servers import ServeProcess
+from tests.suppression import suppress_greedily
 
 DRAWN = make_scenes(3, (640, 480), seed=23)
 CONFIG = make_labeling_config(DRAWN)
@@ -186,7 +187,7 @@ def test_boxes_are_filtered_as_the_detector_does(open_page: Callable[..., Page])
         ]
         thresholds = {label: rng.random() for label in "ab"} | {"c": 0.2}
         kept = [row for row in detections if row.score >= thresholds[row.label]]
-        expected = [row.score for row in non_max_suppression(kept, 0.5) if row.label != "c"]
+        expected = [row.score for row in suppress_greedily(kept, 0.5) if row.label != "c"]
         rows = [
             {"control": "k", "place": None if d.label == "c" else d.label, "score": d.score}
             | dict(zip(("x", "y"), d.box_xyxy[:2], strict=True))

@@ -2,19 +2,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backend.boxes import Detection, cxcywh_to_xyxy
+from backend.boxes import Detection
 from backend.labelstudio.regions import make_prediction, make_regions
 from backend.labelstudio.targets import DetectionQuery, ImageTarget
 
 QUERY = DetectionQuery((), (), 1)
 TARGET = ImageTarget("label", "image", "", "", None, QUERY)
 sizes = st.integers(1, 20_000)
-fractions = st.floats(-0.5, 1.5, allow_nan=False)
+edges = st.tuples(st.floats(0, 1), st.floats(0, 1)).map(sorted)
 
 
-@given(st.tuples(fractions, fractions, st.floats(0, 2), st.floats(0, 2)), sizes, sizes)
-def test_every_region_lies_inside_the_image(box: tuple, width: int, height: int) -> None:
-    detection = Detection(cxcywh_to_xyxy(box, width, height), 0.5, "a")
+@given(edges, edges, sizes, sizes)
+def test_every_region_lies_inside_the_image(xs: list[float], ys: list[float], width: int, height: int) -> None:
+    detection = Detection((xs[0] * width, ys[0] * height, xs[1] * width, ys[1] * height), 0.5, "a")
     for region in make_regions([detection], TARGET, width, height, "1"):
         value = region["value"]
         assert 0 <= value["x"] <= 100

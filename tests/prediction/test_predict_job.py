@@ -31,7 +31,7 @@ from backend.settings import Settings
 predictor = Predictor(Settings(model="demo"))
 def fail(*_):
     raise {error}
-predictor.detectors.base.model.register_forward_pre_hook(fail)
+predictor.detectors.base.model.model.backbone.conv_encoder.model.register_forward_pre_hook(fail)
 print(json.dumps(predictor.predict(json.loads(sys.stdin.read()))))
 """
 

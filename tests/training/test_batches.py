@@ -6,7 +6,7 @@ import torch
 
 from backend.boxes import Box
 from backend.detection.captions import Caption
-from backend.detection.preprocess import ModelInput
+from backend.detection.preprocess import ImageFormat, ModelInput
 from backend.labelstudio.labeling_config import Label
 from backend.labelstudio.targets import DetectionQuery, ImageTarget
 from backend.training.batches import sample_caption
@@ -32,8 +32,8 @@ def make_example(*true_labels: str, labels: dict[str, tuple[str, ...]] = LABELS,
     return Example(1, target, tuple((BOX, label) for label in true_labels), "train")
 
 
-def sample(example: Example, seed: int = 0, max_tokens: int = 256, padding: float = 1) -> tuple[Caption, Target]:
-    image = ModelInput(torch.zeros(3, 8, 8), (100 * padding, 100), (100, 100))
+def sample(example: Example, seed: int = 0, max_tokens: int = 256, padding: int = 0) -> tuple[Caption, Target]:
+    image = ModelInput(torch.zeros(8, 8, 3, dtype=torch.uint8), (padding, 0), (100, 100), ImageFormat())
     return sample_caption(example, image, LetterTokenizer(), np.random.default_rng(seed), max_tokens)
 
 
@@ -73,7 +73,7 @@ def test_a_shared_phrase_stands_for_the_first_label_with_boxes() -> None:
 
 
 def test_boxes_are_relative_to_the_padded_image() -> None:
-    _, target = sample(make_example("cat"), padding=2)
+    _, target = sample(make_example("cat"), padding=8)
     assert target.boxes_cxcywh.tolist() == [pytest.approx([0.25, 0.75, 0.25, 0.5])]
 
 

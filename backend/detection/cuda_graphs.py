@@ -1,0 +1,131 @@
+"""CUDA graphs: a pass of thousands of short kernels starts as one, instead of waiting for Python at each of them."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+MAX_GRAPHS = 16  # of one function; each keeps its input and output, the rest of their memory is shared
+MAX_DIFFERENCE = 0.01  # between what a new graph gives and what the function gave, relative to the largest value
+
+Tensors = tuple[Tensor, ...]
+Function = Callable[..., Tensors]
+Replay = Callable[[], object]
+# Takes a function and its arguments; returns what it gave, what the graph gives, and the graph's replay.
+Capture = Callable[[Function, Tensors], tuple[Tensors, Tensors, Replay]]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A captured function: it reads `arguments` and writes `outputs`, always at the same addresses."""
+
+    arguments: Tensors
+    outputs: Tensors
+    replay: Replay
+
+
+class GraphCache:
+    """Runs a function as CUDA graphs, one for each combination of its constants with the shapes of its tensors.
+
+    What comes for the first time runs without a graph: in a folder of many sizes most come once. A function whose graph
+    fails, or gives other values than the function itself, runs without graphs from then on.
+
+    The outputs of a graph are overwritten by its next replay.
+    """
+
+    def __init__(self, function: Function, capture: Capture) -> None:
+        """Prepares graphs of a function of constants and tensors, which may not wait for the device."""
+        self._function, self._capture = function, capture
+        self._graphs: OrderedDict[tuple[Any, ...], Graph | None] = OrderedDict()  # None: seen once
+        self._is_enabled = True
+
+    @property
+    def is_enabled(self) -> bool:
+        """False once a graph has failed."""
+        return self._is_enabled
+
+    def __call__(self, constants: Hashable, *arguments: Tensor) -> Tensors:
+        """Returns what the function returns; the constants live as long as their graph."""
+        function = functools.partial(self._function, constants)
+        if not self._is_enabled:
+            return function(*arguments)
+        key = (constants, *((argument.shape, argument.dtype) for argument in arguments))
+        graph = self._graphs.get(key)
+        if graph is None and key in self._graphs:
+            graph = self._make_graph(function, arguments)
+        if self._is_enabled:
+            self._graphs[key] = graph
+            self._graphs.move_to_end(key)
+            if len(self._graphs) > MAX_GRAPHS:
+                self._graphs.popitem(last=False)
+        if graph is None:
+            return function(*arguments)
+        for static, argument in zip(graph.arguments, arguments, strict=True):
+            static.copy_(argument)
+        graph.replay()
+        return graph.outputs
+
+    def clear(self) -> None:
+        """Frees the memory of all graphs."""
+        self._graphs.clear()
+
+    def _make_graph(self, function: Function, arguments: Tensors) -> Graph | None:
+        static = tuple(argument.clone() for argument in arguments)
+        try:
+            expected, outputs, replay = self._capture(function, static)
+            replay()
+            difference = max(map(_compare, expected, outputs))
+        except torch.OutOfMemoryError:
+            self.clear()
+            raise
+        except RuntimeError as error:
+            log.warning("CUDA graphs are unavailable (%s): small batches run slower", str(error).split("\n")[0])
+            self._disable()
+            return None
+        if not difference <= MAX_DIFFERENCE:
+            log.warning("a CUDA graph differs by %.3g from what it captured: running without graphs", difference)
+            self._disable()
+            return None
+        return Graph(static, outputs, replay)
+
+    def _disable(self) -> None:
+        self._is_enabled = False
+        self.clear()
+
+
+def _compare(expected: Tensor, actual: Tensor) -> float:
+    """Returns the largest difference relative to the largest value; NaN and infinity equal themselves."""
+    if not expected.is_floating_point():
+        return 0.0 if torch.equal(expected, actual) else float("inf")
+    is_finite = expected.isfinite()
+    if not torch.equal(is_finite, actual.isfinite()):
+        return float("inf")
+    difference = (expected - actual).masked_fill(~is_finite, 0).abs().max()
+    return float(difference / expected.masked_fill(~is_finite, 0).abs().max().clamp(min=1e-6))
+
+
+def make_cuda_capture() -> Capture:
+    """Returns a function that captures CUDA graphs; all graphs share one pool of memory, for they never run at once."""
+    pool = torch.cuda.graph_pool_handle()
+
+    def capture(function: Function, arguments: Tensors) -> tuple[Tensors, Tensors, Replay]:
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # libraries allocate their workspaces in the first pass on a stream
+            expected = function(*arguments)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
+            outputs = function(*arguments)
+        return expected, outputs, graph.replay
+
+    return capture
