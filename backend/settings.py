@@ -62,7 +62,7 @@ class Settings(BaseSettings):
     device: str = _make_setting(
         "auto", "torch device of the workers, or several, comma-separated; `auto`: all GPUs, or the CPU"
     )
-    workers: int = _make_setting(0, "predict workers that `serve` starts; 0: one per device", ge=0)
+    workers: int = _make_setting(0, "predict workers that `serve` starts; 0: two per GPU, one on a CPU", ge=0)
     redis_url: str = _make_setting("", "the queue's Redis; empty: `serve` starts a private one", repr=False)
     label_studio_url: str = _make_setting("", "where this machine reaches Label Studio; needed for uploaded images")
     label_studio_api_key: str = _make_setting("", "legacy token or personal access token of Label Studio", repr=False)
@@ -79,7 +79,12 @@ class Settings(BaseSettings):
     train: Train = _make_setting(
         "encoder", f"what training changes, {_list_choices(Train)}; `head`: all but the backbones"
     )
-    precision: Precision = _make_setting("auto", f"{_list_choices(Precision)}; `auto` is float16 on a GPU")
+    precision: Precision = _make_setting(
+        "auto", f"{_list_choices(Precision)}; `auto` is float16 on a GPU, float32 on a CPU"
+    )
+    size_divisor: int = _make_setting(
+        1, "edges of resized images are multiples of it; 1: as published; 32: more images share a batch", ge=1, le=64
+    )
     batch_size: int = _make_setting(
         0, "images per job and forward pass; 0: largest batch that fits in memory and takes at most one second", ge=0
     )

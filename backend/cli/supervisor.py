@@ -137,7 +137,7 @@ def _make_workers(settings: Settings, env: Mapping[str, str]) -> list[ManagedPro
     devices = list_devices(settings.device)
     return [
         _make_process(f"worker {n + 1}", ["worker"], {**env, "DEVICE": devices[n % len(devices)]})
-        for n in range(settings.workers or len(devices))
+        for n in range(settings.workers or len(devices) * count_workers_per_device(settings.device))
     ]
 
 
@@ -149,9 +149,21 @@ def list_devices(device: str) -> list[str]:
     """Lists the devices of a DEVICE setting; counts GPUs without torch, which takes a gigabyte of memory."""
     if device not in ("auto", "cuda"):
         return [name.strip() for name in device.split(",")]
+    gpus = _count_gpus()
+    return [f"cuda:{number}" for number in range(gpus)] if gpus > 1 else [device]
+
+
+def count_workers_per_device(device: str) -> int:
+    """Returns how many workers keep a device of a DEVICE setting busy.
+
+    While a worker loads the images of a chunk it leaves its GPU idle. A CPU is busy with one: loading takes it as well.
+    """
+    return 2 if device.startswith("cuda") or (device == "auto" and _count_gpus()) else 1
+
+
+def _count_gpus() -> int:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = visible.split(",") if visible is not None else list(NVIDIA.glob("*"))
-    return [f"cuda:{number}" for number in range(len(gpus))] if len(gpus) > 1 else [device]
+    return len(list(filter(None, visible.split(",")))) if visible is not None else len(list(NVIDIA.glob("*")))
 
 
 def _check_port(port: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,8 +40,12 @@ class LoadedCheckpoint(NamedTuple):
     image_format: ImageFormat
 
 
-def load_checkpoint(source: str) -> LoadedCheckpoint:
+def load_checkpoint(source: str, size_divisor: int = 1) -> LoadedCheckpoint:
     """Loads a checkpoint from a hub id, a folder or an original `.pth` file.
+
+    Args:
+        source: the hub id or path.
+        size_divisor: of the image format.
 
     Raises:
         CheckpointError: there is no checkpoint, it is damaged, or it is not of the Grounding DINO family.
@@ -48,7 +53,8 @@ def load_checkpoint(source: str) -> LoadedCheckpoint:
     with _loading(source):
         model = load_model(source)
         tokenizer = AutoTokenizer.from_pretrained(_find_tokenizer(source))
-        return LoadedCheckpoint(model, tokenizer, _load_image_format(source))
+        image_format = dataclasses.replace(_load_image_format(source), size_divisor=size_divisor)
+        return LoadedCheckpoint(model, tokenizer, image_format)
 
 
 def load_model(source: str) -> Any:

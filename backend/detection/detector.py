@@ -242,7 +242,7 @@ class Detector:
         self, batch: Sequence[ModelInput], captions: Sequence[Caption], max_rows: int = 1
     ) -> list[CaptionScores]:
         """Scores each caption on equal-sized images, up to `max_rows` images x captions in a pass."""
-        size = max(max_rows // len(batch), 1) if self.device.type == "cuda" else 1  # captions of a pass
+        size = max(max_rows // len(batch), 1) if self.forward_pass.batches_captions else 1  # captions of a pass
         groups = [captions[start : start + size] for start in range(0, len(captions), size)]
         pixels = self._stack_pixels(batch)
         results: list[CaptionScores] = []

@@ -34,7 +34,9 @@ class DetectorCache:
         """
         self._settings = settings
         self._source = find_checkpoint(settings.model).source
-        self.base = Detector(*load_checkpoint(self._source), choose_device(settings), choose_precision(settings))
+        device, self._precision = choose_device(settings), choose_precision(settings)
+        checkpoint = load_checkpoint(self._source, settings.size_divisor)
+        self.base = Detector(*checkpoint, device, self._precision)
         self._fine_tuned: OrderedDict[tuple[str, str], Detector] = OrderedDict()
 
     def get(self, version: Sequence[str] | None) -> Detector:
@@ -63,6 +65,6 @@ class DetectorCache:
         versions.get(version_id)  # raises where the files are damaged
         model = load_weights_into(load_model(self._source), versions.get_weights_path(version_id))
         base = self.base
-        detector = Detector(model, base.tokenizer, base.image_format, str(base.device), base.precision)
+        detector = Detector(model, base.tokenizer, base.image_format, str(base.device), self._precision)
         detector.batch_size, detector.on_forward = base.batch_size, base.on_forward
         return detector

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 import torch
 
@@ -42,12 +43,27 @@ def with_index(device: str | torch.device) -> torch.device:
 
 
 def choose_precision(settings: Settings) -> torch.dtype:
-    """Returns the precision of those modules of the model that tolerate a reduced one."""
-    name = settings.precision
+    """Returns the precision of those modules of the model that tolerate a reduced one.
+
+    Raises:
+        SettingsError: the device does not exist, or lacks the precision that the settings name.
+    """
+    name, is_on_gpu = settings.precision, choose_device(settings).startswith("cuda")
     if name == "auto":
-        name = "float16" if choose_device(settings).startswith("cuda") else "float32"
+        name = "float16" if is_on_gpu else "float32"
+    if name == "float16" and not is_on_gpu:
+        raise SettingsError("PRECISION=float16 needs a GPU; on a CPU use auto, or bfloat16 if the processor has it")
+    if name == "bfloat16" and not is_on_gpu and not _has_bfloat16(torch.cpu.get_capabilities()):
+        raise SettingsError(
+            "PRECISION=bfloat16 needs a processor with avx512_bf16 or amx_bf16, which this one lacks; use auto"
+        )
     precision: torch.dtype = getattr(torch, name)
     return precision
+
+
+def _has_bfloat16(capabilities: Mapping[str, object]) -> bool:
+    """Returns True if the processor multiplies in bfloat16; others emulate it, slower than float32."""
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def is_device_error(error: BaseException) -> bool:

@@ -117,16 +117,22 @@ class ForwardPass:
         model: as `load_checkpoint` returns it, accelerated or not.
         image_format: the checkpoint's.
         strides: pixels of a resized image per feature token and axis, for each feature level.
+        text_buckets: numbers of tokens to which captions are padded, so that few graphs serve all; empty: no padding.
+        batches_captions: whether several captions in one pass are faster than one after the other.
     """
 
     model: Any
     image_format: ImageFormat
     strides: Sequence[int]
+    text_buckets: Sequence[int] = field(init=False)
+    batches_captions: bool = field(init=False)
     mean: Tensor = field(init=False)
     std: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         device = self.model.device
+        self.batches_captions = device.type == "cuda"
+        self.text_buckets = TEXT_BUCKETS if self.batches_captions else ()
         self.mean = torch.tensor(self.image_format.mean, device=device)
         self.std = torch.tensor(self.image_format.std, device=device)
         self._texts: LruCache[tuple[Caption, ...], TextFeatures] = LruCache(self._encode_captions, MAX_TEXTS_KEPT)
@@ -177,8 +183,7 @@ class ForwardPass:
     def _encode_captions(self, captions: tuple[Caption, ...]) -> TextFeatures:
         device, model = self.model.device, self.model.model
         length = max(len(caption.input_ids) for caption in captions)
-        if device.type == "cuda":
-            length = next((bucket for bucket in TEXT_BUCKETS if bucket >= length), length)
+        length = next((bucket for bucket in self.text_buckets if bucket >= length), length)
         input_ids = torch.zeros(len(captions), length, dtype=torch.long)
         position_ids = torch.zeros_like(input_ids)
         is_seen = torch.eye(length, dtype=torch.bool).repeat(len(captions), 1, 1, 1)

@@ -31,7 +31,9 @@ def run(settings: Settings) -> None:
     """
     keep_freed_memory()
     # In MODEL_DIR, not in the system's temporary folder: kept for the next start, and only this user may write there.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(settings.model_dir.resolve() / "compiled"))
+    compiled = settings.model_dir.resolve() / "compiled"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled))
+    os.environ.setdefault("TRITON_CACHE_DIR", str(compiled / "triton"))
     predictor = Predictor(settings)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until RQ sets its own handler
     device = predictor.detectors.base.device

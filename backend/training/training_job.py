@@ -213,7 +213,7 @@ class _Training:
 
     def _load_base_model(self) -> tuple[Any, Any, Callable[[Any], Detector]]:
         """Loads the base model and its tokenizer, and returns them with a function that makes detectors of models."""
-        model, tokenizer, image_format = load_checkpoint(self._checkpoint.source)
+        model, tokenizer, image_format = load_checkpoint(self._checkpoint.source, self._settings.size_divisor)
         device, precision = choose_device(self._settings), choose_precision(self._settings)  # as it will serve
         batch_size = self._settings.batch_size
 

@@ -2,9 +2,11 @@
 
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -124,6 +126,46 @@ for levels in 1, 3, 4:  # 4, 12 and 16 samples: one is no power of two
     assert half.dtype is torch.float16
     assert (half - expected).abs().max() < 3e-2
 """
+
+
+def count_registers(compiled: Any, folder: Path) -> int:
+    """Returns the registers of a thread, as the tools that come with Triton tell them."""
+    from triton.backends import nvidia
+
+    (folder / "kernel.cubin").write_bytes(compiled.asm["cubin"])
+    tool = Path(nvidia.__path__[0]) / "bin" / "cuobjdump"
+    command = [str(tool), "--dump-resource-usage", str(folder / "kernel.cubin")]
+    report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+)", report)
+    assert found, report
+    return int(found[1])
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")  # of Triton 3.9, about a default of 3.10
+def test_the_gpu_kernel_compiles_and_leaves_room_for_others(tmp_path: Path) -> None:
+    """Compiles for a GPU of 2022 and one of 2018; with many registers a thread few programs would run at once."""
+    triton = pytest.importorskip("triton", reason="Triton exists for Linux on x86-64 only")
+    from triton.backends.compiler import GPUTarget
+
+    kernel = pytest.importorskip("backend.detection.deformable_attention_triton")
+    constants = {"HEADS": 8, "LEVELS": 4, "POINTS": 4, "SAMPLES": 16, "WIDTH": 32, "BLOCK": kernel.BLOCK}
+    for capability, values in ((90, "*fp16"), (75, "*fp16"), (90, "*fp32")):
+        types = [values, "*fp32", values, values, "*i64", "*i64", values, "i32", "i32"]
+        names = kernel._sample.arg_names
+        source = triton.compiler.ASTSource(
+            kernel._sample,
+            dict(zip(names, types, strict=False)) | dict.fromkeys(constants, "constexpr"),
+            constexprs={(names.index(name),): value for name, value in constants.items()},
+            attrs={(index,): [["tt.divisibility", 16]] for index in range(7)},
+        )
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+        assert count_registers(compiled, tmp_path) <= 128
+
+
+def test_the_gpu_kernel_is_compiled_once_for_all_sizes() -> None:
+    kernel = pytest.importorskip("backend.detection.deformable_attention_triton")
+    not_specialized = {p.name for p in kernel._sample.params if p.do_not_specialize}
+    assert {"tokens", "queries"} <= not_specialized
 
 
 def test_the_gpu_kernel_equals_the_cpu_in_tritons_interpreter() -> None:

@@ -11,11 +11,12 @@ from backend.boxes import Detection, iou
 from backend.demo.measure import TRAINING_SIZE, measure_scenes
 from backend.demo.shapes import TRAINING_BACKGROUNDS
 from backend.detection import detector as detector_module
-from backend.detection.acceleration import accelerate_on_gpu
+from backend.detection.acceleration import PackedLinear, accelerate_on_gpu
 from backend.detection.captions import build_caption, build_captions
 from backend.detection.checkpoints import load_checkpoint
 from backend.detection.deformable_attention import GatheredAttention, locate_samples, sample_rows
 from backend.detection.detector import Detector
+from backend.detection.device import _has_bfloat16
 from backend.detection.phrase_scores import make_span_matrix, phrase_scores
 from backend.errors import ImageError, LabelingConfigError
 from backend.labelstudio.labeling_config import Label
@@ -117,6 +118,23 @@ def test_500_labels_detect_what_a_few_detect_and_the_backbone_runs_once(detector
     handle.remove()
     assert few <= {detection.label for detection in detections}
     assert len(runs) == 1
+
+
+def test_captions_as_a_batch_detect_the_same(detector: Detector, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = [scene.image for scene in make_scenes(3)]
+    labels = make_labels("red object", "blue object", *(f"q{number}" for number in range(400)), threshold=0.1)
+    expected = detector.detect(images, labels, nms_iou=0.7)
+    passes: list[int] = []
+    layer = detector.model.model.encoder.layers[0].fusion_layer
+    handle = layer.register_forward_pre_hook(lambda _, arguments: passes.append(len(arguments[0])))
+    monkeypatch.setattr(detector, "batch_size", 6)
+    monkeypatch.setattr(detector.forward_pass, "batches_captions", True)
+    monkeypatch.setattr(detector.forward_pass, "text_buckets", (256,))
+    batched = detector.detect(images, labels, nms_iou=0.7)
+    handle.remove()
+    assert max(passes) == 6  # two captions on three images
+    assert sum(map(len, expected)) > 0
+    assert [round_detections(d) for d in batched] == [round_detections(d) for d in expected]
 
 
 def test_labels_in_two_calls_keep_every_sure_box_of_one_call(detector: Detector) -> None:
@@ -280,6 +298,38 @@ def test_half_precision_detects_the_same(detector: Detector, half: Detector, ker
     assert set(kernel.calls) == {torch.float16}
 
 
+def test_weights_are_converted_once_and_come_back_unchanged(half: Detector) -> None:
+    original = load_checkpoint(str(DEMO_CHECKPOINT)).model
+    layer = half.model.model.encoder.layers[0]
+    assert layer.deformable_layer.fc1.weight.dtype is torch.float16
+    assert half.model.model.text_backbone.encoder.layer[0].attention.self.query.weight.dtype is torch.float16
+    for weight in (layer.fusion_layer.attn.module.vision_proj.weight, half.model.bbox_embed[0].module.layers[0].weight):
+        assert weight.dtype is torch.float32
+    half._fall_back_to_float32()
+    assert torch.equal(layer.deformable_layer.fc1.weight, original.model.encoder.layers[0].deformable_layer.fc1.weight)
+    assert {weight.dtype for weight in half.model.parameters()} == {torch.float32}
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while its compiler is imported
+@pytest.mark.skipif(
+    not _has_bfloat16(torch.cpu.get_capabilities()), reason="the processor does not multiply in bfloat16"
+)
+def test_bfloat16_on_a_cpu_detects_the_same(detector: Detector) -> None:
+    reduced = Detector(*load_checkpoint(str(DEMO_CHECKPOINT)), precision=torch.bfloat16)
+    packed = Counter(module.precision for module in reduced.model.modules() if isinstance(module, PackedLinear))
+    feed_forward = [layer.deformable_layer.layer for layer in reduced.model.model.encoder.layers]
+    assert all(module.precision is torch.bfloat16 for layer in feed_forward for module in (layer.fc1, layer.fc2))
+    assert packed[torch.bfloat16] > 2 * len(feed_forward) > 0  # and those of the image backbone
+    assert packed[torch.float32] > 0
+    expected, ap50 = (measure_scenes(d, TRAINING_SIZE, TRAINING_BACKGROUNDS, 100).ap50 for d in (detector, reduced))
+    assert abs(expected - ap50) <= 0.001
+    inputs = [detector.prepare_image(scene.image) for scene in make_scenes(8)]
+    caption = build_caption(detector.tokenizer, ["red object", "blue object", "green object"])
+    scores = [d._score(inputs, [caption])[0].scores.sort(1).values for d in (detector, reduced)]
+    assert 0 < (scores[0] - scores[1]).abs().max() <= 0.012
+
+
 def test_a_checkpoint_beyond_half_precision_falls_back_to_float32(
     half: Detector, kernel: EmulatedKernel, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -287,6 +337,11 @@ def test_a_checkpoint_beyond_half_precision_falls_back_to_float32(
     layer.fc1.weight.data *= 1e5  # activations beyond 65,504, scaled back by fc2
     layer.fc1.bias.data *= 1e5
     layer.fc2.weight.data /= 1e5
+    half._full_weights |= {
+        f"model.encoder.layers.0.deformable_layer.{name}": parameter.data.float()
+        for name, parameter in layer.named_parameters()
+        if name.startswith("fc")
+    }
     image = make_scenes(1)[0].image
     expected = Detector(*load_checkpoint(str(DEMO_CHECKPOINT))).detect([image], ALL_COLOURS)[0]
     detections = half.detect([image], ALL_COLOURS)[0]

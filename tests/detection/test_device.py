@@ -44,6 +44,32 @@ def test_a_gpu_is_chosen_with_its_index(device: str, selected_gpus: list[int], m
     assert selected_gpus == [0]
 
 
+def test_a_cpu_takes_no_float16() -> None:
+    with pytest.raises(SettingsError, match="PRECISION=float16 needs a GPU"):
+        choose_precision(Settings(model="demo", device="cpu", precision="float16"))
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "is_taken"),
+    [
+        ({"avx512_bf16": True}, True),
+        ({"avx512_bf16": False, "amx_bf16": True}, True),
+        ({"avx512_bf16": False, "amx_bf16": False, "avx512_f": True}, False),
+        ({}, False),
+    ],
+)
+def test_a_cpu_takes_bfloat16_only_if_it_multiplies_in_it(
+    capabilities: dict[str, bool], is_taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    settings = Settings(model="demo", device="cpu", precision="bfloat16")
+    if is_taken:
+        assert choose_precision(settings) is torch.bfloat16
+    else:
+        with pytest.raises(SettingsError, match="PRECISION=bfloat16 needs a processor with avx512_bf16 or amx_bf16"):
+            choose_precision(settings)
+
+
 @pytest.mark.parametrize("device", ["cuda", "cuda:0"])
 def test_a_detector_selects_its_gpu_by_index(
     device: str, selected_gpus: list[int], monkeypatch: pytest.MonkeyPatch

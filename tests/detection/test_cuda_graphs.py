@@ -1,0 +1,139 @@
+"""Graphs on the CPU: only CUDA's capture is replaced, by one that writes into the same tensors at each replay."""
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from backend.detection import cuda_graphs
+from backend.detection.checkpoints import load_checkpoint
+from backend.detection.cuda_graphs import GraphCache, Replay, Tensors
+from backend.detection.detector import Detector
+from backend.labelstudio.labeling_config import Label
+from backend.registry.checkpoint import DEMO_CHECKPOINT
+from tests.scenes import make_scenes
+
+Function = Callable[..., Tensors]
+
+
+class EmulatedCapture:
+    """Counts captures and replays; `change` alters what replays write."""
+
+    def __init__(self, change: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> None:
+        self.captures, self.replays, self.change = 0, 0, change
+
+    def __call__(self, function: Function, arguments: Tensors) -> tuple[Tensors, Tensors, Replay]:
+        self.captures += 1
+        expected = function(*arguments)
+        outputs = tuple(tensor.clone() for tensor in expected)
+
+        def replay() -> None:
+            self.replays += 1
+            for output, value in zip(outputs, function(*arguments), strict=True):
+                output.copy_(self.change(value))
+
+        return expected, outputs, replay
+
+
+class Constants:
+    """Something that a function reads, such as tensors that belong to a size."""
+
+
+def double(constants: object, values: Tensor) -> tuple[Tensor]:
+    return (2 * values,)
+
+
+def test_shapes_that_come_again_are_replayed() -> None:
+    capture, constants = EmulatedCapture(), Constants()
+    graphs = GraphCache(double, capture)
+    for number in range(4):
+        (output,) = graphs(constants, torch.full((3,), float(number)))
+        assert output.tolist() == [2 * number] * 3
+    assert (capture.captures, capture.replays) == (1, 4)  # a trial replay, and one for each call but the first
+    graphs(constants, torch.zeros(4))
+    graphs(Constants(), torch.zeros(3))
+    assert capture.captures == 1  # other shapes, other constants: both for the first time
+
+
+def test_what_a_graph_reads_lives_as_long_as_the_graph() -> None:
+    graphs, constants = GraphCache(double, EmulatedCapture()), Constants()
+    alive = weakref.ref(constants)
+    graphs(constants, torch.zeros(3))
+    del constants
+    gc.collect()
+    assert alive() is not None
+    graphs.clear()
+    gc.collect()
+    assert alive() is None
+
+
+def test_the_least_recently_used_graphs_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_graphs, "MAX_GRAPHS", 2)
+    capture, constants = EmulatedCapture(), Constants()
+    graphs = GraphCache(double, capture)
+    for size in (1, 1, 2, 2, 1, 3, 3, 1, 2, 2):
+        graphs(constants, torch.zeros(size))
+    assert capture.captures == 4  # 2 was dropped for 3, and came back
+
+
+def test_a_graph_that_differs_is_not_used(caplog: pytest.LogCaptureFixture) -> None:
+    graphs, constants = GraphCache(double, EmulatedCapture(lambda tensor: tensor * 1.1)), Constants()
+    for _ in range(3):
+        assert graphs(constants, torch.ones(3))[0].tolist() == [2, 2, 2]
+    assert not graphs.is_enabled
+    assert caplog.text.count("running without graphs") == 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_graph_may_give_nan_where_the_function_does(value: float) -> None:
+    capture = EmulatedCapture()
+    graphs, constants = GraphCache(double, capture), Constants()
+    for _ in range(3):
+        graphs(constants, torch.tensor([1, value]))
+    assert graphs.is_enabled
+    capture.change = lambda tensor: tensor.nan_to_num()
+    for _ in range(2):
+        graphs(constants, torch.tensor([1, value, 1]))
+    assert not graphs.is_enabled
+
+
+def test_a_failed_capture_leaves_the_function(caplog: pytest.LogCaptureFixture) -> None:
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
+
+    graphs, constants = GraphCache(double, fail), Constants()
+    for _ in range(3):
+        assert graphs(constants, torch.ones(1))[0].tolist() == [2]
+    assert caplog.text.count("CUDA graphs are unavailable (CUDA error: operation not permitted when stream is") == 1
+
+
+def test_a_capture_without_memory_lets_the_batch_be_halved() -> None:
+    def fail(*_: Any) -> Any:
+        raise torch.OutOfMemoryError
+
+    graphs, constants = GraphCache(double, fail), Constants()
+    graphs(constants, torch.ones(2))
+    with pytest.raises(torch.OutOfMemoryError):
+        graphs(constants, torch.ones(2))
+    assert graphs.is_enabled
+    assert graphs(constants, torch.ones(1))[0].tolist() == [2]
+
+
+def test_a_detector_with_graphs_detects_the_same() -> None:
+    checkpoint = load_checkpoint(str(DEMO_CHECKPOINT))
+    labels = [Label(f"{colour} object", (f"{colour} object",), 0.3) for colour in ("red", "blue", "green")]
+    plain, graphed, capture = Detector(*checkpoint), Detector(*checkpoint), EmulatedCapture()
+    graphed.forward_pass.use_graphs(capture)
+    batches = [[scene.image for scene in make_scenes(2, seed=seed)] for seed in range(4)]
+    found = 0
+    for images in batches:
+        expected, actual = plain.detect(images, labels), graphed.detect(images, labels)
+        assert actual == expected
+        found += sum(map(len, expected))
+    assert found > 4
+    assert capture.captures == 2  # images alone, and images with text
+    assert capture.replays == 2 + 2 * 3
