@@ -90,7 +90,7 @@ class Detector:
         precision: torch.dtype = torch.float32,
     ) -> None:
         self.device = with_index(device)
-        self.model = model.to(self.device).eval()
+        self.model = model.to(self.device).eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.image_format = image_format
         if self.device.type == "cuda":

@@ -53,7 +53,7 @@ def choose_precision(settings: Settings) -> torch.dtype:
         name = "float16" if is_on_gpu else "float32"
     if name == "float16" and not is_on_gpu:
         raise SettingsError("PRECISION=float16 needs a GPU; on a CPU use auto, or bfloat16 if the processor has it")
-    if name == "bfloat16" and not is_on_gpu and not _has_bfloat16(torch.cpu.get_capabilities()):
+    if name == "bfloat16" and not is_on_gpu and not has_bfloat16(torch.cpu.get_capabilities()):
         raise SettingsError(
             "PRECISION=bfloat16 needs a processor with avx512_bf16 or amx_bf16, which this one lacks; use auto"
         )
@@ -61,7 +61,7 @@ def choose_precision(settings: Settings) -> torch.dtype:
     return precision
 
 
-def _has_bfloat16(capabilities: Mapping[str, object]) -> bool:
+def has_bfloat16(capabilities: Mapping[str, object]) -> bool:
     """Returns True if the processor multiplies in bfloat16; others emulate it, slower than float32."""
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 

@@ -19,6 +19,7 @@ from backend.queue import private_redis
 from backend.queue.predict_queue import PREDICT
 from backend.queue.redis import connect
 from backend.registry.checkpoint import find_checkpoint
+from backend.web.predict_response import MAX_WAITING_SELECTIONS
 from tests.chaos.saboteur.sitecustomize import HANGS, KILLS, SLOW
 from tests.scenes import make_labeling_config, make_scenes, to_data_uri
 from tests.servers import ServeProcess, find_free_port, is_running, wait_for
@@ -26,7 +27,7 @@ from tests.servers import ServeProcess, find_free_port, is_running, wait_for
 pytestmark = pytest.mark.timeout(400)
 
 FULL = os.environ.get("CHAOS") == "full"
-KILLS_OF_WORKERS, CHUNKS, CLIENTS = (4, 60, 200) if FULL else (2, 16, 60)
+KILLS_OF_WORKERS, CHUNKS, CLIENTS = (4, 60, MAX_WAITING_SELECTIONS) if FULL else (2, 16, 60)
 BATCH = 4
 SCENE = make_scenes(1)[0]
 CONFIG = make_labeling_config([SCENE])

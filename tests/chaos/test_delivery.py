@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import requests
 
+from backend.delivery.outbox import Outbox
 from backend.queue.redis import connect
 from tests.label_studio_stand_in import LabelStudioStandIn
 from tests.scenes import encode, make_labeling_config, make_scenes
@@ -76,7 +77,14 @@ class Company:
     def wait_until_done(self, *projects: int, seconds: float = LIMIT) -> float:
         """Waits until each task has its prediction, and no more than one; returns how long it took."""
         start = time.monotonic()
-        wait_for(lambda: not any(map(self.count_missing, projects)), seconds, "a prediction for every task")
+        try:
+            wait_for(lambda: not any(map(self.count_missing, projects)), seconds, "a prediction for every task")
+        except AssertionError:
+            for project in projects:
+                print(
+                    f"project {project} lacks {self.count_missing(project)}; pending: {self.describe_pending(project)}"
+                )
+            raise
         took = time.monotonic() - start
         wait_for(
             lambda: all(max(self.stand_in.count_by_task(project).values()) == 1 for project in projects),
@@ -90,6 +98,17 @@ class Company:
         status = self.get_status()
         assert not status["given_up"].keys() & set(map(str, projects)), status["given_up"]
         return took
+
+    def describe_pending(self, project: int) -> list[str]:
+        """Describes what is in a project's outbox, and when it is due."""
+        connection = connect((self.served.model_dir / "redis.url").read_text())
+        outbox, key = Outbox(connection), f"gdino:outbox:{project}"
+        due = connection.zrange(key, 0, -1, withscores=True)
+        now, entries = outbox.get_time(), outbox.load(str(project), [chunk_id.decode() for chunk_id, _ in due])
+        return [
+            f"{entry.task_ids} after {entry.attempts} attempts, due in {due_at - now:.0f} s: {entry.error}"
+            for entry, (_, due_at) in zip(entries, due, strict=False)
+        ]
 
     def get_status(self) -> dict:
         return requests.get(f"{self.served.url}/status", timeout=10).json()

@@ -16,7 +16,7 @@ from backend.detection.captions import build_caption, build_captions
 from backend.detection.checkpoints import load_checkpoint
 from backend.detection.deformable_attention import GatheredAttention, locate_samples, sample_rows
 from backend.detection.detector import Detector
-from backend.detection.device import _has_bfloat16
+from backend.detection.device import has_bfloat16
 from backend.detection.phrase_scores import make_span_matrix, phrase_scores
 from backend.errors import ImageError, LabelingConfigError
 from backend.labelstudio.labeling_config import Label
@@ -313,7 +313,7 @@ def test_weights_are_converted_once_and_come_back_unchanged(half: Detector) -> N
 @pytest.mark.timeout(300)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while its compiler is imported
 @pytest.mark.skipif(
-    not _has_bfloat16(torch.cpu.get_capabilities()), reason="the processor does not multiply in bfloat16"
+    not has_bfloat16(torch.cpu.get_capabilities()), reason="the processor does not multiply in bfloat16"
 )
 def test_bfloat16_on_a_cpu_detects_the_same(detector: Detector) -> None:
     reduced = Detector(*load_checkpoint(str(DEMO_CHECKPOINT)), precision=torch.bfloat16)
