@@ -1,4 +1,4 @@
-"""Boxes of detected objects, and how much two of them overlap. Pure: no I/O, no torch."""
+"""Detected objects and their boxes. Pure: no I/O, no torch."""
 
 from __future__ import annotations
 
@@ -20,12 +20,3 @@ class Detection:
     box_xyxy: Box
     score: float
     label: str
-
-
-def iou(a: Box, b: Box) -> float:
-    """Intersection over union of two xyxy boxes; 0 where both are empty."""
-    width = min(a[2], b[2]) - max(a[0], b[0])
-    height = min(a[3], b[3]) - max(a[1], b[1])
-    intersection = max(width, 0) * max(height, 0)
-    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - intersection
-    return intersection / union if union > 0 else 0.0

@@ -6,8 +6,8 @@ import io
 import numpy as np
 from PIL import Image, ImageDraw
 
-from backend.boxes import iou
 from backend.demo.shapes import Scene, draw_scene
+from tests.boxes import iou
 
 COLOURS = ["#e6194b", "#4363d8", "#3cb44b", "#f58231", "#911eb4"]
 

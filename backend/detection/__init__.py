@@ -2,7 +2,9 @@
 
 Begin with `detector.py`: `Detector.detect_inputs` is the whole path from images and labels to detections.
 
-- `detector`: batches, the forward pass, phrase scores and detections.
+- `detector`: batches, captions, running out of memory.
+- `forward_pass`: images and captions -> token logits and boxes; `cuda_graphs`: the same as two CUDA graphs.
+- `phrase_scores`: token logits -> phrase scores; `postprocess`: thresholds, suppression, detections.
 - `captions`: phrases -> the token ids of a caption and the span of each phrase.
 - `preprocess`: an RGB image -> the pixel tensor that the model reads.
 - `checkpoints`: a hub id, a folder or a `.pth` file -> model, tokenizer and image format;

@@ -91,17 +91,21 @@ def non_max_suppression(boxes_xyxy: Floats, scores: Floats, nms_iou: float) -> I
     order = np.argsort(-scores, kind="stable")
     if nms_iou >= 1:
         return order
-    x1, y1, x2, y2 = np.ascontiguousarray(boxes_xyxy[order].T)
-    area, is_kept = (x2 - x1) * (y2 - y1), np.ones(len(order), dtype=bool)
+    boxes, is_kept = boxes_xyxy[order], np.ones(len(order), dtype=bool)
     for start in range(0, len(order), ROWS_PER_BLOCK):
         rows = start + np.flatnonzero(is_kept[start : start + ROWS_PER_BLOCK])
-        row, others = rows[:, None], slice(start, None)
-        width = np.minimum(x2[row], x2[others]) - np.maximum(x1[row], x1[others])
-        height = np.minimum(y2[row], y2[others]) - np.maximum(y1[row], y1[others])
-        intersection = np.maximum(width, 0) * np.maximum(height, 0)
-        with np.errstate(invalid="ignore"):  # two empty boxes: 0 / 0 is above no threshold
-            overlaps = intersection / (area[row] + area[others] - intersection) > nms_iou
+        overlaps = compute_ious(boxes[rows], boxes[start:]) > nms_iou
         for index, is_dropped in zip(rows, overlaps, strict=True):
             if is_kept[index]:
                 is_kept[index + 1 :] &= ~is_dropped[index + 1 - start :]
     return order[is_kept]
+
+
+def compute_ious(boxes_a: Floats, boxes_b: Floats) -> Floats:
+    """Returns the IoU (n, m) of each of n boxes with each of m; 0 where both are empty. Boxes are xyxy, (n, 4)."""
+    a, b = np.ascontiguousarray(boxes_a.T)[:, :, None], np.ascontiguousarray(boxes_b.T)
+    intersection = np.maximum(np.minimum(a[2], b[2]) - np.maximum(a[0], b[0]), 0)
+    intersection *= np.maximum(np.minimum(a[3], b[3]) - np.maximum(a[1], b[1]), 0)
+    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - intersection
+    ious: Floats = np.divide(intersection, union, out=np.zeros_like(union), where=union > 0)
+    return ious

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from backend.boxes import Detection, iou
+from backend.boxes import Detection
+from backend.detection.postprocess import compute_ious
 from backend.training.dataset import LabeledBox
 
 MIN_IOU = 0.5  # of a correct detection with its true box
@@ -123,12 +124,19 @@ class Match(NamedTuple):
 
 def match(detections: Sequence[Detection], truth: Sequence[LabeledBox]) -> list[Match]:
     """Matches the detections of one image to its true boxes greedily, best score first."""
-    free, matches = list(truth), []
-    for detection in sorted(detections, key=lambda d: -d.score):
-        overlaps = [(iou(box, detection.box_xyxy), box) for box, label in free if label == detection.label]
-        best_iou, box = max(overlaps, default=(0.0, None))
-        is_correct = box is not None and best_iou >= MIN_IOU
-        if box is not None and is_correct:
-            free.remove((box, detection.label))
+    ordered = sorted(detections, key=lambda d: -d.score)
+    if not truth:
+        return [Match(detection, is_correct=False) for detection in ordered]
+    found = np.array([detection.box_xyxy for detection in ordered], dtype=np.float64).reshape(-1, 4)
+    overlaps = compute_ious(found, np.array([box for box, _ in truth], dtype=np.float64))
+    overlaps *= np.array([[detection.label == label for _, label in truth] for detection in ordered]).reshape(
+        overlaps.shape
+    )
+    matches = []
+    for detection, row in zip(ordered, overlaps, strict=True):
+        best = row.argmax()
+        is_correct = bool(row[best] >= MIN_IOU)
+        if is_correct:
+            overlaps[:, best] = 0  # each true box is found once
         matches.append(Match(detection, is_correct))
     return matches

@@ -18,8 +18,8 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from backend.boxes import iou
 from backend.demo.shapes import Scene, draw_scene
+from tests.boxes import iou
 from tests.servers import ROOT, ServeProcess, wait_for
 
 LABELS = ("circle", "square", "triangle", "star", "cross", "ring")

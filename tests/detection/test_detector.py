@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from backend.boxes import Detection, iou
+from backend.boxes import Detection
 from backend.demo.measure import TRAINING_SIZE, measure_scenes
 from backend.demo.shapes import TRAINING_BACKGROUNDS
 from backend.detection import detector as detector_module
@@ -21,6 +21,7 @@ from backend.detection.phrase_scores import make_span_matrix, phrase_scores
 from backend.errors import ImageError, LabelingConfigError
 from backend.labelstudio.labeling_config import Label
 from backend.registry.checkpoint import DEMO_CHECKPOINT
+from tests.boxes import iou
 from tests.scenes import make_scenes
 
 

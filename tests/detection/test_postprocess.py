@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from backend.boxes import Detection
-from backend.detection.postprocess import find_candidates, make_detections, non_max_suppression
+from backend.detection.postprocess import compute_ious, find_candidates, make_detections, non_max_suppression
 from backend.detection.preprocess import ImageFormat, ModelInput
 from backend.labelstudio.labeling_config import Label
-from tests.suppression import suppress_greedily
+from tests.boxes import iou, suppress_greedily
 
 LABELS = [Label("a", ("a",), 0.5), Label("b", ("b",), 0.5)]
 coordinates = st.integers(0, 20)  # whole numbers: equal boxes, and overlaps right at the threshold
@@ -20,6 +20,16 @@ def suppress(detections: list[Detection], nms_iou: float) -> list[Detection]:
     boxes = np.array([d.box_xyxy for d in detections], dtype=np.float64).reshape(-1, 4)
     kept = non_max_suppression(boxes, np.array([d.score for d in detections]), nms_iou)
     return [detections[index] for index in kept]
+
+
+def test_iou() -> None:
+    boxes_a = np.array([[0, 0, 10, 10], [0, 0, 1, 1], [1, 1, 1, 1]], dtype=np.float64)
+    boxes_b = np.array([[5, 0, 15, 10], [2, 2, 3, 3], [1, 1, 1, 1]], dtype=np.float64)
+    ious = compute_ious(boxes_a, boxes_b)
+    assert ious[0, 0] == pytest.approx(1 / 3)
+    assert (ious[1, 1], ious[2, 2]) == (0, 0)
+    for a, row in zip(boxes_a, ious, strict=True):
+        assert row.tolist() == pytest.approx([iou(tuple(a), tuple(b)) for b in boxes_b])
 
 
 def test_suppression_keeps_the_best_of_overlapping_boxes_whatever_their_labels() -> None:

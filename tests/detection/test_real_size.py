@@ -14,7 +14,6 @@ from transformers import (
     SwinConfig,
 )
 
-from backend.boxes import iou
 from backend.detection.acceleration import FoldedFusion, FusedAttention, PackedLinear
 from backend.detection.captions import Caption, build_caption, build_captions
 from backend.detection.checkpoints import load_checkpoint
@@ -24,6 +23,7 @@ from backend.detection.phrase_scores import make_span_matrix, phrase_scores
 from backend.detection.preprocess import ImageFormat
 from backend.labelstudio.labeling_config import Label
 from backend.registry.checkpoint import DEMO_CHECKPOINT
+from tests.boxes import iou
 from tests.detection.forward import draw_noise, run_forward_pass, run_transformers
 
 pytestmark = [

@@ -18,10 +18,10 @@ from backend.queue.live_workers import READY_KEY, describe_worker, save_heartbea
 from backend.queue.pauses import PAUSED_BULK_KEY, Pauses
 from backend.queue.redis import connect
 from backend.queue.training_queue import TrainingQueue
+from tests.boxes import suppress_greedily
 from tests.e2e.browser import open_browser, save_screenshot
 from tests.scenes import encode, make_labeling_config, make_scenes, to_data_uri
 from tests.servers import ServeProcess
-from tests.suppression import suppress_greedily
 
 DRAWN = make_scenes(3, (640, 480), seed=23)
 CONFIG = make_labeling_config(DRAWN)
