@@ -1,4 +1,4 @@
-"""Overlap and suppression of boxes in their plainest form: what the fast ones, in Python and JavaScript, have to equal."""
+"""Overlap and suppression of boxes in their plainest form, as a measure for the fast ones in Python and JavaScript."""
 
 from collections.abc import Sequence
 

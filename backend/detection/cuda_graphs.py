@@ -88,6 +88,9 @@ class GraphCache:
             self.clear()
             raise
         except RuntimeError as error:
+            if "out of memory" in str(error):  # the end of a failed capture raises another error in its place
+                self.clear()
+                raise torch.OutOfMemoryError(str(error)) from error
             log.warning("CUDA graphs are unavailable (%s): small batches run slower", str(error).split("\n")[0])
             self._disable()
             return None
@@ -114,7 +117,10 @@ def _compare(expected: Tensor, actual: Tensor) -> float:
 
 
 def make_cuda_capture() -> Capture:
-    """Returns a function that captures CUDA graphs; all graphs share one pool of memory, for they never run at once."""
+    """Returns a function that captures CUDA graphs.
+
+    Its graphs share one pool of memory: none may run while the outputs of another are still needed.
+    """
     pool = torch.cuda.graph_pool_handle()
 
     def capture(function: Function, arguments: Tensors) -> tuple[Tensors, Tensors, Replay]:
@@ -123,6 +129,7 @@ def make_cuda_capture() -> Capture:
         with torch.cuda.stream(stream):  # libraries allocate their workspaces in the first pass on a stream
             expected = function(*arguments)
         torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.empty_cache()  # the graph cannot use what is cached for passes without one
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool, stream=stream):
             outputs = function(*arguments)

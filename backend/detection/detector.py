@@ -121,7 +121,8 @@ class Detector:
         model_input, captions = self.prepare_image(blank), self._build_captions(["object"])
         while size > 1:
             try:
-                self._score([model_input] * size, captions)
+                for _ in range(WARM_UP_PASSES):  # a graph has memory of its own
+                    self._score([model_input] * size, captions)
                 break
             except torch.OutOfMemoryError:
                 size //= 2

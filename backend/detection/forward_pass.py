@@ -141,11 +141,14 @@ class ForwardPass:
         self._run_decode: Callable[..., tuple[Tensor, ...]] = self._decode
         self._graphs: list[GraphCache] = []
         if device.type == "cuda":
-            self.use_graphs(make_cuda_capture())
+            self.use_graphs(make_cuda_capture)
 
-    def use_graphs(self, capture: Capture) -> None:
-        """Runs the two halves of the pass, images alone and images with text, as CUDA graphs from now on."""
-        self._graphs = [GraphCache(self._encode_images, capture), GraphCache(self._decode, capture)]
+    def use_graphs(self, make_capture: Callable[[], Capture]) -> None:
+        """Runs the two halves of the pass, images alone and images with text, as CUDA graphs from now on.
+
+        Each half has memory of its own: what the first one gives is read by several runs of the second.
+        """
+        self._graphs = [GraphCache(self._encode_images, make_capture()), GraphCache(self._decode, make_capture())]
         self._run_encode, self._run_decode = self._graphs
 
     def clear(self) -> None:

@@ -110,10 +110,12 @@ def format_row(stock: Implementation, implementation: Implementation) -> str:
     assert implementation.outputs
     ratios = [a / b for a, b in zip(stock.seconds, implementation.seconds, strict=True)]
     states = (stock.outputs.image_states - implementation.outputs.image_states).abs().max()
+    # Sorted over the queries: with random weights many are nearly equal, and rounding decides which 900 are selected.
     scores = [outputs.logits.sigmoid().sort(1).values for outputs in (stock.outputs, implementation.outputs)]
+    differences = (scores[0] - scores[1]).abs()
     return (
         f"{statistics.median(implementation.seconds):.3f} | {statistics.median(ratios):.2f} ({min(ratios):.2f} to "
-        f"{max(ratios):.2f}) | {states:.0e} | {(scores[0] - scores[1]).abs().max():.0e}"
+        f"{max(ratios):.2f}) | {states:.0e} | {differences.flatten().quantile(0.99):.0e}, {differences.max():.0e}"
     )
 
 
@@ -126,7 +128,8 @@ def print_bound(ours: Implementation, pixels: Tensor) -> None:
     bound = flops / statistics.median(rates)
     print(
         f"bound: {flops / 1e9:.0f} GFLOP of matrix products at {statistics.median(rates) / 1e9:.0f} GFLOP/s "
-        f"({min(rates) / 1e9:.0f} to {max(rates) / 1e9:.0f}) take {bound:.2f} s; ours takes {seconds / bound:.2f} times that"
+        f"({min(rates) / 1e9:.0f} to {max(rates) / 1e9:.0f}) take {bound:.2f} s; "
+        f"ours takes {seconds / bound:.2f} times that"
     )
 
 
@@ -208,9 +211,7 @@ def main() -> None:
         return
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     model, tokenizer, image_format = load_checkpoint(str(DEMO_CHECKPOINT))
-    print(
-        "| model and image | implementation | s, median | as it comes / this | encoder differs | probability differs |"
-    )
+    print("| model and image | implementation | s | as it comes / this | encoder differs | scores differ: 99%, all |")
     print("|---|---|---|---|---|---|")
     implementations = make_implementations(model.eval(), tokenizer, image_format)
     compare("bundled, 128x96", implementations, draw_noise(1, 96, 128), 5 * arguments.rounds)
