@@ -250,8 +250,8 @@ class Detector:
         images: ImageFeatures | None = None
         for group in groups:
             self.on_forward()
-            # Its cache of converted weights would keep tensors that a CUDA graph reuses; the weights are converted.
             reduced = self.precision is not torch.float32
+            # No cache: it would keep tensors whose memory a CUDA graph reuses, and the weights are converted already.
             with torch.autocast(self.device.type, self.precision, enabled=reduced, cache_enabled=False):
                 images = images or self.forward_pass.encode_images(pixels)
                 text = self.forward_pass.encode_text(group)
