@@ -1,6 +1,7 @@
 """The documents match the code."""
 
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,17 @@ def test_the_readme_has_the_generated_table_of_settings() -> None:
     assert shown == make_settings_table(), (
         "run: python -c 'from backend.settings import *; print(make_settings_table())'"
     )
+
+
+def test_the_readme_has_the_speed_of_the_benchmarks() -> None:
+    """The median of three runs of `make bench`, as the README rounds it."""
+    benchmarks = (ROOT / "docs" / "benchmarks.md").read_text()
+    section = re.search(r"^## [^\n]*the detector against transformers, on a CPU\n(.*?)^## ", benchmarks, re.M | re.S)[1]
+    runs = re.findall(r"^\| run \d \| ([\d.]+) \([^|]*\| ([\d.]+) \(", section, re.M)
+    assert len(runs) == 3
+    exact, reduced = (round(statistics.median(map(float, column)), 1) for column in zip(*runs, strict=True))
+    assert re.search(r"([\d.]+) times as fast as\s+transformers", README)[1] == str(exact)
+    assert re.search(r"([\d.]+) times with\s+`PRECISION=bfloat16`", README)[1] == str(reduced)
 
 
 def test_the_readme_shows_every_command() -> None:

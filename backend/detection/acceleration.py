@@ -25,7 +25,7 @@ from backend.detection.deformable_attention import GatheredAttention, SlicedLaye
 
 log = logging.getLogger(__name__)
 
-MIN_PARAMETERS_ON_CPU = 20_000_000  # in smaller models the replacements cost more time than they save
+MIN_PARAMETERS_ON_CPU = 20_000_000  # of a model that is not small
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # options of mallopt, from glibc's malloc.h
 
@@ -39,12 +39,16 @@ def accelerate(model: Any, precision: torch.dtype) -> torch.dtype:
     if model.device.type == "cuda":
         accelerate_on_gpu(model)
     elif model.device.type == "cpu":
-        is_small = sum(weight.numel() for weight in model.parameters()) < MIN_PARAMETERS_ON_CPU
-        if precision is torch.bfloat16 or not is_small:
+        if precision is torch.bfloat16 or not is_small(model):
             accelerate_on_cpu(model, precision)
         if precision is torch.bfloat16:
             return torch.float32
     return precision
+
+
+def is_small(model: Any) -> bool:
+    """Returns True if the replacements for a CPU, or several threads, cost more time than they save."""
+    return bool(sum(weight.numel() for weight in model.parameters()) < MIN_PARAMETERS_ON_CPU)
 
 
 def accelerate_on_cpu(model: Any, precision: torch.dtype = torch.float32) -> None:

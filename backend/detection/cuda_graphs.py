@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from collections import OrderedDict
@@ -15,6 +16,8 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 MAX_GRAPHS = 16  # of one function; each keeps its input and output, the rest of their memory is shared
+CAPTURE_AT = 3  # times that shapes have come; a capture takes as long as several passes
+MAX_COUNTS = 1000  # keys whose calls are counted
 MAX_DIFFERENCE = 0.01  # between what a new graph gives and what the function gave, relative to the largest value
 
 Tensors = tuple[Tensor, ...]
@@ -36,16 +39,21 @@ class Graph:
 class GraphCache:
     """Runs a function as CUDA graphs, one for each combination of its constants with the shapes of its tensors.
 
-    What comes for the first time runs without a graph: in a folder of many sizes most come once. A function whose graph
-    fails, or gives other values than the function itself, runs without graphs from then on.
+    What does not come often runs without a graph: in a folder of many sizes most come once. So does what a graph has no
+    memory for. A function whose graph fails, or gives other values than the function itself, runs without graphs from
+    then on.
 
     The outputs of a graph are overwritten by its next replay.
     """
 
-    def __init__(self, function: Function, capture: Capture) -> None:
+    def __init__(self, function: Function, make_capture: Callable[[], Capture]) -> None:
         """Prepares graphs of a function of constants and tensors, which may not wait for the device."""
-        self._function, self._capture = function, capture
-        self._graphs: OrderedDict[tuple[Any, ...], Graph | None] = OrderedDict()  # None: seen once
+        self._function, self._make_capture = function, make_capture
+        self._capture = make_capture()
+        self._graphs: OrderedDict[tuple[Any, ...], Graph] = OrderedDict()
+        self._counts: OrderedDict[tuple[Any, ...], int] = (
+            OrderedDict()
+        )  # how often each key came, by the id of its constants
         self._is_enabled = True
 
     @property
@@ -56,19 +64,15 @@ class GraphCache:
     def __call__(self, constants: Hashable, *arguments: Tensor) -> Tensors:
         """Returns what the function returns; the constants live as long as their graph."""
         function = functools.partial(self._function, constants)
-        if not self._is_enabled:
-            return function(*arguments)
-        key = (constants, *((argument.shape, argument.dtype) for argument in arguments))
+        shapes = tuple((argument.shape, argument.dtype) for argument in arguments)
+        key = (constants, shapes)
+        # Counted by id, which may come again: a count should not keep constants in memory, and may be wrong.
+        if self._is_enabled and key not in self._graphs and self._count((id(constants), shapes)) == CAPTURE_AT:
+            self._make_graph(key, function, arguments)
         graph = self._graphs.get(key)
-        if graph is None and key in self._graphs:
-            graph = self._make_graph(function, arguments)
-        if self._is_enabled:
-            self._graphs[key] = graph
-            self._graphs.move_to_end(key)
-            if len(self._graphs) > MAX_GRAPHS:
-                self._graphs.popitem(last=False)
         if graph is None:
             return function(*arguments)
+        self._graphs.move_to_end(key)
         for static, argument in zip(graph.arguments, arguments, strict=True):
             static.copy_(argument)
         graph.replay()
@@ -77,28 +81,35 @@ class GraphCache:
     def clear(self) -> None:
         """Frees the memory of all graphs."""
         self._graphs.clear()
+        self._counts.clear()
+        self._capture = self._make_capture()  # nothing can be captured into memory whose graphs are all gone
 
-    def _make_graph(self, function: Function, arguments: Tensors) -> Graph | None:
+    def _count(self, key: tuple[Any, ...]) -> int:
+        self._counts[key] = self._counts.pop(key, 0) + 1
+        if len(self._counts) > MAX_COUNTS:
+            self._counts.popitem(last=False)
+        return self._counts[key]
+
+    def _make_graph(self, key: tuple[Any, ...], function: Function, arguments: Tensors) -> None:
         static = tuple(argument.clone() for argument in arguments)
         try:
             expected, outputs, replay = self._capture(function, static)
             replay()
             difference = max(map(_compare, expected, outputs))
         except torch.OutOfMemoryError:
-            self.clear()
-            raise
+            log.info("no memory for a CUDA graph: running without it")
+            return
         except RuntimeError as error:
-            if "out of memory" in str(error):  # the end of a failed capture raises another error in its place
-                self.clear()
-                raise torch.OutOfMemoryError(str(error)) from error
             log.warning("CUDA graphs are unavailable (%s): small batches run slower", str(error).split("\n")[0])
             self._disable()
-            return None
+            return
         if not difference <= MAX_DIFFERENCE:
             log.warning("a CUDA graph differs by %.3g from what it captured: running without graphs", difference)
             self._disable()
-            return None
-        return Graph(static, outputs, replay)
+            return
+        self._graphs[key] = Graph(static, outputs, replay)
+        if len(self._graphs) > MAX_GRAPHS:
+            self._graphs.popitem(last=False)
 
     def _disable(self) -> None:
         self._is_enabled = False
@@ -119,20 +130,28 @@ def _compare(expected: Tensor, actual: Tensor) -> float:
 def make_cuda_capture() -> Capture:
     """Returns a function that captures CUDA graphs.
 
-    Its graphs share one pool of memory: none may run while the outputs of another are still needed.
+    Its graphs share memory, so none may run while the outputs of another are still needed. Memory is shared within one
+    pool and one stream only.
     """
-    pool = torch.cuda.graph_pool_handle()
+    pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
     def capture(function: Function, arguments: Tensors) -> tuple[Tensors, Tensors, Replay]:
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # libraries allocate their workspaces in the first pass on a stream
             expected = function(*arguments)
-        torch.cuda.current_stream().wait_stream(stream)
-        torch.cuda.empty_cache()  # the graph cannot use what is cached for passes without one
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # a graph cannot use what is cached for passes without one
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=stream):
-            outputs = function(*arguments)
+        with torch.cuda.stream(stream):
+            graph.capture_begin(pool=pool)
+            try:
+                outputs = function(*arguments)
+            except BaseException:
+                with contextlib.suppress(RuntimeError):  # the first error says more
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+        torch.cuda.current_stream().wait_stream(stream)
         return expected, outputs, graph.replay
 
     return capture

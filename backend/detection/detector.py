@@ -19,6 +19,7 @@ from torch import Tensor
 from backend.boxes import Detection
 from backend.detection.acceleration import accelerate, reduce_weights, restore_weights
 from backend.detection.captions import Caption, build_captions
+from backend.detection.cuda_graphs import CAPTURE_AT
 from backend.detection.device import with_index
 from backend.detection.forward_pass import ForwardPass, ImageFeatures, compute_strides
 from backend.detection.phrase_scores import phrase_scores
@@ -32,7 +33,7 @@ log = logging.getLogger(__name__)
 
 MAX_BATCH_SIZE = 16  # images; in larger batches an annotator waits longer and an image is hardly faster
 MAX_BATCH_SECONDS = 1.0  # duration of one forward pass, for the same reason
-WARM_UP_PASSES = 2  # not timed: the first loads libraries and compiles kernels, the second captures CUDA graphs
+WARM_UP_PASSES = CAPTURE_AT  # not timed: the first loads libraries and compiles kernels, the last captures CUDA graphs
 MAX_TIMED_PASSES = 3  # passes that find_batch_size measures
 
 DetectionsOrError = list[Detection] | ImageError  # of one image
@@ -118,17 +119,19 @@ class Detector:
         size = max(min(int(MAX_BATCH_SECONDS / min(seconds)), MAX_BATCH_SIZE), 1)
         if self.device.type == "cpu":
             return size
-        model_input, captions = self.prepare_image(blank), self._build_captions(["object"])
-        while size > 1:
-            try:
-                for _ in range(WARM_UP_PASSES):  # a graph has memory of its own
-                    self._score([model_input] * size, captions)
-                break
-            except torch.OutOfMemoryError:
-                size //= 2
-            finally:
-                self._free_memory()
+        while size > 1 and not self._fits(self.prepare_image(blank), size):
+            size //= 2
         return size
+
+    def _fits(self, model_input: ModelInput, batch_size: int) -> bool:
+        """Returns whether a batch of one image fits in memory."""
+        captions, fits = self._build_captions(["object"]), True
+        try:
+            self._score([model_input] * batch_size, captions)
+        except torch.OutOfMemoryError:
+            fits = False
+        self._free_memory()  # not before the error is gone: its traceback holds tensors
+        return fits
 
     def prepare_image(self, image: Image.Image, size: Size | None = None) -> ModelInput:
         """Preprocesses an RGB image.
@@ -213,7 +216,8 @@ class Detector:
         try:
             return {**self._detect_together(batch, query, max_rows)}
         except torch.OutOfMemoryError:
-            self._free_memory()
+            pass  # its traceback holds tensors
+        self._free_memory()
         if len(batch) == 1 and (max_rows == 1 or len(query.captions) == 1):
             error = ImageError(f"the image needs more memory than {self.device} has; give it another DEVICE")
             return dict.fromkeys(batch, error)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections import OrderedDict
 from collections.abc import Sequence
+
+import torch
 
 from backend.detection.checkpoints import load_checkpoint, load_model, load_weights_into
 from backend.detection.detector import Detector
@@ -55,6 +58,9 @@ class DetectorCache:
         if key not in self._fine_tuned:
             while len(self._fine_tuned) >= MAX_VERSIONS_LOADED:  # before loading: memory may not hold one more
                 self._fine_tuned.popitem(last=False)
+                gc.collect()  # a detector holds itself
+                if self.base.device.type == "cuda":
+                    torch.cuda.empty_cache()
             self._fine_tuned[key] = self._load(project, version_id)
         self._fine_tuned.move_to_end(key)
         return self._fine_tuned[key]

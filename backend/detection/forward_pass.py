@@ -25,6 +25,7 @@ from torch import Tensor
 
 from backend.detection.captions import Caption
 from backend.detection.cuda_graphs import Capture, GraphCache, make_cuda_capture
+from backend.detection.deformable_attention import GatheredAttention
 from backend.detection.phrase_scores import make_span_matrix
 from backend.detection.preprocess import ImageFormat, Size, compute_padding, normalize
 
@@ -140,7 +141,9 @@ class ForwardPass:
         self._run_encode: Callable[..., tuple[Tensor, ...]] = self._encode_images
         self._run_decode: Callable[..., tuple[Tensor, ...]] = self._decode
         self._graphs: list[GraphCache] = []
-        if device.type == "cuda":
+        # transformers' own deformable attention, without our kernel, waits for the device; a graph may not.
+        attention = self.model.model.encoder.layers[0].deformable_layer.self_attn
+        if device.type == "cuda" and isinstance(attention, GatheredAttention):
             self.use_graphs(make_cuda_capture)
 
     def use_graphs(self, make_capture: Callable[[], Capture]) -> None:
@@ -148,7 +151,7 @@ class ForwardPass:
 
         Each half has memory of its own: what the first one gives is read by several runs of the second.
         """
-        self._graphs = [GraphCache(self._encode_images, make_capture()), GraphCache(self._decode, make_capture())]
+        self._graphs = [GraphCache(self._encode_images, make_capture), GraphCache(self._decode, make_capture)]
         self._run_encode, self._run_decode = self._graphs
 
     def clear(self) -> None:

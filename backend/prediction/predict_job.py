@@ -13,9 +13,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from rq import get_current_job
 from rq.timeouts import JobTimeoutException
 
+from backend.detection.acceleration import is_small
 from backend.detection.detector import DetectionsOrError, Detector
 from backend.detection.detector_cache import DetectorCache
 from backend.detection.device import is_device_error
@@ -68,6 +70,8 @@ class Predictor:
         """
         self.detectors, self.watchdog = DetectorCache(settings), Watchdog(settings.forward_timeout)
         base = self.detectors.base
+        if is_small(base.model) and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(1)
         self.batch_size = settings.batch_size or base.find_batch_size()
         base.batch_size, base.on_forward = self.batch_size, self.watchdog.beat
         label_studio = LabelStudioClient(settings.label_studio_url, settings.label_studio_api_key)
