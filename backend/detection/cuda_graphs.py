@@ -51,9 +51,7 @@ class GraphCache:
         self._function, self._make_capture = function, make_capture
         self._capture = make_capture()
         self._graphs: OrderedDict[tuple[Any, ...], Graph] = OrderedDict()
-        self._counts: OrderedDict[tuple[Any, ...], int] = (
-            OrderedDict()
-        )  # how often each key came, by the id of its constants
+        self._counts: OrderedDict[int, int] = OrderedDict()  # calls by the hash of their key, which holds no memory
         self._is_enabled = True
 
     @property
@@ -64,10 +62,8 @@ class GraphCache:
     def __call__(self, constants: Hashable, *arguments: Tensor) -> Tensors:
         """Returns what the function returns; the constants live as long as their graph."""
         function = functools.partial(self._function, constants)
-        shapes = tuple((argument.shape, argument.dtype) for argument in arguments)
-        key = (constants, shapes)
-        # Counted by id, which may come again: a count should not keep constants in memory, and may be wrong.
-        if self._is_enabled and key not in self._graphs and self._count((id(constants), shapes)) == CAPTURE_AT:
+        key = (constants, *((argument.shape, argument.dtype) for argument in arguments))
+        if self._is_enabled and key not in self._graphs and self._count(key) == CAPTURE_AT:
             self._make_graph(key, function, arguments)
         graph = self._graphs.get(key)
         if graph is None:
@@ -85,10 +81,10 @@ class GraphCache:
         self._capture = self._make_capture()  # nothing can be captured into memory whose graphs are all gone
 
     def _count(self, key: tuple[Any, ...]) -> int:
-        self._counts[key] = self._counts.pop(key, 0) + 1
+        self._counts[hash(key)] = count = self._counts.pop(hash(key), 0) + 1
         if len(self._counts) > MAX_COUNTS:
             self._counts.popitem(last=False)
-        return self._counts[key]
+        return count
 
     def _make_graph(self, key: tuple[Any, ...], function: Function, arguments: Tensors) -> None:
         static = tuple(argument.clone() for argument in arguments)
