@@ -1,9 +1,9 @@
-import gc
 import weakref
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from backend.detection.checkpoints import load_model
@@ -50,9 +50,16 @@ def test_only_the_last_used_versions_stay_in_memory(detectors: DetectorCache) ->
     first = weakref.ref(detectors.get(versions[0]).model)
     for version in versions[1:]:
         detectors.get(version)
-    gc.collect()
     assert first() is None
     assert torch.isfinite(torch.tensor(compute_scores(detectors, versions[0]))).all()  # it is loaded again
+
+
+def test_the_settings_choose_the_sizes_of_images(tmp_path: Path) -> None:
+    sizes = []
+    for divisor in (1, 32):
+        detectors = DetectorCache(Settings(model="demo", model_dir=tmp_path, size_divisor=divisor))
+        sizes.append(tuple(detectors.base.prepare_image(Image.new("RGB", (130, 100))).pixels.shape[:2]))
+    assert sizes == [(96, 124), (96, 128)]
 
 
 def test_a_damaged_version_is_refused_and_the_base_still_works(detectors: DetectorCache) -> None:
