@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import os
+import re
 import signal
 import socket
 import sys
@@ -28,6 +30,7 @@ from backend.settings import Settings
 SOCKET_ROOT = "/tmp"  # noqa: S108 - a socket's path may have 108 bytes, and TMPDIR may be long; the folder is private
 CONFIGURED_REDIS_TIMEOUT = 10  # s; it may be starting beside us
 NVIDIA = Path("/proc/driver/nvidia/gpus")
+GPU_NAME = re.compile(r"\d+|(GPU|MIG)-.+")  # in CUDA_VISIBLE_DEVICES
 
 
 def echo(text: str) -> None:
@@ -135,9 +138,13 @@ def _start_private_redis(group: ProcessGroup, settings: Settings, socket_dir: Pa
 
 def _make_workers(settings: Settings, env: Mapping[str, str]) -> list[ManagedProcess]:
     devices = list_devices(settings.device)
+    if settings.workers:
+        devices = [devices[n % len(devices)] for n in range(settings.workers)]
+    else:  # while a worker loads the images of a chunk it leaves its GPU idle; a CPU is busy with that as well
+        devices += [device for device in devices if _is_gpu(device)]
     return [
-        _make_process(f"worker {n + 1}", ["worker"], {**env, "DEVICE": devices[n % len(devices)]})
-        for n in range(settings.workers or len(devices) * count_workers_per_device(settings.device))
+        _make_process(f"worker {number}", ["worker"], {**env, "DEVICE": device})
+        for number, device in enumerate(devices, 1)
     ]
 
 
@@ -153,17 +160,16 @@ def list_devices(device: str) -> list[str]:
     return [f"cuda:{number}" for number in range(gpus)] if gpus > 1 else [device]
 
 
-def count_workers_per_device(device: str) -> int:
-    """Returns how many workers keep a device of a DEVICE setting busy.
-
-    While a worker loads the images of a chunk it leaves its GPU idle. A CPU is busy with one: loading takes it as well.
-    """
-    return 2 if device.startswith("cuda") or (device == "auto" and _count_gpus()) else 1
+def _is_gpu(device: str) -> bool:
+    return device.startswith("cuda") or (device == "auto" and _count_gpus() > 0)
 
 
 def _count_gpus() -> int:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return len(list(filter(None, visible.split(",")))) if visible is not None else len(list(NVIDIA.glob("*")))
+    if visible is None:
+        return len(list(NVIDIA.glob("*")))
+    names = (name.strip() for name in visible.split(","))
+    return len(list(itertools.takewhile(GPU_NAME.fullmatch, names)))  # CUDA ignores what follows another, such as -1
 
 
 def _check_port(port: int) -> None:

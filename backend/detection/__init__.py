@@ -6,7 +6,7 @@ Begin with `detector.py`: `Detector.detect_inputs` is the whole path from images
 - `forward_pass`: images and captions -> token logits and boxes; `cuda_graphs`: the same as two CUDA graphs.
 - `phrase_scores`: token logits -> phrase scores; `postprocess`: thresholds, suppression, detections.
 - `captions`: phrases -> the token ids of a caption and the span of each phrase.
-- `preprocess`: an RGB image -> the pixel tensor that the model reads.
+- `preprocess`: an RGB image -> its resized pixels, which the forward pass normalises.
 - `checkpoints`: a hub id, a folder or a `.pth` file -> model, tokenizer and image format;
   `convert_original`: original `.pth` files -> the names that transformers reads.
 - `detector_cache`: the detectors of one worker, for the base checkpoint and for fine-tuned versions.

@@ -18,13 +18,14 @@ log = logging.getLogger(__name__)
 MAX_GRAPHS = 16  # of one function; each keeps its input and output, the rest of their memory is shared
 CAPTURE_AT = 3  # times that shapes have come; a capture takes as long as several passes
 MAX_COUNTS = 1000  # keys whose calls are counted
+NEVER = -(2**62)  # a count that stays below CAPTURE_AT
 MAX_DIFFERENCE = 0.01  # between what a new graph gives and what the function gave, relative to the largest value
 
 Tensors = tuple[Tensor, ...]
-Function = Callable[..., Tensors]
+TensorFunction = Callable[..., Tensors]
 Replay = Callable[[], object]
 # Takes a function and its arguments; returns what it gave, what the graph gives, and the graph's replay.
-Capture = Callable[[Function, Tensors], tuple[Tensors, Tensors, Replay]]
+Capture = Callable[[TensorFunction, Tensors], tuple[Tensors, Tensors, Replay]]
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class Graph:
 
 
 class GraphCache:
-    """Runs a function as CUDA graphs, one for each combination of its constants with the shapes of its tensors.
+    """Runs a function, always the same one, as CUDA graphs, one for each combination of
+    its constants with the shapes of its tensors.
 
     What does not come often runs without a graph: in a folder of many sizes most come once. So does what a graph has no
     memory for. A function whose graph fails, or gives other values than the function itself, runs without graphs from
@@ -46,9 +48,8 @@ class GraphCache:
     The outputs of a graph are overwritten by its next replay.
     """
 
-    def __init__(self, function: Function, make_capture: Callable[[], Capture]) -> None:
-        """Prepares graphs of a function of constants and tensors, which may not wait for the device."""
-        self._function, self._make_capture = function, make_capture
+    def __init__(self, make_capture: Callable[[], Capture]) -> None:
+        self._make_capture = make_capture
         self._capture = make_capture()
         self._graphs: OrderedDict[tuple[Any, ...], Graph] = OrderedDict()
         self._counts: OrderedDict[int, int] = OrderedDict()  # calls by the hash of their key, which holds no memory
@@ -59,11 +60,14 @@ class GraphCache:
         """False once a graph has failed."""
         return self._is_enabled
 
-    def __call__(self, constants: Hashable, *arguments: Tensor) -> Tensors:
-        """Returns what the function returns; the constants live as long as their graph."""
-        function = functools.partial(self._function, constants)
+    def __call__(self, function: TensorFunction, constants: Hashable, *arguments: Tensor) -> Tensors:
+        """Returns what the function of constants and tensors returns; it may not wait for the device.
+
+        The constants live as long as their graph.
+        """
+        function = functools.partial(function, constants)
         key = (constants, *((argument.shape, argument.dtype) for argument in arguments))
-        if self._is_enabled and key not in self._graphs and self._count(key) == CAPTURE_AT:
+        if self._is_enabled and key not in self._graphs and self._count(key) >= CAPTURE_AT:
             self._make_graph(key, function, arguments)
         graph = self._graphs.get(key)
         if graph is None:
@@ -86,7 +90,7 @@ class GraphCache:
             self._counts.popitem(last=False)
         return count
 
-    def _make_graph(self, key: tuple[Any, ...], function: Function, arguments: Tensors) -> None:
+    def _make_graph(self, key: tuple[Any, ...], function: TensorFunction, arguments: Tensors) -> None:
         static = tuple(argument.clone() for argument in arguments)
         try:
             expected, outputs, replay = self._capture(function, static)
@@ -94,6 +98,7 @@ class GraphCache:
             difference = max(map(_compare, expected, outputs))
         except torch.OutOfMemoryError:
             log.info("no memory for a CUDA graph: running without it")
+            self._counts[hash(key)] = NEVER
             return
         except RuntimeError as error:
             log.warning("CUDA graphs are unavailable (%s): small batches run slower", str(error).split("\n")[0])
@@ -105,7 +110,8 @@ class GraphCache:
             return
         self._graphs[key] = Graph(static, outputs, replay)
         if len(self._graphs) > MAX_GRAPHS:
-            self._graphs.popitem(last=False)
+            dropped, _ = self._graphs.popitem(last=False)
+            self._counts.pop(hash(dropped), None)
 
     def _disable(self) -> None:
         self._is_enabled = False
@@ -131,7 +137,7 @@ def make_cuda_capture() -> Capture:
     """
     pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
-    def capture(function: Function, arguments: Tensors) -> tuple[Tensors, Tensors, Replay]:
+    def capture(function: TensorFunction, arguments: Tensors) -> tuple[Tensors, Tensors, Replay]:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # libraries allocate their workspaces in the first pass on a stream
             expected = function(*arguments)

@@ -33,7 +33,6 @@ log = logging.getLogger(__name__)
 
 MAX_BATCH_SIZE = 16  # images; in larger batches an annotator waits longer and an image is hardly faster
 MAX_BATCH_SECONDS = 1.0  # duration of one forward pass, for the same reason
-WARM_UP_PASSES = CAPTURE_AT  # not timed: the first loads libraries and compiles kernels, the last captures CUDA graphs
 MAX_TIMED_PASSES = 3  # passes that find_batch_size measures
 
 DetectionsOrError = list[Detection] | ImageError  # of one image
@@ -77,9 +76,10 @@ class Detector:
 
     Attributes:
         device: where the model runs; a GPU always has its index.
-        precision: of the modules that tolerate a reduced one; set to float32 at the first NaN.
+        precision: of autocast; float32 where it is not used, on a CPU always. Set to float32 at the first NaN.
         batch_size: maximum number of images in one forward pass.
         on_forward: called before each forward pass.
+        on_out_of_memory: called when memory ran out; others on the device may free theirs.
     """
 
     def __init__(
@@ -98,6 +98,7 @@ class Detector:
             torch.cuda.set_device(self.device)  # Triton and pinned memory use the current device
         self.batch_size = MAX_BATCH_SIZE
         self.on_forward: Callable[[], object] = lambda: None
+        self.on_out_of_memory: Callable[[], object] = lambda: None
         self.precision = accelerate(self.model, precision)
         self._full_weights = reduce_weights(self.model, self.precision)
         self._strides = compute_strides(model.config)
@@ -109,7 +110,8 @@ class Detector:
         It is measured on a blank image with one short phrase; larger images may need smaller batches.
         """
         labels, blank = [Label("object", ("object",), 0.5)], Image.new("RGB", (400, 300))
-        for _ in range(WARM_UP_PASSES):
+        # Not timed: the first pass loads libraries and compiles kernels, a later one captures CUDA graphs.
+        for _ in range(CAPTURE_AT if self.forward_pass.batches_captions else 1):
             self.detect([blank], labels)
         seconds: list[float] = []
         while sum(seconds) < MAX_BATCH_SECONDS and len(seconds) < MAX_TIMED_PASSES:
@@ -211,17 +213,20 @@ class Detector:
     ) -> dict[int, list[Candidates] | ImageError]:
         """Detects on equal-sized images by their index; if memory runs out, on each half of them in turn.
 
-        `max_rows` limits images x captions of a pass.
+        `max_rows` limits images x captions of a pass. They are halved too, where a single image is left.
         """
         try:
             return {**self._detect_together(batch, query, max_rows)}
         except torch.OutOfMemoryError:
             pass  # its traceback holds tensors
         self._free_memory()
-        if len(batch) == 1 and (max_rows == 1 or len(query.captions) == 1):
+        self.on_out_of_memory()
+        max_rows = min(max_rows, len(batch) * len(query.captions))
+        if max_rows == 1:
             error = ImageError(f"the image needs more memory than {self.device} has; give it another DEVICE")
             return dict.fromkeys(batch, error)
-        log.warning("%s is out of memory with a batch of %d images; retrying with half", self.device, len(batch))
+        what = f"a batch of {len(batch)} images" if len(batch) > 1 else f"an image and {max_rows} captions"
+        log.warning("%s is out of memory with %s; retrying with half", self.device, what)
         indices, half = list(batch), len(batch) // 2
         results: dict[int, list[Candidates] | ImageError] = {}
         for half_indices in filter(None, (indices[:half], indices[half:])):

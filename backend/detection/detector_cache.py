@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -41,6 +40,7 @@ class DetectorCache:
         checkpoint = load_checkpoint(self._source, settings.size_divisor)
         self.base = Detector(*checkpoint, device, self._precision)
         self._fine_tuned: OrderedDict[tuple[str, str], Detector] = OrderedDict()
+        self.base.on_out_of_memory = self.free_memory
 
     def get(self, version: Sequence[str] | None) -> Detector:
         """Returns the detector of a fine-tuned version, or of the base checkpoint if there is none.
@@ -58,12 +58,17 @@ class DetectorCache:
         if key not in self._fine_tuned:
             while len(self._fine_tuned) >= MAX_VERSIONS_LOADED:  # before loading: memory may not hold one more
                 self._fine_tuned.popitem(last=False)
-                gc.collect()  # a detector holds itself
-                if self.base.device.type == "cuda":
-                    torch.cuda.empty_cache()
+                self.free_memory()
             self._fine_tuned[key] = self._load(project, version_id)
         self._fine_tuned.move_to_end(key)
         return self._fine_tuned[key]
+
+    def free_memory(self) -> None:
+        """Drops what the detectors keep from pass to pass, CUDA graphs included; they make it again."""
+        for detector in (self.base, *self._fine_tuned.values()):
+            detector.forward_pass.clear()
+        if self.base.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _load(self, project: str, version_id: str) -> Detector:
         log.info("project %s: loading fine-tuned version %s", project, version_id)
@@ -73,4 +78,5 @@ class DetectorCache:
         base = self.base
         detector = Detector(model, base.tokenizer, base.image_format, str(base.device), self._precision)
         detector.batch_size, detector.on_forward = base.batch_size, base.on_forward
+        detector.on_out_of_memory = self.free_memory
         return detector

@@ -8,15 +8,16 @@ computes anew in each pass is kept or left out:
 - the encoder's box head sees the selected queries only, and of the decoder's heads the last one runs;
 - there are no masks of padded pixels: images of a batch have equal sizes.
 
-Captions of one batch are padded to the same number of tokens, which changes no score: padding is masked everywhere.
-On a GPU that number is one of TEXT_BUCKETS, and the two halves of the pass are CUDA graphs.
+A *row* of a pass is one caption on one image. Captions of one batch are padded to the same number of tokens, which
+changes no score: padding is masked everywhere. On a GPU that number is one of TEXT_BUCKETS, and the two halves of the
+pass are CUDA graphs.
 """
 
 from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -24,13 +25,14 @@ import torch
 from torch import Tensor
 
 from backend.detection.captions import Caption
-from backend.detection.cuda_graphs import Capture, GraphCache, make_cuda_capture
+from backend.detection.cuda_graphs import Capture, GraphCache, TensorFunction, make_cuda_capture
 from backend.detection.deformable_attention import GatheredAttention
 from backend.detection.phrase_scores import make_span_matrix
 from backend.detection.preprocess import ImageFormat, Size, compute_padding, normalize
 
 TEXT_BUCKETS = (32, 64, 128, 256)  # tokens
-MAX_TEXTS_KEPT, MAX_SIZES_KEPT = 64, 16
+MAX_TEXTS_KEPT = 32  # groups of captions; up to 10 MB each
+MAX_SIZES_KEPT = 4  # sizes of images; about 20 MB each
 LOGIT_EPS = 1e-5  # transformers clamps reference points to [eps, 1 - eps] before the logit
 
 Key = TypeVar("Key")
@@ -38,16 +40,16 @@ Value = TypeVar("Value")
 
 
 class LruCache(Generic[Key, Value]):
-    """Keeps the most recently used values of a function."""
+    """Keeps the most recently used values."""
 
-    def __init__(self, function: Callable[[Key], Value], max_size: int) -> None:
-        self._function, self._max_size = function, max_size
+    def __init__(self, max_size: int) -> None:
+        self._max_size = max_size
         self._values: OrderedDict[Key, Value] = OrderedDict()
 
-    def get(self, key: Key) -> Value:
+    def get(self, key: Key, compute: Callable[[Key], Value]) -> Value:
         """Returns the value of a key; computes it if it is not kept."""
         if key not in self._values:
-            self._values[key] = self._function(key)
+            self._values[key] = compute(key)
             if len(self._values) > self._max_size:
                 self._values.popitem(last=False)
         self._values.move_to_end(key)
@@ -136,13 +138,12 @@ class ForwardPass:
         self.text_buckets = TEXT_BUCKETS if self.batches_captions else ()
         self.mean = torch.tensor(self.image_format.mean, device=device)
         self.std = torch.tensor(self.image_format.std, device=device)
-        self._texts: LruCache[tuple[Caption, ...], TextFeatures] = LruCache(self._encode_captions, MAX_TEXTS_KEPT)
-        self._constants: LruCache[tuple[int, int], SizeConstants] = LruCache(self._make_constants, MAX_SIZES_KEPT)
-        self._run_encode: Callable[..., tuple[Tensor, ...]] = self._encode_images
-        self._run_decode: Callable[..., tuple[Tensor, ...]] = self._decode
-        self._graphs: list[GraphCache] = []
+        self._texts: LruCache[tuple[Caption, ...], TextFeatures] = LruCache(MAX_TEXTS_KEPT)
+        self._constants: LruCache[tuple[int, int], SizeConstants] = LruCache(MAX_SIZES_KEPT)
+        self._image_graphs: GraphCache | None = None
+        self._text_graphs: GraphCache | None = None
         # transformers' own deformable attention, without our kernel, waits for the device; a graph may not.
-        attention = self.model.model.encoder.layers[0].deformable_layer.self_attn
+        attention = self.model.model.decoder.layers[0].encoder_attn
         if device.type == "cuda" and isinstance(attention, GatheredAttention):
             self.use_graphs(make_cuda_capture)
 
@@ -151,26 +152,32 @@ class ForwardPass:
 
         Each half has memory of its own: what the first one gives is read by several runs of the second.
         """
-        self._graphs = [GraphCache(self._encode_images, make_capture), GraphCache(self._decode, make_capture)]
-        self._run_encode, self._run_decode = self._graphs
+        self._image_graphs, self._text_graphs = GraphCache(make_capture), GraphCache(make_capture)
 
     def clear(self) -> None:
         """Forgets all that was kept: the weights have changed, or memory is short."""
         self._texts.clear()
         self._constants.clear()
-        for graphs in self._graphs:
+        for graphs in filter(None, (self._image_graphs, self._text_graphs)):
             graphs.clear()
+
+    @staticmethod
+    def _run(
+        graphs: GraphCache | None, function: TensorFunction, constants: Hashable, *arguments: Tensor
+    ) -> tuple[Tensor, ...]:
+        return graphs(function, constants, *arguments) if graphs else function(constants, *arguments)
 
     def encode_text(self, captions: Sequence[Caption]) -> TextFeatures:
         """Returns the features of captions, padded to the same number of tokens."""
-        return self._texts.get(tuple(captions))
+        return self._texts.get(tuple(captions), self._encode_captions)
 
     def encode_images(self, pixels: Tensor) -> ImageFeatures:
         """Returns the features of resized images, uint8 (images, height, width, 3) on the device of the model."""
         height, width = pixels.shape[1:3]
         padding = compute_padding(width, height, self.strides, self.model.config.num_queries)
-        (tokens,) = self._run_encode(padding, pixels)
-        return ImageFeatures(tokens, self._constants.get((height + padding[1], width + padding[0])))
+        padded_size = height + padding[1], width + padding[0]
+        (tokens,) = self._run(self._image_graphs, self._encode_images, padding, pixels)
+        return ImageFeatures(tokens, self._constants.get(padded_size, self._make_constants))
 
     def detect(self, images: ImageFeatures, text: TextFeatures) -> tuple[Tensor, Tensor]:
         """Detects each caption on each image.
@@ -183,7 +190,7 @@ class ForwardPass:
         tokens = images.tokens.repeat_interleave(shape[1], 0) if shape[1] > 1 else images.tokens
         texts = (text.features, text.positions, text.attention_bias, text.padding)
         rows = [tensor.repeat(shape[0], *[1] * (tensor.dim() - 1)) for tensor in texts]
-        logits, boxes = self._run_decode(images.constants, tokens, *rows)
+        logits, boxes = self._run(self._text_graphs, self._decode, images.constants, tokens, *rows)
         return logits.view(*shape, *logits.shape[1:]), boxes.view(*shape, *boxes.shape[1:])
 
     def _encode_captions(self, captions: tuple[Caption, ...]) -> TextFeatures:
@@ -256,7 +263,7 @@ class ForwardPass:
     def _decode(
         self, constants: SizeConstants, features: Tensor, text: Tensor, positions: Tensor, bias: Tensor, padding: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Returns token logits (rows, queries, tokens) and boxes_cxcywh (rows, queries, 4); a row is an image."""
+        """Returns token logits (rows, queries, tokens) and boxes_cxcywh (rows, queries, 4)."""
         features, text = self._encode(constants, features, text, positions, bias, padding)
         queries, references = self._select_queries(constants, features, text, padding)
         return self._run_decoder(constants, features, text, padding, queries, references)
@@ -360,7 +367,7 @@ def encode_positions(coordinates: Tensor, width: int, temperature: float = 10_00
     angles = coordinates.float()[..., None] * 2 * math.pi / temperature ** (frequencies / width)
     encoded = torch.stack([angles.sin(), angles.cos()], -1).flatten(-2)
     if coordinates.shape[-1] > 1:
-        encoded = torch.cat([encoded[..., [1], :], encoded[..., [0], :], encoded[..., 2:, :]], -2)
+        encoded = torch.cat([encoded[..., 1:2, :], encoded[..., :1, :], encoded[..., 2:, :]], -2)
     return encoded.flatten(-2).to(coordinates.dtype)
 
 

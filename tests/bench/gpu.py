@@ -39,7 +39,7 @@ from backend.demo.shapes import TRAINING_BACKGROUNDS, UNSEEN_BACKGROUNDS
 from backend.detection.acceleration import accelerate_on_gpu
 from backend.detection.captions import Caption, build_caption, build_captions
 from backend.detection.checkpoints import LoadedCheckpoint, load_checkpoint
-from backend.detection.cuda_graphs import Function, Replay, Tensors, make_cuda_capture
+from backend.detection.cuda_graphs import CAPTURE_AT, Replay, TensorFunction, Tensors, make_cuda_capture
 from backend.detection.deformable_attention import GatheredAttention, locate_samples, sample_rows
 from backend.detection.detector import Detector
 from backend.detection.device import choose_device
@@ -118,8 +118,8 @@ class Bench:
     def make_pass(self, detector: Detector, with_graphs: bool) -> ForwardPass:
         """Makes another forward pass of a detector, with graphs of its own or without."""
         forward_pass = make_forward_pass(detector.model, detector.image_format)
-        forward_pass.text_buckets, forward_pass.batches_captions, forward_pass._graphs = TEXT_BUCKETS, True, []
-        forward_pass._run_encode, forward_pass._run_decode = forward_pass._encode_images, forward_pass._decode
+        forward_pass.text_buckets, forward_pass.batches_captions = TEXT_BUCKETS, True
+        forward_pass._image_graphs = forward_pass._text_graphs = None
         if with_graphs:
             forward_pass.use_graphs(make_cuda_capture if self.is_cuda else lambda: emulate_capture)
         return forward_pass
@@ -140,9 +140,9 @@ class Bench:
         return 1000 * (time.perf_counter() - start)
 
     def time(self, function: Callable[..., object], *arguments: Any) -> float:
-        """Returns the median milliseconds; not of the first calls: the second captures graphs."""
-        times = [self.time_once(function, *arguments) for _ in range(3 + self.runs)]
-        return round(statistics.median(times[3:]), 3)
+        """Returns the median milliseconds; not of the first calls, of which the last captures graphs."""
+        times = [self.time_once(function, *arguments) for _ in range(CAPTURE_AT + self.runs)]
+        return round(statistics.median(times[CAPTURE_AT:]), 3)
 
     def measure_memory(self, function: Callable[..., object], *arguments: Any) -> float:
         """Calls a function as `time` does; returns the GiB that it needs at its peak, beyond those in use before."""
@@ -153,7 +153,7 @@ class Bench:
         return round((peak - before) / 2**30, 2)
 
 
-def emulate_capture(function: Function, arguments: Tensors) -> tuple[Tensors, Tensors, Replay]:
+def emulate_capture(function: TensorFunction, arguments: Tensors) -> tuple[Tensors, Tensors, Replay]:
     """Takes the place of CUDA's capture on a CPU."""
     expected = function(*arguments)
     outputs = tuple(tensor.clone() for tensor in expected)
@@ -313,22 +313,23 @@ def check_batches(bench: Bench, detector: Detector, plain: ForwardPass, pixels: 
 def check_graphs(bench: Bench, detector: Detector, plain: ForwardPass, pixels: Tensor) -> None:
     """Checks that graphs give what the pass gives without them."""
     graphed = bench.make_pass(detector, with_graphs=True)
-    for name, seed in (("first pass", 1), ("pass that captures", 1), ("replay", 1), ("replay with other images", 2)):
-        images = bench.draw(len(pixels), seed)
+    names = [*(f"pass {number}" for number in range(1, CAPTURE_AT)), "pass that captures", "replay", "replay of others"]
+    for number, name in enumerate(names):
+        images = bench.draw(len(pixels), seed=2 if number > CAPTURE_AT else 1)
         actual, expected = (run_ours(detector, p, [bench.caption], images)[0] for p in (graphed, plain))
         bench.check(name, *compare(expected, actual, bench.caption))
     # The graph of two rows is older than that of one image: it must not write where the latter keeps its features.
     one, *others = (build_caption(detector.tokenizer, [phrase]) for phrase in PHRASES[:5])
-    for _ in range(3):
+    for _ in range(CAPTURE_AT):
         run_ours(detector, graphed, [one], bench.draw(2))
     with torch.inference_mode(), autocast(bench.device, detector.precision):
-        for _ in range(3):
+        for _ in range(CAPTURE_AT):
             features = graphed.encode_images(pixels[:1])
             for group in (others[:2], others[2:]):
                 actual = graphed.detect(features, graphed.encode_text(group))[0]
     expected = run_ours(detector, plain, others[2:], pixels[:1])[0]
     bench.check("captions in two passes over one image", *compare(expected, actual, others[2]))
-    is_enabled = all(graphs.is_enabled for graphs in graphed._graphs)
+    is_enabled = all(graphs and graphs.is_enabled for graphs in (graphed._image_graphs, graphed._text_graphs))
     bench.check("graphs", is_enabled, "in use" if is_enabled else "given up, the log says why")
 
 

@@ -35,10 +35,15 @@ def test_a_gpu_has_two_workers(gpus: Path) -> None:
     (gpus / "0000:02:00.0").mkdir()
     assert list_workers("auto") == ["cuda:0", "cuda:1"] * 2
     assert list_workers("cuda:1,cuda:0") == ["cuda:1", "cuda:0"] * 2
+    assert list_workers("cuda:0,cpu") == ["cuda:0", "cpu", "cuda:0"]
+    assert list_workers("cpu,cuda:0") == ["cpu", "cuda:0", "cuda:0"]
     assert list_workers("auto", workers=3) == ["cuda:0", "cuda:1", "cuda:0"]
 
 
-@pytest.mark.parametrize(("visible", "workers"), [("", 1), ("3", 2), ("1,2", 4)])
+@pytest.mark.parametrize(
+    ("visible", "workers"),
+    [("", 1), ("-1", 1), ("NoDevFiles", 1), ("3", 2), ("1,2", 4), ("0,-1,1", 2), ("GPU-8932f937", 2)],
+)
 def test_only_visible_gpus_count(gpus: Path, visible: str, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     (gpus / "0000:01:00.0").mkdir()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)

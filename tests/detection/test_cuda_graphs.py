@@ -1,8 +1,7 @@
-"""Graphs on the CPU: only CUDA's capture is replaced, by one that writes into the same tensors at each replay."""
+"""Graphs on the CPU: only CUDA's capture is replaced."""
 
 import gc
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,32 +10,12 @@ from torch import Tensor
 
 from backend.detection import cuda_graphs
 from backend.detection.checkpoints import load_checkpoint
-from backend.detection.cuda_graphs import CAPTURE_AT, GraphCache, Replay, Tensors
+from backend.detection.cuda_graphs import CAPTURE_AT, GraphCache
 from backend.detection.detector import Detector
 from backend.labelstudio.labeling_config import Label
 from backend.registry.checkpoint import DEMO_CHECKPOINT
+from tests.detection.emulation import EmulatedCapture
 from tests.scenes import make_scenes
-
-Function = Callable[..., Tensors]
-
-
-class EmulatedCapture:
-    """Counts captures and replays; `change` alters what replays write."""
-
-    def __init__(self, change: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> None:
-        self.captures, self.replays, self.change = 0, 0, change
-
-    def __call__(self, function: Function, arguments: Tensors) -> tuple[Tensors, Tensors, Replay]:
-        self.captures += 1
-        expected = function(*arguments)
-        outputs = tuple(tensor.clone() for tensor in expected)
-
-        def replay() -> None:
-            self.replays += 1
-            for output, value in zip(outputs, function(*arguments), strict=True):
-                output.copy_(self.change(value))
-
-        return expected, outputs, replay
 
 
 class Constants:
@@ -49,24 +28,24 @@ def double(constants: object, values: Tensor) -> tuple[Tensor]:
 
 def test_shapes_that_come_again_are_replayed() -> None:
     capture, constants = EmulatedCapture(), Constants()
-    graphs = GraphCache(double, lambda: capture)
+    graphs = GraphCache(lambda: capture)
     for number in range(5):
-        (output,) = graphs(constants, torch.full((3,), float(number)))
+        (output,) = graphs(double, constants, torch.full((3,), float(number)))
         assert output.tolist() == [2 * number] * 3
         assert capture.captures == (number + 1 >= CAPTURE_AT)
     assert capture.replays == 1 + 5 - (CAPTURE_AT - 1)  # a trial replay, and one for each call from the third on
     for _ in range(CAPTURE_AT - 1):
-        graphs(constants, torch.zeros(4))
-        graphs(Constants(), torch.zeros(3))
+        graphs(double, constants, torch.zeros(4))
+        graphs(double, Constants(), torch.zeros(3))
     assert capture.captures == 1  # other shapes, other constants
 
 
 def test_what_a_graph_reads_lives_as_long_as_the_graph() -> None:
-    graphs, constants, others = GraphCache(double, EmulatedCapture), Constants(), Constants()
+    graphs, constants, others = GraphCache(EmulatedCapture), Constants(), Constants()
     alive, alive_without_graph = weakref.ref(constants), weakref.ref(others)
     for _ in range(CAPTURE_AT):
-        graphs(constants, torch.zeros(3))
-    graphs(others, torch.zeros(3))
+        graphs(double, constants, torch.zeros(3))
+    graphs(double, others, torch.zeros(3))
     del constants, others
     gc.collect()
     assert alive() is not None
@@ -79,19 +58,22 @@ def test_what_a_graph_reads_lives_as_long_as_the_graph() -> None:
 def test_the_least_recently_used_graphs_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_graphs, "MAX_GRAPHS", 2)
     capture, constants = EmulatedCapture(), Constants()
-    graphs = GraphCache(double, lambda: capture)
+    graphs = GraphCache(lambda: capture)
     for size in (1, 1, 1, 2, 2, 2, 1, 3, 3, 3, 1):
-        graphs(constants, torch.zeros(size))
+        graphs(double, constants, torch.zeros(size))
     assert capture.captures == 3
     replays = capture.replays
-    graphs(constants, torch.zeros(2))  # dropped for 3
-    assert capture.replays == replays
+    graphs(double, constants, torch.zeros(2))  # dropped for 3
+    assert (capture.captures, capture.replays) == (3, replays)
+    for _ in range(CAPTURE_AT - 1):
+        graphs(double, constants, torch.zeros(2))
+    assert capture.captures == 4
 
 
 def test_a_graph_that_differs_is_not_used(caplog: pytest.LogCaptureFixture) -> None:
-    graphs, constants = GraphCache(double, lambda: EmulatedCapture(lambda tensor: tensor * 1.1)), Constants()
+    graphs, constants = GraphCache(lambda: EmulatedCapture(lambda tensor: tensor * 1.1)), Constants()
     for _ in range(3):
-        assert graphs(constants, torch.ones(3))[0].tolist() == [2, 2, 2]
+        assert graphs(double, constants, torch.ones(3))[0].tolist() == [2, 2, 2]
     assert not graphs.is_enabled
     assert caplog.text.count("running without graphs") == 1
 
@@ -99,14 +81,14 @@ def test_a_graph_that_differs_is_not_used(caplog: pytest.LogCaptureFixture) -> N
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_graph_may_give_nan_where_the_function_does(value: float) -> None:
     capture = EmulatedCapture()
-    graphs, constants = GraphCache(double, lambda: capture), Constants()
+    graphs, constants = GraphCache(lambda: capture), Constants()
     for _ in range(CAPTURE_AT):
-        graphs(constants, torch.tensor([1, value]))
+        graphs(double, constants, torch.tensor([1, value]))
     assert graphs.is_enabled
     assert capture.captures == 1
     capture.change = lambda tensor: tensor.nan_to_num()
     for _ in range(CAPTURE_AT):
-        graphs(constants, torch.tensor([1, value, 1]))
+        graphs(double, constants, torch.tensor([1, value, 1]))
     assert not graphs.is_enabled
 
 
@@ -114,9 +96,9 @@ def test_a_failed_capture_leaves_the_function(caplog: pytest.LogCaptureFixture) 
     def fail(*_: Any) -> Any:
         raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
 
-    graphs, constants = GraphCache(double, lambda: fail), Constants()
+    graphs, constants = GraphCache(lambda: fail), Constants()
     for _ in range(3):
-        assert graphs(constants, torch.ones(1))[0].tolist() == [2]
+        assert graphs(double, constants, torch.ones(1))[0].tolist() == [2]
     assert caplog.text.count("CUDA graphs are unavailable (CUDA error: operation not permitted when stream is") == 1
 
 
@@ -127,9 +109,9 @@ def test_what_has_no_memory_for_a_graph_runs_without() -> None:
         attempts.append(1)
         raise torch.OutOfMemoryError
 
-    graphs, constants = GraphCache(double, lambda: fail), Constants()
+    graphs, constants = GraphCache(lambda: fail), Constants()
     for _ in range(10):
-        assert graphs(constants, torch.ones(2))[0].tolist() == [2, 2]
+        assert graphs(double, constants, torch.ones(2))[0].tolist() == [2, 2]
     assert graphs.is_enabled
     assert len(attempts) == 1
 
@@ -141,10 +123,10 @@ def test_memory_is_new_after_the_old_graphs_were_dropped() -> None:
         made.append(EmulatedCapture())
         return made[-1]
 
-    graphs, constants = GraphCache(double, make_capture), Constants()
+    graphs, constants = GraphCache(make_capture), Constants()
     for _ in range(2):
         for _ in range(CAPTURE_AT):
-            graphs(constants, torch.ones(2))
+            graphs(double, constants, torch.ones(2))
         graphs.clear()
     assert [capture.captures for capture in made] == [1, 1, 0]
 

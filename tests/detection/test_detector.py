@@ -1,4 +1,3 @@
-import sys
 import time
 from collections import Counter
 from types import SimpleNamespace
@@ -14,7 +13,7 @@ from backend.detection import detector as detector_module
 from backend.detection.acceleration import PackedLinear, accelerate_on_gpu
 from backend.detection.captions import build_caption, build_captions
 from backend.detection.checkpoints import load_checkpoint
-from backend.detection.deformable_attention import GatheredAttention, locate_samples, sample_rows
+from backend.detection.deformable_attention import GatheredAttention
 from backend.detection.detector import Detector
 from backend.detection.device import has_bfloat16
 from backend.detection.phrase_scores import make_span_matrix, phrase_scores
@@ -22,6 +21,7 @@ from backend.errors import ImageError, LabelingConfigError
 from backend.labelstudio.labeling_config import Label
 from backend.registry.checkpoint import DEMO_CHECKPOINT
 from tests.boxes import iou
+from tests.detection.emulation import EmulatedKernel
 from tests.scenes import make_scenes
 
 
@@ -203,6 +203,35 @@ def test_out_of_memory_halves_the_batch(detector: Detector, caplog: pytest.LogCa
     assert "out of memory with a batch of 5 images; retrying with half" in caplog.text
 
 
+def test_out_of_memory_with_one_image_halves_its_captions(
+    detector: Detector, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    image = make_scenes(1)[0].image
+    labels = make_labels("red object", "blue object", *(f"q{number}" for number in range(400)), threshold=0.1)
+    expected = detector.detect([image], labels, nms_iou=0.7)
+    captions = len(build_captions(detector.tokenizer, [label.name for label in labels], 256))
+    assert captions > 4
+    monkeypatch.setattr(detector, "batch_size", 16)
+    monkeypatch.setattr(detector.forward_pass, "batches_captions", True)
+    rows: list[int] = []
+
+    def fail_above_two(module: object, arguments: tuple) -> None:
+        rows.append(len(arguments[0]))
+        if rows[-1] > 2:
+            raise torch.OutOfMemoryError
+
+    freed: list[int] = []
+    monkeypatch.setattr(detector, "on_out_of_memory", lambda: freed.append(1))
+    handle = detector.model.model.encoder.layers[0].fusion_layer.register_forward_pre_hook(fail_above_two)
+    detections = detector.detect([image], labels, nms_iou=0.7)
+    handle.remove()
+    assert [round_detections(d) for d in detections] == [round_detections(d) for d in expected]
+    tried = [count for count in rows if count > 2]
+    assert tried == sorted(set(tried), reverse=True)  # none twice
+    assert len(freed) == len(tried)
+    assert f"out of memory with an image and {captions} captions; retrying with half" in caplog.text
+
+
 def test_an_image_that_does_not_fit_in_memory_fails_alone(detector: Detector) -> None:
     large = make_scenes(1, (160, 120))[0].image
     small = make_scenes(1, (96, 96))[0].image
@@ -244,36 +273,6 @@ def test_a_slow_first_pass_does_not_change_the_batch_size(
     assert clock.passes > 1
 
 
-class EmulatedKernel:
-    """Replaces the Triton kernel, which has a test of its own, on the CPU; counts calls by the type of the values.
-
-    The parameters have the kernel's names, because the trial run passes them by keyword.
-    """
-
-    def __init__(self) -> None:
-        self.calls: Counter[torch.dtype] = Counter()
-
-    def __call__(
-        self,
-        values: torch.Tensor,
-        reference: torch.Tensor,
-        offsets: torch.Tensor,
-        logits: torch.Tensor,
-        shapes: torch.Tensor,
-        starts: torch.Tensor,
-    ) -> torch.Tensor:
-        self.calls[values.dtype] += 1
-        output = sample_rows(locate_samples, values.float(), reference, offsets.float(), logits.float(), shapes, starts)
-        return output.to(values.dtype)
-
-
-@pytest.fixture
-def kernel(monkeypatch: pytest.MonkeyPatch) -> EmulatedKernel:
-    kernel = EmulatedKernel()
-    monkeypatch.setitem(sys.modules, "backend.detection.deformable_attention_triton", SimpleNamespace(sample=kernel))
-    return kernel
-
-
 @pytest.fixture
 def half(kernel: EmulatedKernel) -> Detector:
     """A detector with the modules for a GPU, in float16 on the CPU."""
@@ -306,7 +305,11 @@ def test_weights_are_converted_once_and_come_back_unchanged(half: Detector) -> N
     assert half.model.model.text_backbone.encoder.layer[0].attention.self.query.weight.dtype is torch.float16
     for weight in (layer.fusion_layer.attn.module.vision_proj.weight, half.model.bbox_embed[0].module.layers[0].weight):
         assert weight.dtype is torch.float32
+    caption = build_caption(half.tokenizer, ["red object"])
+    half._score([half.prepare_image(make_scenes(1)[0].image)], [caption])
     half._fall_back_to_float32()
+    with torch.inference_mode():
+        assert half.forward_pass.encode_text([caption]).features.dtype is torch.float32  # what was kept is gone
     assert torch.equal(layer.deformable_layer.fc1.weight, original.model.encoder.layers[0].deformable_layer.fc1.weight)
     assert {weight.dtype for weight in half.model.parameters()} == {torch.float32}
 

@@ -5,11 +5,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from backend.detection import acceleration
+from backend.detection.acceleration import accelerate_on_gpu
 from backend.detection.captions import Caption, build_caption
 from backend.detection.checkpoints import load_checkpoint
 from backend.detection.forward_pass import TEXT_BUCKETS, ForwardPass, encode_positions
 from backend.registry.checkpoint import DEMO_CHECKPOINT
+from tests.detection.emulation import EmulatedCapture, EmulatedKernel
 from tests.detection.forward import draw_noise, make_forward_pass, run_transformers
 
 MODEL, TOKENIZER, IMAGE_FORMAT = load_checkpoint(str(DEMO_CHECKPOINT))
@@ -87,6 +91,33 @@ def test_the_box_head_sees_only_the_selected_queries(forward_pass: ForwardPass, 
     detect(forward_pass, draw_noise(1, 96, 128), LONG)
     ((hidden,),) = calls["box head of the encoder"]
     assert hidden.shape[1] == MODEL.config.num_queries < sum(-(-96 // s) * -(-128 // s) for s in forward_pass.strides)
+
+
+class RecordedOperations(TorchDispatchMode):
+    """Records the names of all operations of torch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.__name__.split(".")[0])
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_in_the_pass_waits_for_the_device(kernel: EmulatedKernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such operations are forbidden while a CUDA graph is captured. The modules are those for a GPU."""
+    monkeypatch.setattr(acceleration, "_is_padded", lambda padding: padding is not None)  # as on a GPU
+    model = load_checkpoint(str(DEMO_CHECKPOINT)).model.eval()
+    accelerate_on_gpu(model)
+    forward_pass, pixels = make_forward_pass(model, IMAGE_FORMAT), draw_noise(2, 96, 128)
+    detect(forward_pass, pixels, LONG)  # what is kept from pass to pass is computed outside of graphs
+    forward_pass.use_graphs(EmulatedCapture)
+    with RecordedOperations() as recorded:
+        detect(forward_pass, pixels, LONG)
+    assert "topk" in recorded.names
+    # A tensor made of numbers is copied to the device; `item` and `nonzero` need its answer.
+    assert recorded.names & {"lift_fresh", "_local_scalar_dense", "nonzero", "equal", "is_nonzero"} == set()
 
 
 def test_positions_are_encoded_as_in_transformers() -> None:
