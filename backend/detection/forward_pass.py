@@ -32,7 +32,7 @@ from backend.detection.preprocess import ImageFormat, Size, compute_padding, nor
 
 TEXT_BUCKETS = (32, 64, 128, 256)  # tokens
 MAX_TEXTS_KEPT = 32  # groups of captions; up to 10 MB each
-MAX_SIZES_KEPT = 4  # sizes of images; about 20 MB each
+MAX_SIZES_KEPT = {"cuda": 16, "cpu": 2}  # sizes of images, about 20 MB each; graphs are found by them
 LOGIT_EPS = 1e-5  # transformers clamps reference points to [eps, 1 - eps] before the logit
 
 Key = TypeVar("Key")
@@ -139,7 +139,7 @@ class ForwardPass:
         self.mean = torch.tensor(self.image_format.mean, device=device)
         self.std = torch.tensor(self.image_format.std, device=device)
         self._texts: LruCache[tuple[Caption, ...], TextFeatures] = LruCache(MAX_TEXTS_KEPT)
-        self._constants: LruCache[tuple[int, int], SizeConstants] = LruCache(MAX_SIZES_KEPT)
+        self._constants: LruCache[tuple[int, int], SizeConstants] = LruCache(MAX_SIZES_KEPT.get(device.type, 2))
         self._image_graphs: GraphCache | None = None
         self._text_graphs: GraphCache | None = None
         # transformers' own deformable attention, without our kernel, waits for the device; a graph may not.
