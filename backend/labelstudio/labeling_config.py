@@ -17,6 +17,11 @@ from backend.errors import LabelingConfigError
 MAX_CONFIG_CHARS = 1_000_000
 MAX_LABELS = 20_000  # of all controls on all their images together
 
+# Between the words of a label's value; the last four find a place, not a character.
+WORD_GAP = re.compile(
+    r"[_/-]+|(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|(?<=[0-9])(?=[A-Z][a-z])|(?<=[A-Za-z]{3})(?=[0-9])"
+)
+
 STRICT = {"extra": "forbid"}  # read by pydantic: a field that the reader does not know is an error, not a loss
 
 
@@ -159,7 +164,7 @@ def _read_control(
         to_name=image.get("name") or "",
         image_value=image.get("valueList") or image.get("value") or "",
         labels=tuple(_read_label(label, threshold) for label in label_tags),
-        negative_phrases=tuple(_split_phrases(labels_tag.get("model_negative_values"))),
+        negative_phrases=tuple(split_phrases(labels_tag.get("model_negative_values"))),
         nms_iou=nms_iou,
         threshold=threshold,
         labels_from_name=(labels_tag.get("name") or "") if labels_tag.tag == "Labels" else "",
@@ -172,7 +177,7 @@ def _read_control(
 
 def _read_label(tag: Element, threshold: float) -> Label:
     value = tag.get("value") or ""
-    phrases = _split_phrases(tag.get("predicted_values")) or [to_phrase(value or tag.get("alias") or "")]
+    phrases = split_phrases(tag.get("predicted_values")) or [to_phrase(value or tag.get("alias") or "")]
     return Label(tag.get("alias") or value, tuple(phrases), _read_threshold(tag, threshold))
 
 
@@ -190,15 +195,20 @@ def _read_threshold(tag: Element, default: float) -> float:
     return threshold
 
 
-def _split_phrases(text: str | None) -> list[str]:
-    """Splits a comma-separated attribute into its phrases, each once."""
-    return list(dict.fromkeys(phrase for part in (text or "").split(",") if (phrase := clean_phrase(part))))
+def split_phrases(text: str | None) -> list[str]:
+    r"""Splits a text at `,` `;` `|` `.` and new lines into its phrases, each once; `\,` is a comma of a phrase."""
+    parts = re.split(r"(?<!\\)[,;|]|[.\n]", text or "")
+    phrases = (clean_phrase(re.sub(r"\\([,;|])", r"\1", part)) for part in parts)
+    return list(dict.fromkeys(filter(None, phrases)))
 
 
 def to_phrase(value: str) -> str:
-    """Turns a label's value into a phrase: underscores, hyphens and camelCase become spaces, all in lower case."""
-    spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", value)
-    return clean_phrase(re.sub(r"[_-]+", " ", spaced)) or clean_phrase(value) or _replace_surrogates(value)
+    """Turns a label's value into a phrase, all in lower case.
+
+    Underscores, hyphens, slashes, camelCase and the number after a word become spaces: `USBCable_Type2` is "usb cable
+    type 2", but `v2` and `3D` stay as they are.
+    """
+    return clean_phrase(WORD_GAP.sub(" ", value)) or clean_phrase(value) or _replace_surrogates(value)
 
 
 def clean_phrase(text: str) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from backend.errors import LabelingConfigError
-from backend.labelstudio.labeling_config import STRICT, Control, Label, Plan, clean_phrase, to_phrase
+from backend.labelstudio.labeling_config import STRICT, Control, Label, Plan, split_phrases, to_phrase
 
 PATH = re.compile(r"\$([\w$]+(?:\.\w+|\[[0-9]{1,9}\])*)")
 INDEX = re.compile(r"[0-9]{1,9}")
@@ -60,8 +60,7 @@ def read_prompt(plan: Plan, task: Mapping[str, Any], context: Mapping[str, Any] 
         result = source.get("result") if isinstance(source, Mapping) else None
         if isinstance(result, list) and (texts := _read_typed_values(plan.prompt_names, result, "text")):
             numbers = _read_typed_values(plan.threshold_names, result, "number")
-            parts = [part for text in texts for part in re.split(r"[,.;\n]", str(text))]
-            phrases = tuple(dict.fromkeys(phrase for part in parts if (phrase := clean_phrase(part))))
+            phrases = tuple(split_phrases("\n".join(map(str, texts))))
             return Prompt(phrases, float(numbers[-1]) if numbers else None) if phrases else None
     return None
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from backend.errors import LabelingConfigError
-from backend.labelstudio.labeling_config import Label, Plan, clean_phrase, read_plan, to_phrase
+from backend.labelstudio.labeling_config import Label, Plan, clean_phrase, read_plan, split_phrases, to_phrase
 
 
 def make_config(labels: str, control: str = "", image: str = 'value="$image"') -> str:
@@ -34,11 +34,36 @@ def read_labels(xml: str, threshold: float = 0.3) -> tuple[Label, ...]:
         ("U.S. flag?", "u s flag"),
         ("猫", "猫"),
         ("Кошка", "кошка"),
-        ("HTTPServer", "httpserver"),
+        ("HTTPServer", "http server"),
+        ("USBCable", "usb cable"),
+        ("myUSBCable", "my usb cable"),
+        ("ABC", "abc"),
+        ("person/car", "person car"),
+        ("Type2Connector", "type 2 connector"),
+        ("class12", "class 12"),
+        ("mp3", "mp3"),
+        ("3D", "3d"),
+        ("4WheelDrive", "4 wheel drive"),
+        ("/", "/"),
     ],
 )
 def test_a_labels_value_becomes_a_phrase(value: str, phrase: str) -> None:
     assert to_phrase(value) == phrase
+
+
+@pytest.mark.parametrize(
+    ("text", "phrases"),
+    [
+        ("person. car", ["person", "car"]),
+        ("a; b|c, d\ne", ["a", "b", "c", "d", "e"]),
+        (r"salt\, pepper, mill", ["salt, pepper", "mill"]),
+        (" Cat ,cat,, . ", ["cat"]),
+        ("", []),
+        (None, []),
+    ],
+)
+def test_a_text_is_split_into_phrases(text: str | None, phrases: list[str]) -> None:
+    assert split_phrases(text) == phrases
 
 
 @given(st.text(min_size=1))
