@@ -49,6 +49,14 @@ def round_detections(detections: list[Detection]) -> list[tuple[str | float, ...
     ]
 
 
+def assert_equal(actual: list[Detection], expected: list[Detection]) -> None:
+    """Fails unless all is equal up to the rounding of float32."""
+    assert [d.label for d in actual] == [d.label for d in expected]
+    for a, b in zip(actual, expected, strict=True):
+        assert a.score == pytest.approx(b.score, abs=1e-3)
+        assert a.box_xyxy == pytest.approx(b.box_xyxy, abs=0.05)
+
+
 def test_a_phrase_scores_the_mean_over_its_span() -> None:
     logits = torch.tensor([[0.0, 10.0, -10.0, float("-inf")]])
     assert phrase_scores(logits, make_span_matrix([(0, 1), (1, 3)], 4))[0].tolist() == pytest.approx([0.5, 0.5])
@@ -150,7 +158,8 @@ def test_captions_as_a_batch_detect_the_same(detector: Detector, monkeypatch: py
     handle.remove()
     assert max(passes) == 6  # two captions on three images
     assert sum(map(len, expected)) > 0
-    assert [round_detections(d) for d in batched] == [round_detections(d) for d in expected]
+    for detections, expected_of_image in zip(batched, expected, strict=True):
+        assert_equal(detections, expected_of_image)
 
 
 def test_labels_in_two_calls_keep_every_sure_box_of_one_call(detector: Detector) -> None:
@@ -240,7 +249,7 @@ def test_out_of_memory_with_one_image_halves_its_captions(
     handle = detector.model.model.encoder.layers[0].fusion_layer.register_forward_pre_hook(fail_above_two)
     detections = detector.detect([image], labels, nms_iou=0.7)
     handle.remove()
-    assert [round_detections(d) for d in detections] == [round_detections(d) for d in expected]
+    assert_equal(detections[0], expected[0])
     tried = [count for count in rows if count > 2]
     assert tried == sorted(set(tried), reverse=True)  # none twice
     assert len(freed) == len(tried)
