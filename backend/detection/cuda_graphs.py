@@ -38,8 +38,7 @@ class Graph:
 
 
 class GraphCache:
-    """Runs a function, always the same one, as CUDA graphs, one for each combination of
-    its constants with the shapes of its tensors.
+    """Runs a function, always the same one, as CUDA graphs: one for each combination of constants and shapes.
 
     What does not come often runs without a graph: in a folder of many sizes most come once. So does what a graph has no
     memory for. A function whose graph fails, or gives other values than the function itself, runs without graphs from
