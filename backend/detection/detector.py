@@ -43,8 +43,8 @@ class CaptionScores(NamedTuple):
 
     Attributes:
         caption: the caption.
-        scores: (images, queries), of the best phrase that passes its threshold; -1 where none does.
-        best: (images, queries), index of that phrase.
+        scores: (images, queries), of the best phrase.
+        best: (images, queries), index of the best phrase.
         boxes_cxcywh: (images, queries, 4), relative to the padded images.
     """
 
@@ -60,12 +60,12 @@ class PhraseQuery(NamedTuple):
     Attributes:
         captions: with all phrases.
         label_by_phrase: index of the label of each phrase.
-        threshold_by_phrase: score that a box has to reach, that of the phrase's label.
+        thresholds: (labels,), scores that a box has to reach.
     """
 
     captions: Sequence[Caption]
     label_by_phrase: Mapping[str, int]
-    threshold_by_phrase: Mapping[str, float]
+    thresholds: Tensor
 
 
 class Detector:
@@ -129,7 +129,7 @@ class Detector:
         """Returns whether a batch of one image fits in memory."""
         captions, fits = self._build_captions(["object"]), True
         try:
-            self._score([model_input] * batch_size, captions, {"object": 0.5})
+            self._score([model_input] * batch_size, captions)
         except torch.OutOfMemoryError:
             fits = False
         self._free_memory()  # not before the error is gone: its traceback holds tensors
@@ -183,8 +183,8 @@ class Detector:
                 stays. 1 keeps all.
 
         Returns:
-            For each image its detections, best first, with boxes in pixels of the original; or an error if the image
-            does not fit in memory. A box gets the best label among those whose threshold its score reaches.
+            For each image its detections, best first, with boxes in pixels of the original, one label per box and
+            scores at or above the label's threshold; or an error if the image does not fit in memory.
 
         Raises:
             LabelingConfigError: a phrase is longer than a caption may be.
@@ -195,8 +195,7 @@ class Detector:
             for phrase in of_label:
                 phrases.setdefault(phrase, index)
         thresholds = [*(label.threshold for label in labels), *(min_threshold for _ in negative_phrases)]
-        threshold_by_phrase = {phrase: thresholds[index] for phrase, index in phrases.items()}
-        query = PhraseQuery(self._build_captions(list(phrases)), phrases, threshold_by_phrase)
+        query = PhraseQuery(self._build_captions(list(phrases)), phrases, torch.tensor(thresholds))
         results: dict[int, list[Candidates] | ImageError] = {}
         for indices in _group_by_size(inputs, self.batch_size):
             batch = {index: inputs[index] for index in indices}
@@ -241,21 +240,16 @@ class Detector:
         """Runs all captions over equal-sized images; returns the candidates of each caption by index."""
         BATCH_IMAGES.observe(len(batch))
         candidates: dict[int, list[Candidates]] = {index: [] for index in batch}
-        all_scores = self._score(list(batch.values()), query.captions, query.threshold_by_phrase, max_rows)
-        for caption, scores, best, boxes in all_scores:
+        for caption, scores, best, boxes in self._score(list(batch.values()), query.captions, max_rows):
             labels = torch.tensor([query.label_by_phrase[phrase] for phrase in caption.phrases])
             for row, (index, model_input) in enumerate(batch.items()):
-                found = find_candidates(scores[row], best[row], boxes[row], model_input, labels)
+                found = find_candidates(scores[row], best[row], boxes[row], model_input, labels, query.thresholds)
                 candidates[index].append(found)
         return candidates
 
     @torch.inference_mode()
     def _score(
-        self,
-        batch: Sequence[ModelInput],
-        captions: Sequence[Caption],
-        threshold_by_phrase: Mapping[str, float],
-        max_rows: int = 1,
+        self, batch: Sequence[ModelInput], captions: Sequence[Caption], max_rows: int = 1
     ) -> list[CaptionScores]:
         """Scores each caption on equal-sized images, up to `max_rows` images x captions in a pass."""
         size = max(max_rows // len(batch), 1) if self.forward_pass.batches_captions else 1  # captions of a pass
@@ -273,13 +267,11 @@ class Detector:
                 logits, boxes_cxcywh = self.forward_pass.detect(images, text)
             all_scores, boxes_cxcywh = phrase_scores(logits, text.span_matrix), boxes_cxcywh.cpu()
             for i, caption in enumerate(group):
-                thresholds = torch.tensor([threshold_by_phrase[p] for p in caption.phrases], device=self.device)
-                scores = all_scores[:, i, :, : len(caption.phrases)]
-                scores, best = scores.masked_fill(scores < thresholds, -1).max(-1)
+                scores, best = all_scores[:, i, :, : len(caption.phrases)].max(-1)
                 results.append(CaptionScores(caption, scores.cpu(), best.cpu(), boxes_cxcywh[:, i]))
             if reduced and any(row.scores.isnan().any() or row.boxes_cxcywh.isnan().any() for row in results):
                 self._fall_back_to_float32()
-                return self._score(batch, captions, threshold_by_phrase, max_rows)
+                return self._score(batch, captions, max_rows)
         return results
 
     def _stack_pixels(self, batch: Sequence[ModelInput]) -> Tensor:

@@ -35,22 +35,24 @@ class Candidates(NamedTuple):
 
 
 def find_candidates(
-    scores: Tensor, best: Tensor, boxes_cxcywh: Tensor, model_input: ModelInput, labels: Tensor
+    scores: Tensor, best: Tensor, boxes_cxcywh: Tensor, model_input: ModelInput, labels: Tensor, thresholds: Tensor
 ) -> Candidates:
     """Finds the queries of one image and one caption that pass.
 
     Args:
-        scores: (queries,), of the best phrase that passes; negative where none does.
-        best: (queries,), index of that phrase.
+        scores: (queries,), of the best phrase.
+        best: (queries,), index of the best phrase.
         boxes_cxcywh: (queries, 4), relative to the padded image.
         model_input: the image.
         labels: (phrases,), index of each phrase's label.
+        thresholds: (labels,).
     """
-    passed = scores >= 0
+    found = labels[best]
+    passed = scores >= thresholds[found]
     boxes = boxes_cxcywh[passed].double() * torch.tensor(model_input.padded_size * 2, dtype=torch.float64)
     corners = torch.cat([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2], -1)
     boxes_xyxy = corners.clamp(min=0).minimum(torch.tensor(model_input.size * 2))
-    return Candidates(boxes_xyxy.numpy(), scores[passed].double().numpy(), labels[best[passed]].numpy())
+    return Candidates(boxes_xyxy.numpy(), scores[passed].double().numpy(), found[passed].numpy())
 
 
 def make_detections(candidates: Sequence[Candidates], labels: Sequence[Label], nms_iou: float) -> list[Detection]:

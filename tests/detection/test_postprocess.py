@@ -79,8 +79,8 @@ def test_boxes_are_pixels_of_the_original_without_the_padding() -> None:
     model_input = ModelInput(torch.zeros(50, 100, 3, dtype=torch.uint8), (100, 0), (200, 100), ImageFormat())
     boxes_cxcywh = torch.tensor([[0.25, 0.5, 0.1, 0.4], [0.5, 0.9, 0.2, 0.4], [0.1, 0.1, 0.1, 0.1]])
     found = find_candidates(
-        torch.tensor([0.9, 0.6, -1]), torch.tensor([1, 0, 0]), boxes_cxcywh, model_input,
-        labels=torch.tensor([1, 0]),
+        torch.tensor([0.9, 0.6, 0.4]), torch.tensor([1, 0, 0]), boxes_cxcywh, model_input,
+        labels=torch.tensor([1, 0]), thresholds=torch.tensor([0.5, 0.5]),
     )  # fmt: skip
     first, second = make_detections([found], LABELS, 1)
     assert first.box_xyxy == pytest.approx((80, 30, 120, 70))
@@ -94,7 +94,7 @@ def test_boxes_of_negative_phrases_suppress_others_and_are_dropped() -> None:
     boxes_cxcywh = torch.tensor([[0.5, 0.5, 0.4, 0.4], [0.5, 0.5, 0.4, 0.41], [0.1, 0.1, 0.1, 0.1]])
     found = find_candidates(
         torch.tensor([0.9, 0.6, 0.6]), torch.tensor([1, 0, 0]), boxes_cxcywh, model_input,
-        labels=torch.tensor([0, 2]),
+        labels=torch.tensor([0, 2]), thresholds=torch.tensor([0.5, 0.5, 0.5]),
     )  # fmt: skip
     (left,) = make_detections([found], LABELS, 0.7)
     assert left.box_xyxy == pytest.approx((2.5, 2.5, 7.5, 7.5))
