@@ -221,7 +221,8 @@ class Detector:
             pass  # its traceback holds tensors
         self._free_memory()
         self.on_out_of_memory()
-        max_rows = min(max_rows, len(batch) * len(query.captions))
+        captions = len(query.captions) if self.forward_pass.batches_captions else 1  # of a pass, at most
+        max_rows = min(max_rows, len(batch) * captions)
         if max_rows == 1:
             error = ImageError(f"the image needs more memory than {self.device} has; give it another DEVICE")
             return dict.fromkeys(batch, error)

@@ -241,6 +241,21 @@ def test_out_of_memory_with_one_image_halves_its_captions(
     assert f"out of memory with an image and {captions} captions; retrying with half" in caplog.text
 
 
+def test_an_image_that_does_not_fit_is_tried_once_where_captions_run_one_by_one(detector: Detector) -> None:
+    labels = make_labels(*(f"q{number}" for number in range(400)))
+    attempts: list[int] = []
+
+    def fail(*_: object) -> None:
+        attempts.append(1)
+        raise torch.OutOfMemoryError
+
+    handle = get_backbone(detector).register_forward_pre_hook(fail)
+    (result,) = detector.detect_inputs([detector.prepare_image(make_scenes(1)[0].image)], labels)
+    handle.remove()
+    assert isinstance(result, ImageError)
+    assert len(attempts) == 1
+
+
 def test_an_image_that_does_not_fit_in_memory_fails_alone(detector: Detector) -> None:
     large = make_scenes(1, (160, 120))[0].image
     small = make_scenes(1, (96, 96))[0].image
